@@ -1,0 +1,1 @@
+"""Stoker: microVMs for Linux people. ``Sandbox`` is the front door."""

@@ -1,0 +1,1 @@
+"""The SDK: speaks HTTP with the daemon, never imports the engine."""

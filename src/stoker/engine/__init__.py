@@ -1,0 +1,1 @@
+"""Sandboxes: joins images, storage, network, vmm and guest."""

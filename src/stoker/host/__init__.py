@@ -1,0 +1,1 @@
+"""One module per kernel or system facility; no policy, no state, no knowledge of sandboxes."""

@@ -1,0 +1,1 @@
+"""Kernels, root file systems and initramfs: found, fetched, converted once, stored by digest."""

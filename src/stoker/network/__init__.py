@@ -1,0 +1,1 @@
+"""Address plans and firewall rules."""

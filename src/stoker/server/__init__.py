@@ -1,0 +1,1 @@
+"""The daemon: REST and WebSocket on top of the engine."""

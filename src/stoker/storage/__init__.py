@@ -1,0 +1,1 @@
+"""Copy-on-write clones of root file systems."""
