@@ -1,0 +1,234 @@
+"""From a request to a running machine that answers: the one place where images, storage, network, vmm and guest meet.
+
+What a boot makes is a process (the shim and its VMM), the files in the machine's ``directory`` (sockets, logs, records) and the
+clone of its disk at ``clone``. A failed boot ends the process; the caller, who chose both places, owns the files and removes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stoker.errors import DeadlineExceeded, InvalidRequest, StokerError
+from stoker.guest.channel import connect
+from stoker.guest.messages import Configuration, NetworkConfiguration, Resolver, RootMount
+from stoker.host.binaries import agent_path
+from stoker.images.initramfs import build_initramfs
+from stoker.images.kernel import resolve_kernel
+from stoker.images.progress import NullProgress, Progress
+from stoker.images.rootfs import resolve_image
+from stoker.storage.qcow2 import create_overlay
+from stoker.vmm.accel import verdict
+from stoker.vmm.machine import Disk, MachineSpec, UserNetwork
+from stoker.vmm.qemu.driver import diagnose, launch
+
+if TYPE_CHECKING:
+    from stoker.guest.agent import Agent
+    from stoker.images.kernel import Kernel
+    from stoker.images.rootfs import RootFilesystem
+    from stoker.settings import Settings
+    from stoker.vmm.driver import Machine
+
+__all__ = ["LiveMachine", "MachineRequest", "boot"]
+
+MIB = 1 << 20
+DEFAULT_MEMORY = 512 * MIB
+MINIMUM_MEMORY = 48 * MIB
+"""Below this a distribution kernel does not get as far as saying so."""
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True, slots=True)
+class MachineRequest:
+    """What to boot. Sizes are bytes; 0 or "" means the default (the image's own, where it has one)."""
+
+    name: str
+    image: str
+    kernel: str = ""
+    initrd: Path | None = None
+    cpus: int = 1
+    memory: int = DEFAULT_MEMORY
+    disk: int = 0
+    network: str = "user"
+    hostname: str = ""
+    env: tuple[tuple[str, str], ...] = ()
+    user: str = ""
+    workdir: str = ""
+    cold: bool = False
+    """Always boot; never start from memory that was put away. (There is nothing else yet.)"""
+
+
+@dataclass(slots=True)
+class LiveMachine:
+    """A machine that answers. ``timings`` are seconds: ``images``, ``accel``, ``clone``, ``vmm``, ``guest``, ``configure``."""
+
+    request: MachineRequest
+    machine: Machine
+    agent: Agent
+    rootfs: RootFilesystem
+    kernel: Kernel
+    timings: dict[str, float] = field(default_factory=dict)
+
+    async def end(self) -> None:
+        """Ends the machine at once. What it wrote is not waited for: its disk is thrown away."""
+        await self.agent.aclose()
+        await self.machine.kill()
+        await self.machine.close()
+
+
+class _Watch:
+    """Seconds between the named points of one boot."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def check(request: MachineRequest) -> None:
+    """Refuses what can never work, before anything is made."""
+    if not 1 <= request.cpus <= 64:
+        raise InvalidRequest("bad_cpus", f"a machine has 1 to 64 CPUs, not {request.cpus}", "--cpus 1")
+    if request.memory < MINIMUM_MEMORY:
+        raise InvalidRequest(
+            "memory_too_small",
+            f"{request.memory // MIB} MiB of memory cannot hold a Linux kernel and its first files",
+            f"--memory {MINIMUM_MEMORY // MIB}M is the least, 128M the least for a distribution kernel",
+        )
+    if request.memory % MIB:
+        raise InvalidRequest("bad_memory", f"memory is whole MiB, not {request.memory} bytes", "--memory 512M")
+    if request.network not in ("none", "user"):
+        raise InvalidRequest("bad_network", f"there is no network {request.network!r}", "--network none or --network user")
+
+
+def configuration(request: MachineRequest, rootfs: RootFilesystem, network: UserNetwork | None) -> Configuration:
+    """The one message that makes a fresh guest this machine."""
+    env = {"PATH": DEFAULT_PATH, **dict(rootfs.env), **dict(request.env)}
+    hostname = request.hostname or request.name
+    return Configuration(
+        root=RootMount(device="/dev/vda", fstype=rootfs.fstype),
+        hostname=hostname,
+        hosts=[("127.0.0.1", "localhost"), ("::1", "localhost"), ("127.0.1.1", hostname)],
+        resolv=Resolver(nameservers=[network.nameserver]) if network else None,
+        network=(
+            NetworkConfiguration(interface="eth0", mac=network.mac, address=network.address, gateway=network.gateway)
+            if network
+            else None
+        ),
+        env=env,
+        entropy=os.urandom(64),
+        realtime=time.time_ns(),
+        user=request.user or rootfs.user or "root",
+        workdir=request.workdir or rootfs.workdir or "",
+    )
+
+
+def _network(request: MachineRequest) -> UserNetwork | None:
+    if request.network == "none":
+        return None
+    from stoker.network.user import host_addresses, plan_user_network
+
+    return plan_user_network(host_addresses())
+
+
+async def _first_word(machine: Machine, deadline: float) -> Agent:
+    """Connects to the agent, or says why the machine ended instead."""
+    ended = asyncio.ensure_future(machine.wait())
+    spoken = asyncio.ensure_future(connect(machine.channel(), fresh=True, timeout=deadline))
+    try:
+        await asyncio.wait({ended, spoken}, return_when=asyncio.FIRST_COMPLETED)
+        if spoken.done() and spoken.exception() is None:
+            return spoken.result()
+        if not ended.done():
+            # The channel's end and the VMM's come in either order; the VMM's says more.
+            await asyncio.wait({ended}, timeout=2.0)
+        if ended.done():
+            raise diagnose(ended.result(), await machine.console_tail(40))
+        spoken.result()
+        raise AssertionError("a future that is done has a result or an exception")
+    finally:
+        for future in (ended, spoken):
+            future.cancel()
+        await asyncio.gather(ended, spoken, return_exceptions=True)
+
+
+async def boot(
+    request: MachineRequest,
+    settings: Settings,
+    directory: Path,
+    clone: Path,
+    *,
+    detached: bool,
+    progress: Progress | None = None,
+) -> LiveMachine:
+    """Boots a machine and configures its guest.
+
+    ``directory`` exists, is empty and only its owner's; ``clone`` does not exist yet. With ``detached`` the machine outlives this
+    process. Raises a :class:`StokerError` that carries the console's last lines where they help.
+    """
+    check(request)
+    report = progress or NullProgress()
+    watch = _Watch()
+    kernel = await resolve_kernel(request.kernel or settings.default_kernel, settings, report)
+    rootfs = await resolve_image(request.image, settings, report)
+    initrd = await build_initramfs(kernel, agent_path(), settings, network=request.network != "none", base=request.initrd)
+    watch.lap("images")
+    accel = await verdict(settings, kernel.vmlinux, initrd)
+    watch.lap("accel")
+    size = max(request.disk, rootfs.size)
+    if request.disk and request.disk < rootfs.size:
+        raise InvalidRequest(
+            "disk_too_small",
+            f"{request.image} needs {rootfs.size // MIB} MiB of disk, more than {request.disk // MIB} MiB",
+            f"--disk {rootfs.size // MIB}M or more",
+        )
+    create_overlay(clone, rootfs.path, size)
+    network = _network(request)
+    watch.lap("clone")
+    spec = MachineSpec(
+        name=request.name,
+        directory=directory,
+        kernel=kernel.vmlinux,
+        initrd=initrd,
+        cmdline=(),
+        cpus=request.cpus,
+        memory=request.memory,
+        disks=(Disk(name="root", path=clone, format="qcow2", backing=rootfs.path),),
+        network=network,
+        accelerator=accel.accelerator,
+        console_bytes=settings.console_bytes,
+        detached=detached,
+    )
+    async with AsyncExitStack() as undo:
+        machine = await launch(spec, settings)
+        undo.push_async_callback(machine.close)
+        undo.push_async_callback(machine.kill)
+        watch.lap("vmm")
+        try:
+            agent = await _first_word(machine, settings.boot_timeout)
+            undo.push_async_callback(agent.aclose)
+            watch.lap("guest")
+            await agent.configure(configuration(request, rootfs, network))
+            watch.lap("configure")
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "boot_timeout",
+                f"{request.name} did not come up within {settings.boot_timeout:g} s",
+                "stoker doctor; a slow host needs a larger boot_timeout",
+                console=await machine.console_tail(20),
+            ) from None
+        except StokerError as error:
+            if not error.console:
+                error.console = await machine.console_tail(20)
+            raise
+        undo.pop_all()
+    return LiveMachine(request, machine, agent, rootfs, kernel, watch.laps)
