@@ -1,0 +1,227 @@
+"""Sandboxes on the wire: what is asked for, what is answered, events and metrics of one."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+from msgspec import Meta, field
+
+from stoker.api.errors import ErrorBody
+from stoker.api.types import (
+    END,
+    MIB,
+    Cpus,
+    DiskSize,
+    Environment,
+    GuestUser,
+    Hostname,
+    HostPath,
+    ImageReference,
+    KernelReference,
+    Labels,
+    MemorySize,
+    Model,
+    Name,
+    NetworkMode,
+    OperationId,
+    ProcessId,
+    SandboxId,
+    SandboxState,
+    Seconds,
+    UnixTime,
+)
+
+__all__ = [
+    "ConsoleLog",
+    "CreateSandbox",
+    "Event",
+    "EventPage",
+    "Metrics",
+    "MetricsSample",
+    "PingResult",
+    "Resources",
+    "Sandbox",
+    "SandboxPage",
+    "SetTimeout",
+    "StopSandbox",
+    "Timeout",
+    "TimeoutAction",
+    "TimeoutMode",
+    "Versions",
+]
+
+
+class TimeoutMode(StrEnum):
+    """``idle`` counts from the last use (a call or an attached client), ``absolute`` from when it was set."""
+
+    IDLE = "idle"
+    ABSOLUTE = "absolute"
+
+
+class TimeoutAction(StrEnum):
+    """What happens when it passes. ``pause`` is refused until this daemon can pause."""
+
+    DESTROY = "destroy"
+    PAUSE = "pause"
+
+
+class Timeout(Model, frozen=True):
+    """When a sandbox ends by itself. At least a second, at most a year."""
+
+    seconds: Annotated[float, Meta(ge=1.0, le=366 * 86400.0)]
+    mode: TimeoutMode = TimeoutMode.ABSOLUTE
+    action: TimeoutAction = TimeoutAction.DESTROY
+
+
+class CreateSandbox(Model, frozen=True):
+    """What a sandbox is made from. The image's environment, user and directory are the defaults."""
+
+    image: ImageReference
+    name: Name | None = None
+    kernel: KernelReference = ""
+    initrd: HostPath = ""
+    cpus: Cpus = 1
+    memory: MemorySize = 512 * MIB
+    disk: DiskSize = 0
+    env: Environment = field(default_factory=dict)
+    labels: Labels = field(default_factory=dict)
+    hostname: Hostname | None = None
+    user: GuestUser | None = None
+    workdir: Annotated[str, Meta(max_length=4096, pattern=r"^/[^\x00]*" + END)] | None = None
+    network: NetworkMode = NetworkMode.USER
+    timeout: Timeout | None = None
+    lease: bool = False
+    """The sandbox ends within a second when the lease's connection goes; it must be taken within 10 s (``/lease``)."""
+    cold: bool = False
+    """Boot, even where a prepared machine would do."""
+    start: bool = False
+    """Run the image's own command as a background process tagged ``main``."""
+
+
+class Versions(Model, frozen=True):
+    """What a sandbox was made by and runs on."""
+
+    daemon: str = ""
+    agent: str = ""
+    protocol: int = 0
+    kernel: str = ""
+    vmm: str = ""
+    accelerator: str = ""
+
+
+class Resources(Model, frozen=True):
+    """What a sandbox has. ``memory`` and ``disk`` are bytes."""
+
+    cpus: int = 1
+    memory: int = 0
+    disk: int = 0
+
+
+class Sandbox(Model, frozen=True):
+    """One sandbox as it is now. ``actions`` are the operations its state allows."""
+
+    id: SandboxId
+    state: SandboxState
+    image: str
+    created_at: UnixTime
+    name: str | None = None
+    owner: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
+    image_digest: str = ""
+    kernel: str = ""
+    resources: Resources = field(default_factory=Resources)
+    env: dict[str, str] = field(default_factory=dict)
+    hostname: str = ""
+    user: str = ""
+    workdir: str = ""
+    network: NetworkMode = NetworkMode.USER
+    lease: bool = False
+    timeout: Timeout | None = None
+    expires_at: UnixTime | None = None
+    started_at: UnixTime | None = None
+    ended_at: UnixTime | None = None
+    versions: Versions = field(default_factory=Versions)
+    error: ErrorBody | None = None
+    operation: OperationId | None = None
+    main: ProcessId | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+    """Milliseconds each part of the start took."""
+    actions: list[str] = field(default_factory=list)
+
+
+class SandboxPage(Model, frozen=True):
+    """One page; ``next`` goes into ``cursor`` for the page after it, null on the last."""
+
+    items: list[Sandbox]
+    next: str | None = None
+
+
+class SetTimeout(Model, frozen=True):
+    """Replaces the timeout, counted from now; null takes it away."""
+
+    timeout: Timeout | None
+
+
+class StopSandbox(Model, frozen=True):
+    """``grace`` seconds between the polite and the impolite end of the guest's processes."""
+
+    grace: Annotated[float, Meta(ge=0.0, le=300.0)] = 10.0
+
+
+class PingResult(Model, frozen=True):
+    """The agent answered, after so many milliseconds."""
+
+    ms: float
+
+
+class ConsoleLog(Model, frozen=True):
+    """A part of the serial console. ``next`` is the offset to go on from; ``oldest`` the first byte still held."""
+
+    text: str
+    offset: int
+    next: int
+    oldest: int = 0
+
+
+class Event(Model, frozen=True):
+    """Something that happened. ``id`` grows; ``kind`` is ``sandbox.created``, ``sandbox.state``, ``process.started`` and so on."""
+
+    id: int
+    at: UnixTime
+    kind: str
+    sandbox: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class EventPage(Model, frozen=True):
+    items: list[Event]
+    next: str | None = None
+
+
+class MetricsSample(Model, frozen=True):
+    """One moment. Bytes; counters grow from the machine's start; a value the guest did not give is null."""
+
+    at: UnixTime
+    cpu_percent: float = 0.0
+    """Of one CPU: two busy ones are 200."""
+    cpu_seconds: float = 0.0
+    memory_host: int = 0
+    """Resident memory of the VMM."""
+    memory_guest_used: int | None = None
+    memory_guest_total: int | None = None
+    disk_host: int = 0
+    """What the sandbox's files hold on the host."""
+    disk_read: int | None = None
+    disk_written: int | None = None
+    network_received: int | None = None
+    network_sent: int | None = None
+
+
+class Metrics(Model, frozen=True):
+    """One ring: samples every ``step`` seconds over ``window`` seconds, oldest first."""
+
+    sandbox: SandboxId
+    step: Seconds
+    window: Seconds
+    samples: list[MetricsSample]
