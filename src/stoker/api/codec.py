@@ -6,8 +6,9 @@ a newer daemon.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -22,14 +23,14 @@ encode = _encoder.encode
 
 
 @lru_cache(maxsize=256)
-def _decoder(model: Any) -> msgspec.json.Decoder[Any]:
+def _decoder(model: Hashable) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(model)
 
 
 def decode_request(data: bytes | memoryview, model: type[T]) -> T:
     """A request's body. What is wrong, and where, is in the message: ``Expected `int`, got `str` - at `$.cpus```."""
     try:
-        value: T = _decoder(model).decode(data)
+        value: T = _decoder(cast(Hashable, model)).decode(data)
     except msgspec.ValidationError as e:
         raise InvalidRequest(
             "invalid_field", f"the request is not right: {e}", "see /v1/openapi.json for what it may hold"
@@ -42,7 +43,7 @@ def decode_request(data: bytes | memoryview, model: type[T]) -> T:
 def decode_answer(data: bytes, model: type[T]) -> T:
     """An answer; fields that this side does not know are left out."""
     try:
-        value: T = _decoder(model).decode(data)
+        value: T = _decoder(cast(Hashable, model)).decode(data)
         return value
     except msgspec.ValidationError:
         pass
@@ -61,8 +62,8 @@ def _prune(value: Any, info: Any) -> Any:
     if isinstance(info, msgspec.inspect.Metadata):
         return _prune(value, info.type)
     if isinstance(info, msgspec.inspect.UnionType):
-        kind = {dict: msgspec.inspect.StructType, list: msgspec.inspect.ListType}.get(type(value))
-        inner = next((t for t in info.types if kind is not None and isinstance(t, kind)), None)
+        kind = msgspec.inspect.StructType if isinstance(value, dict) else msgspec.inspect.ListType
+        inner = next((t for t in info.types if isinstance(t, kind)), None)
         return value if inner is None else _prune(value, inner)
     if isinstance(info, msgspec.inspect.StructType) and isinstance(value, dict):
         return {f.encode_name: _prune(value[f.encode_name], f.type) for f in info.fields if f.encode_name in value}
