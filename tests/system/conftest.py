@@ -1,0 +1,128 @@
+"""Tests that boot real guests.
+
+Kernels and base systems are built once, in the data directory that ``STOKER_TEST_DATA_DIR`` names (default: that of this user, so
+that a CI machine keeps them), under the store's own locks. Each test has a run directory of its own and is checked for what it left.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from leaks import processes, wait_gone
+from stoker.settings import Settings, load_settings
+
+STOKER = Path(sys.executable).parent / "stoker"
+BOOT = 240.0
+"""Seconds that one command in one guest may take on a busy host without hardware virtualisation."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("timeout") is None and "system" in item.path.parts:
+            item.add_marker(pytest.mark.timeout(300))
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command line ended."""
+
+    argv: tuple[str, ...]
+    code: int
+    out: bytes
+    err: bytes
+
+    @property
+    def text(self) -> str:
+        return self.out.decode(errors="replace")
+
+    @property
+    def error(self) -> str:
+        return self.err.decode(errors="replace")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The installed ``stoker`` command with directories of the test's own."""
+
+    settings: Settings
+    env: dict[str, str] = field(default_factory=dict)
+
+    def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+        return {**os.environ, **self.env, **(extra or {})}
+
+    def popen(self, *words: str, env: Mapping[str, str] | None = None, **options: object) -> subprocess.Popen[bytes]:
+        streams: dict[str, object] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([str(STOKER), *words], env=self.environment(env), **{**streams, **options})  # type: ignore[call-overload,no-any-return]
+
+    def __call__(
+        self, *words: str, input: bytes | None = None, timeout: float = BOOT, env: Mapping[str, str] | None = None
+    ) -> Done:
+        stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
+        process = self.popen(*words, env=env, stdin=stdin)
+        try:
+            out, err = process.communicate(input, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+            pytest.fail(f"stoker {' '.join(words)}: not done after {timeout} s\n{err.decode(errors='replace')}", pytrace=False)
+        return Done(words, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    path = Path(os.environ.get("STOKER_TEST_DATA_DIR") or load_settings().data_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def accelerator(session_root: Path, data_dir: Path) -> str:
+    """What ``auto`` comes to here: found once, since every test has a run directory (where the verdict is kept) of its own."""
+    if os.environ.get("STOKER_ACCEL"):
+        return os.environ["STOKER_ACCEL"]
+    if not os.path.exists("/dev/kvm"):
+        return "tcg"
+    env = {**os.environ, "STOKER_DATA_DIR": str(data_dir), "STOKER_RUN_DIR": str(session_root / "verdict")}
+    done = subprocess.run([STOKER, "doctor", "--json"], env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=600)
+    return "kvm" if b'"accelerator": "kvm"' in done.stdout else "tcg"
+
+
+@pytest.fixture
+def settings(data_dir: Path, short_dir: Path, accelerator: str) -> Iterator[Settings]:
+    """Settings with a run directory of the test's own; afterwards nothing may live that names it, and the directory is empty."""
+    run_dir = short_dir / "run"
+    run_dir.mkdir(mode=0o755)
+    yield load_settings(
+        {
+            **os.environ,
+            "STOKER_DATA_DIR": str(data_dir),
+            "STOKER_RUN_DIR": str(run_dir),
+            "STOKER_ACCEL": accelerator,
+            "STOKER_CONFIG": "/nonexistent/stoker.toml",
+        }
+    )
+    left = wait_gone(lambda: [str(process) for process in processes(short_dir)])
+    assert not left, "a test left processes behind"
+    runs = run_dir / "runs"
+    assert not runs.exists() or not list(runs.iterdir()), "a test left directories of machines behind"
+
+
+@pytest.fixture
+def stoker(settings: Settings) -> CommandLine:
+    """Runs the installed command: ``stoker("run", "debian:12", "--", "true").code``."""
+    return CommandLine(
+        settings,
+        {
+            "STOKER_DATA_DIR": str(settings.data_dir),
+            "STOKER_RUN_DIR": str(settings.run_dir),
+            "STOKER_ACCEL": settings.accel,
+            "STOKER_CONFIG": str(settings.config_file),
+        },
+    )
