@@ -17,7 +17,9 @@ daemon answers with :class:`Attached`. From there on:
 * :class:`Exit` is the daemon's last message; then it closes with 1000. A failure is :class:`Failure` and close code 4000 + HTTP
   status (4404: no such process). Closing a WebSocket leaves the process as it is.
 
-The other WebSockets (lease, events, watch) use :class:`Auth` the same way, and then text messages of one model each.
+A client that starts the process it attaches to sends :class:`Start` in the place of :class:`Attach`.
+
+The lease's WebSocket uses :class:`Auth` the same way; the daemon says :class:`Leased`, and then nothing more until it closes.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import msgspec
 from msgspec import Meta
 
 from stoker.api.errors import ErrorBody
-from stoker.api.processes import ProcessInfo
+from stoker.api.processes import ProcessInfo, StartProcess
 from stoker.api.types import KIB, MIB, ByteCount, Signal, TerminalSize
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "Leased",
     "Resize",
     "SendSignal",
+    "Start",
     "StdinClosed",
     "decode_client",
     "decode_daemon",
@@ -66,7 +69,7 @@ STDIN, STDOUT, STDERR = 0, 1, 2
 HEADER = struct.Struct(">BQ")
 MAX_PAYLOAD = 256 * KIB
 """Most bytes in one binary frame, header not counted."""
-STDIN_WINDOW = MIB
+STDIN_WINDOW = 512 * KIB
 AUTH_TIMEOUT = 5.0
 CLOSE_BASE = 4000
 LEASE_SECONDS = 10.0
@@ -84,11 +87,22 @@ class Auth(_Message, frozen=True, tag="auth"):
 
 
 class Attach(_Message, frozen=True, tag="attach"):
-    """``stdout`` and ``stderr`` are the offsets to begin at: null is the oldest byte held, -1 leaves the past out."""
+    """``stdout`` and ``stderr`` are the offsets to begin at; null is the oldest byte held."""
 
-    stdout: Annotated[int, Meta(ge=-1, le=1 << 62)] | None = None
-    stderr: Annotated[int, Meta(ge=-1, le=1 << 62)] | None = None
+    stdout: Annotated[int, Meta(ge=0, le=1 << 62)] | None = None
+    stderr: Annotated[int, Meta(ge=0, le=1 << 62)] | None = None
     window: Annotated[int, Meta(ge=64 * KIB, le=16 * MIB)] = MIB
+    lossless: bool = True
+    """The process waits for this client rather than lose a byte of output; without, the oldest bytes go."""
+
+
+class Start(_Message, frozen=True, tag="start"):
+    """Start this process and attach to all of its output."""
+
+    process: StartProcess
+    window: Annotated[int, Meta(ge=64 * KIB, le=16 * MIB)] = MIB
+    lossless: bool = True
+    """The process waits for this client rather than lose a byte of output; without, the oldest bytes go."""
 
 
 class Ack(_Message, frozen=True, tag="ack"):
@@ -112,11 +126,9 @@ class SendSignal(_Message, frozen=True, tag="signal"):
 
 
 class Attached(_Message, frozen=True, tag="attached"):
-    """``stdout`` and ``stderr`` are the offsets the output really begins at."""
+    """The process as it was then. The first frame's offset says where each output really begins."""
 
     process: ProcessInfo
-    stdout: int
-    stderr: int
     stdin_window: int = STDIN_WINDOW
 
 
@@ -143,7 +155,7 @@ class Leased(_Message, frozen=True, tag="leased"):
     sandbox: str
 
 
-ClientMessage = Auth | Attach | Ack | CloseStdin | Resize | SendSignal
+ClientMessage = Auth | Attach | Start | Ack | CloseStdin | Resize | SendSignal
 DaemonMessage = Attached | Ack | StdinClosed | Exit | Failure | Leased
 
 _encoder = msgspec.json.Encoder()
