@@ -17,7 +17,7 @@ from pathlib import Path
 
 from stoker.errors import DeadlineExceeded, HostError
 
-__all__ = ["Completed", "describe_exit", "run", "tool_environment"]
+__all__ = ["Completed", "describe_exit", "run", "spawn_detached", "tool_environment"]
 
 log = logging.getLogger(__name__)
 LIMIT = 8 << 20
@@ -154,3 +154,23 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             continue
     if process.returncode is None:
         await process.wait()
+
+
+def spawn_detached(argv: Sequence[str | Path], *, output: int, pass_fds: Sequence[int] = ()) -> int:
+    """Starts a program that outlives this one, in a session of its own, with our environment; gives its pid.
+
+    Both its outputs go to ``output``. A thread waits for it, so that a caller that lives long keeps no zombie.
+    """
+    import subprocess
+    import threading
+
+    words = [str(word) for word in argv]
+    log.debug("spawn %s", shlex.join(words))
+    try:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/", pass_fds=tuple(pass_fds), start_new_session=True
+        )
+    except OSError as e:
+        raise HostError("spawn_failed", f"cannot start {words[0]}: {e.strerror}") from e
+    threading.Thread(target=process.wait, name=f"wait-{process.pid}", daemon=True).start()
+    return process.pid

@@ -1,0 +1,175 @@
+"""The daemon of this host: found, started when nobody runs one, and ended.
+
+Starting: under the lock ``run_dir/start.lock`` (so that of two clients one starts it and the other waits and finds it) the client
+looks once more whether somebody listens, then starts ``python -m stoker.cli serve --auto --ready-fd N`` in a session of its own.
+The daemon binds its socket and then writes one line to that descriptor: ``ready``, or an error as JSON; if it dies first the
+pipe's end tells. Its words go to ``run_dir/daemon.log``. What a crash leaves: an unlocked lock file, and a socket nobody listens
+on, which the next daemon replaces.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import socket
+import stat
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stoker.errors import DeadlineExceeded, HostError, StokerError, error_from_wire
+
+if TYPE_CHECKING:
+    from stoker.settings import Settings
+
+__all__ = ["DaemonProcess", "listening", "start_daemon", "stop_daemon"]
+
+START_TIMEOUT = 30.0
+STOP_TIMEOUT = 30.0
+LOG_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonProcess:
+    """Who listens on a socket: held by a pidfd while it is signalled, so never somebody else with its old number."""
+
+    pid: int
+    uid: int
+
+
+def listening(path: Path) -> DaemonProcess | None:
+    """Who listens on a Unix socket; None when nobody does. With socket activation it is the one who bound it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.settimeout(5.0)
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        except TimeoutError:
+            raise DeadlineExceeded("connect_timeout", f"{path} takes no connection", "stoker daemon restart") from None
+        except OSError as e:
+            raise HostError("daemon_unreachable", f"cannot connect to {path}: {e.strerror}") from None
+        raw = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    pid, uid = int.from_bytes(raw[:4], sys.byteorder), int.from_bytes(raw[4:8], sys.byteorder)
+    return DaemonProcess(pid, uid)
+
+
+def _own_directory(path: Path) -> None:
+    """Makes the directory; one that is there must be ours, or another user of /tmp could be the daemon."""
+    path.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise HostError(
+            "directory_not_private",
+            f"{path} belongs to another user or others may write to it",
+            f"ls -ld {path}; set STOKER_RUN_DIR",
+        )
+
+
+async def start_daemon(settings: Settings, *, timeout: float = START_TIMEOUT) -> None:
+    """Returns when a daemon listens on ``settings.socket``: the one that was there, or the one this started."""
+    from stoker.host.lock import locked
+
+    try:
+        _own_directory(settings.run_dir)
+    except OSError as e:
+        raise HostError("directory_refused", f"cannot make {settings.run_dir}: {e.strerror}", "set STOKER_RUN_DIR") from None
+    log = settings.run_dir / "daemon.log"
+    try:
+        async with asyncio.timeout(timeout), locked(settings.run_dir / "start.lock"):
+            if listening(settings.socket) is None:
+                await _start(log)
+    except TimeoutError:
+        raise DeadlineExceeded("daemon_start_timeout", f"the daemon was not ready after {timeout:g} s", f"see {log}") from None
+
+
+async def _start(log: Path) -> None:
+    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    os.set_blocking(write, True)
+    try:
+        with suppress(FileNotFoundError):
+            if log.stat().st_size > LOG_LIMIT:
+                log.replace(log.with_suffix(".log.1"))
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            _spawn(write, output)
+        finally:
+            os.close(output)
+            os.close(write)
+        line = await _line(read)
+    finally:
+        os.close(read)
+    if line == "ready":
+        return
+    raise _failure(line, log)
+
+
+def _spawn(ready: int, output: int) -> None:
+    from stoker.host.run import spawn_detached
+
+    # -P: a directory called "stoker" where the user stands must not become the daemon.
+    argv = [sys.executable, "-P", "-m", "stoker.cli", "serve", "--auto", "--ready-fd", str(ready)]
+    spawn_detached(argv, output=output, pass_fds=(ready,))
+
+
+async def _line(fd: int) -> str:
+    """One line from a pipe, or what there was when it ended."""
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(fd, readable.set)
+    data = b""
+    try:
+        while not data.endswith(b"\n") and len(data) < 65536:
+            await readable.wait()
+            readable.clear()
+            try:
+                piece = os.read(fd, 65536)
+            except BlockingIOError:
+                continue
+            if not piece:
+                break
+            data += piece
+    finally:
+        loop.remove_reader(fd)
+    return data.decode("utf-8", "replace").strip()
+
+
+def _failure(line: str, log: Path) -> StokerError:
+    import json
+
+    try:
+        wire = json.loads(line)
+        return error_from_wire(503, wire if isinstance(wire, dict) else {})
+    except ValueError:
+        last: list[str] = []
+        with suppress(OSError):
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        words = f": {last[0][:300]}" if last else ""
+        return HostError("daemon_start_failed", f"the daemon ended before it was ready{words}", f"see {log}, or run: stoker serve")
+
+
+def stop_daemon(pid: int, *, timeout: float = STOP_TIMEOUT) -> bool:
+    """Ends the daemon with that number politely and waits. False: it was gone already. Machines live on."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        signal.pidfd_send_signal(fd, signal.SIGTERM)
+        waiting = select.poll()
+        waiting.register(fd, select.POLLIN)
+        if not waiting.poll(timeout * 1000):
+            raise DeadlineExceeded(
+                "daemon_stop_timeout", f"the daemon (pid {pid}) did not end within {timeout:g} s", f"kill -9 {pid}"
+            )
+    except PermissionError:
+        raise HostError("daemon_not_yours", f"the daemon (pid {pid}) belongs to another user") from None
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(fd)
+    return True
