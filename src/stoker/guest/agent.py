@@ -1,0 +1,414 @@
+"""A connected agent: calls and their replies, events, and the processes whose streams run over this connection.
+
+An :class:`Agent` lives exactly as long as its connection. When that is gone (``closed`` is set, ``reason`` says why) every pending
+call fails with the reason, and so do its processes' streams, except those of a ``persistent`` process: they wait for
+:meth:`Process.reattach` on the next connection's agent (:meth:`Agent.take_over` does it for all of them) and go on without losing
+or repeating a byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from stoker.errors import GuestError, NotFound, StokerError
+from stoker.guest import messages as m
+from stoker.guest.frames import ACK, CALL, DATA, EOF, EVENT, PING, PONG, REPLY, WELCOME, Frame, protocol_error
+from stoker.guest.messages import Configuration, ExecRequest, GuestInfo, ProcessInfo, Welcome
+from stoker.guest.process import Completed, Process
+from stoker.guest.streams import OutputStream, gone
+
+if TYPE_CHECKING:
+    from stoker.guest.channel import Channel
+
+__all__ = ["Agent", "Completed", "Process"]
+
+log = logging.getLogger(__name__)
+CALL_TIMEOUT: Final = 30.0
+SIGKILL: Final = 9
+R = TypeVar("R", bound=Struct)
+
+
+class _Pending:
+    """A call that waits for its reply. ``then`` runs inside the reader, before any frame behind the reply is looked at."""
+
+    __slots__ = ("future", "kind", "then", "what")
+
+    def __init__(self, future: asyncio.Future[Any], kind: type[Struct], what: str, then: Callable[[Any], None] | None) -> None:
+        self.future = future
+        self.kind = kind
+        self.what = what
+        self.then = then
+
+
+class Agent:
+    """Made by :func:`stoker.guest.channel.connect`."""
+
+    welcome: Welcome
+
+    def __init__(self, channel: Channel) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._channel = channel
+        self._greeting: asyncio.Future[Welcome] | None = self._loop.create_future()
+        self._pending: dict[int, _Pending] = {}
+        self._pings: dict[bytes, asyncio.Future[None]] = {}
+        self._number = 0
+        self._next_id = 0
+        self._processes: dict[int, Process] = {}
+        self._outputs: dict[int, OutputStream] = {}
+        self.closed = asyncio.Event()
+        self.reason: GuestError | None = None
+        self.on_log: Callable[[str, str], None] | None = None
+        """Called with level and text of what the agent logs; by default it goes to this module's logger."""
+        self.on_oom: Callable[[int], None] | None = None
+        """Called with a process id, or 0, when the guest ran out of memory."""
+
+    # -- the connection ---------------------------------------------------------------------------------------------------------
+
+    async def greeted(self) -> None:
+        """Waits for WELCOME and checks the version. Part of ``connect``."""
+        assert self._greeting is not None
+        self.welcome = await self._greeting
+        self._greeting = None
+        if self.welcome.version == 0:
+            raise GuestError(
+                "agent_too_old",
+                f"the guest's agent ({m.printable(self.welcome.agent, 60)}) speaks no protocol version this Stoker knows",
+                "restart the sandbox: the agent comes with the machine's initramfs",
+            )
+        if not m.VERSION_MIN <= self.welcome.version <= m.VERSION_MAX:
+            raise protocol_error(f"it chose version {self.welcome.version}")
+
+    async def wait_closed(self) -> GuestError:
+        """Waits for the end of the connection; the reason."""
+        await self.closed.wait()
+        assert self.reason is not None
+        return self.reason
+
+    async def aclose(self) -> None:
+        """Closes the connection. What runs in the guest goes on."""
+        self._channel.close(GuestError("agent_closed", "the connection to the guest's agent was closed by this side"))
+
+    async def __aenter__(self) -> Agent:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def on_lost(self, reason: GuestError) -> None:
+        """The channel is over."""
+        self.reason = reason
+        self.closed.set()
+        waiting: list[asyncio.Future[Any]] = [pending.future for pending in self._pending.values()]
+        waiting += self._pings.values()
+        if self._greeting is not None:
+            waiting.append(self._greeting)
+        for future in waiting:
+            if not future.done():
+                future.set_exception(gone(reason))
+                # Whoever waited may have been cancelled; then nobody fetches this, and that is no error.
+                future.exception()
+        self._pending.clear()
+        self._pings.clear()
+        for process in self._processes.values():
+            process.on_lost(reason)
+
+    # -- what comes in ----------------------------------------------------------------------------------------------------------
+
+    def on_frames(self, frames: list[Frame]) -> None:
+        """What one read brought. Raises ``GuestError`` for what cannot be; the channel closes then."""
+        for type, channel, offset, payload in frames:
+            if self._greeting is not None and not self._greeting.done():
+                if type != WELCOME:
+                    raise protocol_error(f"frame type {type:#04x} before its welcome")
+                self._greeting.set_result(m.decode(Welcome, payload))
+            elif type == DATA:
+                stream = self._outputs.get(channel)
+                if stream is not None:
+                    stream.on_data(offset, payload)
+            elif type == ACK:
+                process = self._processes.get(channel >> 2)
+                if process is not None and not channel & 3:
+                    process.stdin.on_ack(offset)
+            elif type == EOF:
+                stream = self._outputs.get(channel)
+                if stream is not None:
+                    stream.on_eof(offset)
+            elif type == REPLY:
+                self._on_reply(channel, payload)
+            elif type == EVENT:
+                self._on_event(channel, payload)
+            elif type == PONG:
+                future = self._pings.pop(payload, None)
+                if future is not None and not future.done():
+                    future.set_result(None)
+            elif type == WELCOME:
+                raise protocol_error("a second welcome")
+
+    def _on_reply(self, number: int, payload: bytes) -> None:
+        pending = self._pending.pop(number, None)
+        if pending is None:
+            # A call nobody waits for (see _post), or one that was given up.
+            return
+        try:
+            result = m.reply(pending.kind, payload, pending.what)
+            if pending.then is not None:
+                pending.then(result)
+        except StokerError as e:
+            if not pending.future.done():
+                pending.future.set_exception(e)
+            if e.code == "protocol_error":
+                raise
+        else:
+            if not pending.future.done():
+                pending.future.set_result(result)
+
+    def _on_event(self, channel: int, payload: bytes) -> None:
+        event = m.decode(m.Event, payload)
+        if event.e == "exit":
+            process = self._processes.get(channel)
+            if process is not None:
+                process.on_exit(m.decode(m.ExitStatus, payload))
+        elif event.e == "stdin_closed":
+            process = self._processes.get(channel)
+            if process is not None:
+                process.stdin.on_refused()
+        elif event.e == "log":
+            level, text = m.printable(event.level, 16), m.printable(event.text, 2000)
+            if self.on_log is not None:
+                self.on_log(level, text)
+            else:
+                log.info("agent: %s: %s", level, text)
+        elif event.e == "oom" and self.on_oom is not None:
+            self.on_oom(channel)
+
+    # -- calls ------------------------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self.reason is not None:
+            raise gone(self.reason)
+
+    def _send_call(self, payload: bytes) -> int:
+        self._number = (self._number + 1) & 0xFFFFFFFF
+        self._channel.send(CALL, self._number, 0, payload)
+        return self._number
+
+    def _post(self, method: str, **arguments: Any) -> None:
+        """A call whose result nobody waits for."""
+        if self.reason is None:
+            self._send_call(m.call(method, **arguments))
+
+    def _begin(
+        self, what: str, payload: bytes, kind: type[Struct], then: Callable[[Any], None] | None = None
+    ) -> tuple[int, asyncio.Future[Any]]:
+        self._check()
+        future = self._loop.create_future()
+        number = self._send_call(payload)
+        self._pending[number] = _Pending(future, kind, what, then)
+        return number, future
+
+    async def _finish(self, what: str, number: int, future: asyncio.Future[Any], timeout: float) -> Any:
+        try:
+            async with asyncio.timeout(timeout):
+                return await future
+        except TimeoutError:
+            raise GuestError("agent_timeout", f"the guest's agent did not answer {what} within {timeout:g} s") from None
+        finally:
+            self._pending.pop(number, None)
+
+    async def _call(self, kind: type[R], method: str, timeout: float = CALL_TIMEOUT, **arguments: Any) -> R:
+        number, future = self._begin(method, m.call(method, **arguments), kind)
+        result: R = await self._finish(method, number, future, timeout)
+        return result
+
+    async def configure(self, configuration: Configuration, *, timeout: float = 60.0) -> bool:
+        """Makes the fresh guest this machine (root, name, network, time). True when the agent is the guest's init."""
+        number, future = self._begin("configure", m.encode_map(configuration), m.Configured)
+        configured: m.Configured = await self._finish("configure", number, future, timeout)
+        return configured.pid1
+
+    async def processes(self) -> list[ProcessInfo]:
+        """Every process of the agent's that runs, or ended and is remembered."""
+        return (await self._call(m.Processes, "processes")).processes
+
+    async def info(self) -> GuestInfo:
+        """Counters for metrics."""
+        return await self._call(GuestInfo, "info")
+
+    async def ping(self, timeout: float = 5.0) -> float:
+        """The round trip to the agent and back in seconds."""
+        self._check()
+        self._number = (self._number + 1) & 0xFFFFFFFF
+        payload = self._number.to_bytes(8, "little")
+        future = self._pings[payload] = self._loop.create_future()
+        begin = time.perf_counter()
+        self._channel.send(PING, 0, 0, payload)
+        try:
+            async with asyncio.timeout(timeout):
+                await future
+        except TimeoutError:
+            raise GuestError("agent_timeout", f"the guest's agent did not answer within {timeout:g} s") from None
+        finally:
+            self._pings.pop(payload, None)
+        return time.perf_counter() - begin
+
+    async def sync(self, timeout: float = 120.0) -> None:
+        """Writes the guest's file systems out."""
+        await self._call(m.Nothing, "sync", timeout)
+
+    async def shutdown(self, how: str = "poweroff", grace: float = 5.0) -> None:
+        """Begins to power off: SIGTERM to all, ``grace`` seconds, SIGKILL, unmount. Wait for the machine to see it done."""
+        await self._call(m.Nothing, "shutdown", how=how, grace=round(grace * 1000))
+
+    async def set_time(self, realtime: int | None = None) -> None:
+        """Sets the guest's clock (nanoseconds of the epoch; the host's now by default)."""
+        await self._call(m.Nothing, "time", realtime=time.time_ns() if realtime is None else realtime)
+
+    async def reseed(self, entropy: bytes) -> None:
+        """Gives the guest's random generator fresh entropy: after every restore and fork."""
+        await self._call(m.Nothing, "reseed", entropy=entropy)
+
+    # -- processes --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> list[Process]:
+        """The processes whose streams run over this connection."""
+        return list(self._processes.values())
+
+    async def exec(
+        self,
+        request: ExecRequest,
+        *,
+        input: bytes | None = None,
+        window: int | None = None,
+        persistent: bool = False,
+        timeout: float = CALL_TIMEOUT,
+    ) -> Process:
+        """Starts a process. ``input`` (at most 256 KiB) is its whole stdin, sent with the call in one write.
+
+        ``window`` is how many bytes of each output stream may wait on this side: the ring's size by default. Raises
+        ``CommandNotFound``, ``CommandNotExecutable``, ``InvalidRequest`` (directory, user) and what a lost connection raises. After
+        that the same request (with an ``id`` from :meth:`new_id`) may be repeated on the next connection: nothing starts twice.
+        """
+        self._check()
+        if input is not None and not request.stdin:
+            request = msgspec.structs.replace(request, stdin=True)
+        if request.id == 0:
+            request = msgspec.structs.replace(request, id=await self.new_id())
+        process = Process(self._channel, request, window=window, persistent=persistent)
+        payload = m.encode_map(request)
+        self._adopt(process)
+        try:
+            with self._channel.batch():
+                number, future = self._begin("exec", payload, m.Started, process.on_started)
+                if window is not None:
+                    self._post("stream", id=request.id, mode=request.mode, window=window)
+                if input is not None:
+                    process.stdin.write_now(input)
+                    process.stdin.close()
+            await self._finish(f"exec of {m.printable(str(request.argv[0]), 100)}", number, future, timeout)
+        except BaseException as e:
+            self.release(process)
+            if isinstance(e, asyncio.CancelledError):
+                # It may have started, or be about to. Nobody will ever ask for it.
+                self._post("signal", id=request.id, signal=SIGKILL, group=True)
+            raise
+        return process
+
+    async def run(
+        self, request: ExecRequest, *, input: bytes | None = None, limit: int | None = None, timeout: float | None = None
+    ) -> Completed:
+        """Starts a process, waits for its end and forgets it.
+
+        ``limit`` is how many bytes of each output are kept (the rest is read and dropped). After ``timeout`` seconds the process
+        group is killed and ``timed_out`` set.
+        """
+        small = input is None or len(input) <= m.STDIN_WINDOW
+        if not small:
+            request = msgspec.structs.replace(request, stdin=True)
+        process = await self.exec(request, input=input if small else None)
+        try:
+            return await process.communicate(None if small else input, limit=limit, timeout=timeout)
+        except asyncio.CancelledError:
+            self._post("signal", id=process.id, signal=SIGKILL, group=True)
+            raise
+        finally:
+            self.release(process)
+            if process.status is not None:
+                self._post("forget", id=process.id)
+
+    async def attach(
+        self, id: int, out: int | None = None, err: int | None = None, *, window: int | None = None, persistent: bool = False
+    ) -> Process:
+        """The streams of a process that runs or is remembered, from these offsets on (None: from the oldest byte there is).
+
+        A process that was attached on this connection already loses its streams to the new one.
+        """
+        process = Process(self._channel, None, id=id, out=out, err=err, window=window, persistent=persistent)
+        await self.resume(process)
+        return process
+
+    async def resume(self, process: Process) -> None:
+        """Attaches ``process`` here from where its streams are. Use :meth:`Process.reattach`."""
+        self._check()
+        previous = self._processes.get(process.id)
+        if previous is not None:
+            self.release(previous)
+            if previous is not process:
+                previous.on_lost(GuestError("superseded", f"process {process.id} was attached again"))
+
+        def attached(info: ProcessInfo) -> None:
+            if info.id != process.id:
+                raise protocol_error(f"it attached process {info.id} instead of {process.id}")
+            self._adopt(process)
+            process.on_attached(self._channel, info)
+
+        with self._channel.batch():
+            if process.window is not None:
+                self._post("stream", id=process.id, mode=process.mode, window=process.window)
+            arguments = {"id": process.id, "out": process.stdout.resume_at, "err": process.stderr.resume_at}
+            number, future = self._begin("attach", m.call("attach", **arguments), ProcessInfo, attached)
+        await self._finish(f"attach to process {process.id}", number, future, CALL_TIMEOUT)
+
+    async def take_over(self, former: Agent) -> None:
+        """Goes on here with every process of a connection that is gone. One the guest no longer knows ends with ``NotFound``."""
+        for process in former.attached:
+            try:
+                await process.reattach(self)
+            except NotFound as e:
+                process.abandon(e)
+
+    def _adopt(self, process: Process) -> None:
+        self._processes[process.id] = process
+        process.agent = self
+        for stream in (process.stdout, process.stderr):
+            self._outputs[stream.number] = stream
+
+    def release(self, process: Process) -> None:
+        """Frames for ``process`` are dropped from now on."""
+        if self._processes.get(process.id) is process:
+            del self._processes[process.id]
+            for stream in (process.stdout, process.stderr):
+                self._outputs.pop(stream.number, None)
+
+    async def new_id(self) -> int:
+        """An id this boot has not seen: above every one the agent remembers, in a range of this connection's own."""
+        if self._next_id == 0:
+            known = self.welcome.processes
+            if len(known) >= 256:
+                known = await self.processes()
+            highest = max((info.id for info in known), default=0)
+            self._next_id = max(highest + 1, (self.welcome.generation & 0xFFF) << 16, 1)
+        self._next_id = max(self._next_id, 1)
+        while self._next_id in self._processes:
+            self._next_id += 1
+        chosen, self._next_id = self._next_id, self._next_id + 1
+        if chosen > m.MAX_PROCESS:
+            raise GuestError("too_many", "this boot of the guest has used up its process numbers")
+        return chosen

@@ -1,0 +1,331 @@
+"""The maps of the agent protocol as msgspec Structs (msgpack), and the translation of the agent's errors.
+
+What the guest sends is checked for type and bounds and may carry keys we do not know; what does not fit is a
+``GuestError("protocol_error")``. What we send leaves out every field that has its default, so an older agent sees nothing new.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from stoker.errors import (
+    CapacityExhausted,
+    CommandNotExecutable,
+    CommandNotFound,
+    Conflict,
+    GuestError,
+    InvalidRequest,
+    NotFound,
+    StokerError,
+    TooLarge,
+)
+from stoker.guest.frames import MAX_PAYLOAD, protocol_error
+
+__all__ = [
+    "Configuration",
+    "ExecRequest",
+    "ExitStatus",
+    "GuestInfo",
+    "NetworkConfiguration",
+    "ProcessInfo",
+    "Resolver",
+    "RootMount",
+    "Welcome",
+    "call",
+    "decode",
+    "encode_map",
+    "reply",
+    "wire_error",
+]
+
+VERSION_MIN = 1
+VERSION_MAX = 1
+MAX_PROCESS = (1 << 28) - 1
+DEFAULT_RING = 1 << 20
+MAX_RING = 8 << 20
+STDIN_WINDOW = 256 << 10
+
+Text = str | bytes
+"""What the system calls text: a path, an argument, a value of the environment."""
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Id = Annotated[int, Meta(ge=1, le=MAX_PROCESS)]
+Pid = Annotated[int, Meta(ge=0, le=1 << 22)]
+Short = Annotated[str, Meta(max_length=4096)]
+
+
+class RootMount(Struct, frozen=True, omit_defaults=True):
+    """The root file system the agent mounts; with ``grow`` it is enlarged to its device."""
+
+    device: str
+    fstype: str = "ext4"
+    flags: Sequence[str] = ()
+    options: str = ""
+    grow: bool = False
+
+
+class Resolver(Struct, frozen=True, omit_defaults=True):
+    """What goes into the guest's resolv.conf."""
+
+    nameservers: Sequence[str] = ()
+    search: Sequence[str] = ()
+
+
+class NetworkConfiguration(Struct, frozen=True, omit_defaults=True):
+    """The guest's one interface. ``address`` is in prefix notation."""
+
+    interface: str
+    address: str
+    gateway: str = ""
+    mac: str = ""
+    mtu: int = 0
+
+
+class Configuration(Struct, frozen=True, omit_defaults=True, tag_field="m", tag="configure"):
+    """What a machine is told once, right after it booted. Without ``root`` it stays in its initramfs."""
+
+    root: RootMount | None = None
+    hostname: str = ""
+    hosts: Sequence[tuple[str, str]] = ()
+    resolv: Resolver | None = None
+    network: NetworkConfiguration | None = None
+    env: Mapping[str, Text] = {}
+    entropy: bytes = b""
+    realtime: int = 0
+    user: str = ""
+    workdir: Text = ""
+    modules: Sequence[str] = ()
+    tmpfs_tmp: bool = False
+
+
+class ExecRequest(Struct, frozen=True, omit_defaults=True, tag_field="m", tag="exec"):
+    """A process to start. ``id`` 0 lets the :class:`~stoker.guest.agent.Agent` choose one; without ``stdin`` it reads /dev/null.
+
+    ``rlimits`` are (resource number, soft, hard); ``ring`` is a power of two from 4 KiB to 8 MiB.
+    """
+
+    argv: Sequence[Text]
+    id: int = 0
+    env: Mapping[str, Text] = {}
+    clear_env: bool = False
+    cwd: Text | None = None
+    user: str | None = None
+    groups: Sequence[int] | None = None
+    tty: bool = False
+    rows: int = 0
+    cols: int = 0
+    stdin: bool = False
+    mode: Literal["block", "discard"] = "block"
+    ring: int = DEFAULT_RING
+    tag: str = ""
+    rlimits: Sequence[tuple[int, int, int]] = ()
+    umask: int | None = None
+    attach: bool = True
+    builtin: bool = False
+
+
+class ExitStatus(Struct, frozen=True):
+    """How a process ended, and what it used. ``out`` and ``err`` are the final offsets of its output streams."""
+
+    code: Annotated[int, Meta(ge=0, le=255)] | None = None
+    signal: Annotated[int, Meta(ge=1, le=127)] | None = None
+    core: bool = False
+    out: Count = 0
+    err: Count = 0
+    user_us: Count = 0
+    sys_us: Count = 0
+    max_rss_kb: Count = 0
+    duration_us: Count = 0
+
+    @property
+    def shell_code(self) -> int:
+        """The number a shell would give: the code, or 128 and the signal."""
+        if self.signal is not None:
+            return 128 + self.signal
+        return self.code if self.code is not None else 255
+
+
+class ProcessInfo(Struct, frozen=True):
+    """A process of the guest, as ``attach``, ``processes`` and ``WELCOME`` describe it (the latter two leave offsets out)."""
+
+    id: Id
+    pid: Pid = 0
+    tag: Short = ""
+    running: bool = False
+    pty: bool = False
+    stdin: Count = 0
+    out: Count = 0
+    err: Count = 0
+    out_oldest: Count = 0
+    err_oldest: Count = 0
+    exit: ExitStatus | None = None
+
+
+class Hello(Struct, frozen=True):
+    min: int
+    max: int
+    host: str
+
+
+class Welcome(Struct, frozen=True):
+    """The agent's first words."""
+
+    version: Annotated[int, Meta(ge=0, le=1 << 16)]
+    agent: Short = ""
+    state: Literal["initramfs", "ready"] = "ready"
+    kernel: Short = ""
+    boot_id: Short = ""
+    pid: Pid = 0
+    started_us: Count = 0
+    ready_us: Count = 0
+    generation: Count = 0
+    processes: Annotated[list[ProcessInfo], Meta(max_length=256)] = []
+
+
+class Configured(Struct, frozen=True):
+    pid1: bool = False
+
+
+class Started(Struct, frozen=True):
+    pid: Pid
+    started: Count = 0
+
+
+class Processes(Struct, frozen=True):
+    processes: Annotated[list[ProcessInfo], Meta(max_length=8192)] = []
+
+
+class Nothing(Struct, frozen=True):
+    """An empty answer."""
+
+
+class Memory(Struct, frozen=True):
+    total: Count = 0
+    available: Count = 0
+
+
+class GuestInfo(Struct, frozen=True):
+    """Counters for metrics; disks and networks as the agent names them."""
+
+    uptime: float = 0.0
+    load: Annotated[list[float], Meta(max_length=3)] = []
+    memory: Memory = Memory()
+    disks: Annotated[list[dict[str, Any]], Meta(max_length=256)] = []
+    networks: Annotated[list[dict[str, Any]], Meta(max_length=256)] = []
+
+
+class Event(Struct, frozen=True):
+    """Any event: the keys of all kinds, as ``e`` says which of them count."""
+
+    e: Annotated[str, Meta(max_length=64)]
+    level: Annotated[str, Meta(max_length=64)] = ""
+    text: str = ""
+
+
+class WireError(Struct, frozen=True):
+    code: Annotated[str, Meta(max_length=64)] = "io"
+    message: str = ""
+    errno: int = 0
+
+
+class _Head(Struct, frozen=True):
+    error: WireError | None = None
+
+
+S = TypeVar("S", bound=Struct)
+
+_encoder = msgspec.msgpack.Encoder()
+_head = msgspec.msgpack.Decoder(_Head)
+_decoders: dict[type[Struct], msgspec.msgpack.Decoder[Any]] = {}
+
+_FAMILIES: dict[str, type[StokerError]] = {
+    "bad_request": InvalidRequest,
+    "not_found": NotFound,
+    "exists": Conflict,
+    "no_such_command": CommandNotFound,
+    "not_executable": CommandNotExecutable,
+    "no_such_directory": InvalidRequest,
+    "no_such_user": InvalidRequest,
+    "no_such_group": InvalidRequest,
+    "too_many": CapacityExhausted,
+    "already_configured": Conflict,
+}
+
+
+def printable(text: str, limit: int = 500) -> str:
+    """Text from the guest that may go to a terminal or a log line: bounded, without control characters."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:limit])
+
+
+def wire_error(error: WireError, what: str) -> StokerError:
+    """The exception for an error reply; ``what`` names the call, or the command, for an error without a message."""
+    message = printable(error.message) or f"the guest refused {what}: {printable(error.code, 64)}"
+    details = {"errno": error.errno} if error.errno else None
+    code = error.code if error.code.replace("_", "").isalnum() and error.code.isascii() else "io"
+    return _FAMILIES.get(code, GuestError)(code, message, details=details)
+
+
+def decode(kind: type[S], payload: bytes) -> S:
+    """A map of the guest's, checked."""
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    try:
+        return decoder.decode(payload)  # type: ignore[no-any-return]
+    except (msgspec.DecodeError, ValueError, RecursionError) as e:
+        raise protocol_error(f"{kind.__name__.lower()}: {printable(str(e), 200)}") from None
+
+
+def reply(kind: type[S], payload: bytes, what: str) -> S:
+    """The result in a REPLY; raises the error it carries instead."""
+    try:
+        error = _head.decode(payload).error
+    except (msgspec.DecodeError, ValueError, RecursionError) as e:
+        raise protocol_error(f"reply to {what}: {printable(str(e), 200)}") from None
+    if error is not None:
+        raise wire_error(error, what)
+    return decode(kind, payload)
+
+
+def _native(value: Any) -> Any:
+    """``value`` with every string that is not Unicode (surrogates from the file system's encoding) as the bytes it stands for."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return os.fsencode(value)
+        return value
+    if isinstance(value, dict):
+        return {key: _native(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_native(item) for item in value]
+    return value
+
+
+def encode_map(value: Any) -> bytes:
+    """``value`` (a Struct or a dict) as msgpack of at most one payload."""
+    try:
+        data = _encoder.encode(value)
+    except UnicodeEncodeError:
+        try:
+            data = _encoder.encode(_native(msgspec.to_builtins(value, builtin_types=(bytes,))))
+        except UnicodeEncodeError:
+            raise InvalidRequest("bad_name", "the name of an environment variable is not text") from None
+    except OverflowError as e:
+        raise InvalidRequest("bad_request", f"a number is out of range: {e}") from None
+    if len(data) > MAX_PAYLOAD:
+        raise TooLarge(
+            "request_too_large",
+            f"a command with its arguments and environment takes {len(data):,} bytes; {MAX_PAYLOAD:,} are the most",
+            "pass large data through standard input or a file",
+        )
+    return data
+
+
+def call(method: str, **arguments: Any) -> bytes:
+    """The payload of a CALL whose arguments are plain values (``exec`` and ``configure`` are Structs that know their method)."""
+    return encode_map({"m": method, **arguments})

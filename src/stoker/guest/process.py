@@ -1,0 +1,199 @@
+"""A process in the guest, as its three streams, its end, and the calls about it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from stoker.errors import Conflict, GuestError, StokerError
+from stoker.guest import messages as m
+from stoker.guest.messages import ExecRequest, ExitStatus, ProcessInfo
+from stoker.guest.streams import Link, OutputStream, Stdin, gone, sleep_in, wake
+
+if TYPE_CHECKING:
+    from stoker.guest.agent import Agent
+
+__all__ = ["Completed", "Process"]
+
+SIGKILL = 9
+Mode = Literal["block", "discard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A command that ran to its end. ``out_size`` and ``err_size`` count what it wrote, kept or not."""
+
+    status: ExitStatus
+    stdout: bytes
+    stderr: bytes
+    out_size: int
+    err_size: int
+    timed_out: bool = False
+
+
+class Process:
+    """Made by :meth:`Agent.exec` and :meth:`Agent.attach`.
+
+    ``persistent``: when the connection is lost, readers, writers and waiters wait for :meth:`reattach` instead of failing.
+    """
+
+    agent: Agent
+
+    def __init__(
+        self,
+        link: Link,
+        request: ExecRequest | None,
+        *,
+        id: int = 0,
+        out: int | None = None,
+        err: int | None = None,
+        window: int | None = None,
+        persistent: bool = False,
+    ) -> None:
+        self.id = request.id if request is not None else id
+        self.pid = 0
+        self.tag = request.tag if request is not None else ""
+        self.pty = request is not None and request.tty
+        self.persistent = persistent
+        self.window = window
+        self.mode: Mode = request.mode if request is not None else "block"
+        self.status: ExitStatus | None = None
+        self.error: StokerError | None = None
+        # Without a request nobody said how large the ring is: the largest there can be bounds what a guest may send.
+        bound = window or (request.ring if request is not None else m.MAX_RING)
+        strict = request is not None and request.mode == "block"
+        starts = (0, 0) if request is not None else (out, err)
+        self.stdin = Stdin(self.id * 4, link, closed=request is not None and not (request.stdin or request.tty))
+        self.stdout = OutputStream(self.id * 4 + 1, link, window=bound, start=starts[0], strict=strict)
+        self.stderr = OutputStream(self.id * 4 + 2, link, window=bound, start=starts[1], strict=strict)
+        self._fresh = request is None
+        self._waiters: deque[asyncio.Future[None]] = deque()
+
+    def __repr__(self) -> str:
+        state = "running" if self.status is None else f"ended {self.status.shell_code}"
+        return f"<Process {self.id} pid {self.pid} {state}>"
+
+    async def wait(self) -> ExitStatus:
+        """How the process ended. The agent tells it behind the last byte of output, so somebody has to read that."""
+        while self.status is None:
+            if self.error is not None:
+                raise self.error
+            await sleep_in(self._waiters)
+        return self.status
+
+    async def communicate(self, input: bytes | None = None, *, limit: int | None = None, timeout: float | None = None) -> Completed:
+        """Feeds ``input`` and closes stdin, reads both outputs (keeping ``limit`` bytes of each), waits for the end.
+
+        After ``timeout`` seconds the process group is killed, and ``timed_out`` is set.
+        """
+        out, err = self.stdout.collect(limit), self.stderr.collect(limit)
+        feeding = asyncio.ensure_future(self._feed(input)) if input is not None else None
+        timed_out = False
+        try:
+            try:
+                async with asyncio.timeout(timeout):
+                    status = await self.wait()
+            except TimeoutError:
+                timed_out = True
+                await self.kill()
+                status = await self.wait()
+        finally:
+            if feeding is not None:
+                feeding.cancel()
+                await asyncio.gather(feeding, return_exceptions=True)
+        return Completed(status, bytes(out), bytes(err), self.stdout.received, self.stderr.received, timed_out)
+
+    async def _feed(self, input: bytes) -> None:
+        try:
+            await self.stdin.write(input)
+            self.stdin.close()
+        except (Conflict, GuestError):
+            # The process does not want it, or the connection is gone, which wait() reports.
+            pass
+
+    async def signal(self, number: int, *, group: bool = True) -> None:
+        """Sends a signal, to the whole process group by default. ``NotFound`` when it has ended."""
+        await self.agent._call(m.Nothing, "signal", id=self.id, signal=int(number), group=group)
+
+    async def kill(self) -> None:
+        """SIGKILL to the process group; no error when it has ended."""
+        try:
+            await self.signal(SIGKILL)
+        except StokerError as e:
+            if e.code not in ("not_found", "bad_request"):
+                raise
+
+    async def resize(self, rows: int, cols: int) -> None:
+        """Sets the terminal's size."""
+        await self.agent._call(m.Nothing, "resize", id=self.id, rows=rows, cols=cols)
+
+    async def set_stream(self, mode: Mode, window: int | None = None) -> None:
+        """What happens when nobody reads (``block``: the process waits, ``discard``: the ring keeps the last bytes); the window."""
+        if mode == "discard":
+            self.stdout.strict = self.stderr.strict = False
+        size = window or self.window or self.stdout.window
+        await self.agent._call(m.Nothing, "stream", id=self.id, mode=mode, window=size)
+        self.mode = mode
+        if window is not None:
+            self.window = window
+            # What was on its way under a larger window may still come: the bound here only grows.
+            self.stdout.window = self.stderr.window = max(window, self.stdout.window)
+
+    async def detach(self) -> None:
+        """No more output is sent here; the process goes on. Attach again with :meth:`reattach`, from where the streams are."""
+        self.agent.release(self)
+        await self.agent._call(m.Nothing, "detach", id=self.id)
+
+    async def forget(self) -> None:
+        """Frees what the guest keeps of an ended process."""
+        await self.agent._call(m.Nothing, "forget", id=self.id)
+        self.agent.release(self)
+
+    async def reattach(self, agent: Agent) -> None:
+        """Goes on over ``agent``'s connection: output from the first byte not received, input from the first one not taken."""
+        if self.status is not None and self.stdout.final is not None and self.stderr.final is not None:
+            self.agent.release(self)
+            agent._adopt(self)
+            return
+        await agent.resume(self)
+
+    def abandon(self, error: StokerError) -> None:
+        """Gives a process up whose machine is gone: everyone who waits gets ``error``."""
+        self.persistent = False
+        self._fail(error)
+
+    # -- called by the Agent ----------------------------------------------------------------------------------------------------
+
+    def on_started(self, started: m.Started) -> None:
+        self.pid = started.pid
+
+    def on_attached(self, link: Link, info: ProcessInfo) -> None:
+        self.pid, self.tag, self.pty = info.pid, m.printable(info.tag), info.pty
+        self.error = None
+        if self._fresh:
+            self._fresh = False
+            self.stdin = Stdin(self.id * 4, link, start=info.stdin)
+        else:
+            self.stdin.on_link(link, info.stdin)
+        self.stdout.on_link(link)
+        self.stderr.on_link(link)
+        if info.exit is not None:
+            self.on_exit(info.exit)
+
+    def on_exit(self, status: ExitStatus) -> None:
+        self.status = status
+        self.stdin.on_refused()
+        wake(self._waiters)
+
+    def on_lost(self, reason: GuestError) -> None:
+        self._fail(None if self.persistent else gone(reason))
+
+    def _fail(self, error: StokerError | None) -> None:
+        if self.status is None:
+            self.error = error
+        for stream in (self.stdin, self.stdout, self.stderr):
+            stream.on_lost(error)
+        if error is not None:
+            wake(self._waiters)
