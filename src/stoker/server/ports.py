@@ -1,89 +1,119 @@
-"""What the server needs of an engine. :class:`stoker.engine.engine.Engine` fits it; tests bring one of their own.
-
-:class:`EngineProtocol` follows the engine's own signatures. What the server asks for beyond them is :attr:`EngineProtocol.files`
-(an object that fits :class:`Files`) and :meth:`EngineProtocol.latest_metrics`.
+"""What the server needs of an engine: the contract. :class:`stoker.engine.engine.Engine` fits it; tests bring one of their own.
 
 Rules for every method:
 
-* The principal sees and changes only what is theirs (:class:`~stoker.api.models.Principal`); anything else is ``NotFound``, in
-  the same words as what does not exist. A reference is an id or a name.
-* Failures are :class:`~stoker.errors.StokerError`; a wrong state is a ``Conflict`` whose message says the state and what leaves it.
-* Cancelling a call (the client went away) leaves nothing half done.
+* ``who`` sees and changes only what is theirs (:class:`~stoker.api.models.Principal`); anything else is ``NotFound``, in the
+  same words as what does not exist. ``sandbox`` is an id or a name (own names first for an administrator).
+* Failures are :class:`~stoker.errors.StokerError`; a wrong state is ``Conflict("wrong_state", ...)`` whose message says the state
+  and what leaves it, with ``details={"state": ..., "allowed": [...]}``.
+* Cancelling a call (the client went away) leaves nothing half done; long work goes on as its operation.
 * Any use of a sandbox (a call on its processes or files, an open attachment or lease) counts against its idle timeout.
+* ``cursor`` values are the engine's own, opaque strings; a wrong one is ``InvalidRequest("bad_cursor")``.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from stoker.api.models import (
     ApiKey,
     ApiKeyPage,
     ChangeMode,
     ChangeOwner,
-    ConsoleLog,
     CreatedKey,
     CreateKey,
     CreateSandbox,
     Event,
-    EventPage,
-    ExecRequest,
-    ExecResult,
     FileInfo,
+    Health,
     MakeDirectory,
     MakeSymlink,
     Metrics,
-    MetricsSample,
     MoveFile,
-    PingResult,
+    Operation,
+    OperationPage,
     Principal,
     ProcessInfo,
-    ProcessList,
-    ResizeRequest,
     Sandbox,
     SandboxPage,
     SandboxState,
-    SetTimeout,
-    SignalRequest,
     StartProcess,
-    StopSandbox,
+    Timeout,
     WatchEvent,
-    WriteStdin,
 )
 
-__all__ = ["Attachment", "Chunk", "EngineProtocol", "Files", "ProgressReport"]
+__all__ = ["Attachment", "EngineProtocol", "Files", "Output", "Processes"]
 
 
-class ProgressReport(Protocol):
-    """Who is told how far long work is (:class:`stoker.images.progress.Progress`)."""
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A piece of a process's output: ``stream`` 1 or 2, ``offset`` of its first byte."""
 
-    def step(self, name: str, done: float | None = None, total: float | None = None, detail: str = "") -> None: ...
-
-
-class Chunk(Protocol):
-    """A piece of output: ``stream`` 1 or 2, ``offset`` of its first byte, at most 256 KiB."""
-
-    @property
-    def stream(self) -> int: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def data(self) -> bytes: ...
+    stream: int
+    offset: int
+    data: bytes
 
 
 class Attachment(Protocol):
-    """One client's own view of a process, among any number. Nothing piles up in it between two steps of the iteration."""
+    """One client's own view of a process, among any number. Closing it leaves the process as it is."""
 
     @property
-    def info(self) -> ProcessInfo: ...
-    def __aiter__(self) -> AsyncIterator[Chunk]: ...
-    async def exit(self) -> ProcessInfo: ...
-    async def write(self, data: bytes) -> None: ...
+    def info(self) -> ProcessInfo:
+        """As it was when the attachment began."""
+
+    @property
+    def stdout(self) -> int:
+        """The offset stdout begins at here; likewise ``stderr``."""
+
+    @property
+    def stderr(self) -> int: ...
+
+    async def read(self) -> Output | None:
+        """The next piece, at most 256 KiB; None once, when both streams have ended. Nothing piles up between calls: a slow
+        reader of a ``block`` process slows it down, and of a ``discard`` one finds a gap in the offsets."""
+
+    async def wait(self) -> ProcessInfo:
+        """Until the process has ended."""
+
+    async def write(self, data: bytes) -> None:
+        """Into stdin; returns when the guest has room for more. ``Conflict("stdin_closed")`` when nobody reads it any more."""
+
     async def close_stdin(self) -> None: ...
+
     async def resize(self, rows: int, cols: int) -> None: ...
+
     async def signal(self, number: int, *, group: bool = True) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Processes(Protocol):
+    """The processes of the guests."""
+
+    async def start(self, who: Principal, sandbox: str, request: StartProcess) -> ProcessInfo: ...
+
+    async def open(self, who: Principal, sandbox: str, request: StartProcess) -> Attachment:
+        """Starts and attaches in one round trip: nothing of the output is missed."""
+
+    async def attach(self, who: Principal, sandbox: str, process: int | str, stdout: int | None, stderr: int | None) -> Attachment:
+        """``process`` is an id or a tag (of several, the newest). Offsets: None the oldest byte held, -1 from now on."""
+
+    async def list(self, who: Principal, sandbox: str, *, tag: str | None = None) -> Sequence[ProcessInfo]: ...
+
+    async def get(self, who: Principal, sandbox: str, process: int | str) -> ProcessInfo: ...
+
+    async def signal(self, who: Principal, sandbox: str, process: int | str, number: int, *, group: bool) -> None:
+        """``Conflict("process_ended")`` when it has ended."""
+
+    async def write_stdin(self, who: Principal, sandbox: str, process: int | str, data: bytes, *, close: bool) -> None: ...
+
+    async def resize(self, who: Principal, sandbox: str, process: int | str, rows: int, cols: int) -> None: ...
+
+    async def forget(self, who: Principal, sandbox: str, process: int | str) -> None:
+        """Frees an ended one's output."""
 
 
 class Files(Protocol):
@@ -94,15 +124,15 @@ class Files(Protocol):
     ``permission_denied`` (Forbidden); ``no_space`` (CapacityExhausted); ``bad_path`` (InvalidRequest).
     """
 
-    async def stat(self, principal: Principal, reference: str, path: str, *, user: str | None, follow: bool) -> FileInfo: ...
+    async def stat(self, who: Principal, sandbox: str, path: str, *, user: str | None, follow: bool) -> FileInfo: ...
 
     async def list(
-        self, principal: Principal, reference: str, path: str, *, depth: int, limit: int, user: str | None
+        self, who: Principal, sandbox: str, path: str, *, depth: int, limit: int, user: str | None
     ) -> tuple[Sequence[FileInfo], bool]:
         """Entries below a directory down to ``depth`` (1: its own), sorted by path, and whether ``limit`` cut them off."""
 
     def read(
-        self, principal: Principal, reference: str, path: str, *, offset: int, length: int | None, user: str | None
+        self, who: Principal, sandbox: str, path: str, *, offset: int, length: int | None, user: str | None
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
 
     async def write(
@@ -118,117 +148,128 @@ class Files(Protocol):
     ) -> FileInfo:
         """Makes missing parents. A file that is not appended to appears whole or not at all."""
 
-    async def make_directory(self, principal: Principal, reference: str, request: MakeDirectory) -> FileInfo: ...
+    async def make_directory(self, who: Principal, sandbox: str, request: MakeDirectory) -> FileInfo: ...
 
-    async def make_symlink(self, principal: Principal, reference: str, request: MakeSymlink) -> FileInfo: ...
+    async def make_symlink(self, who: Principal, sandbox: str, request: MakeSymlink) -> FileInfo: ...
 
-    async def move(self, principal: Principal, reference: str, request: MoveFile) -> FileInfo: ...
+    async def move(self, who: Principal, sandbox: str, request: MoveFile) -> FileInfo: ...
 
-    async def remove(self, principal: Principal, reference: str, path: str, *, recursive: bool, user: str | None) -> None: ...
+    async def remove(self, who: Principal, sandbox: str, path: str, *, recursive: bool, user: str | None) -> None: ...
 
-    async def change_mode(self, principal: Principal, reference: str, request: ChangeMode) -> FileInfo: ...
+    async def change_mode(self, who: Principal, sandbox: str, request: ChangeMode) -> FileInfo: ...
 
-    async def change_owner(self, principal: Principal, reference: str, request: ChangeOwner) -> FileInfo: ...
+    async def change_owner(self, who: Principal, sandbox: str, request: ChangeOwner) -> FileInfo: ...
 
     def watch(
-        self, principal: Principal, reference: str, path: str, *, recursive: bool, user: str | None
+        self, who: Principal, sandbox: str, path: str, *, recursive: bool, user: str | None
     ) -> AbstractAsyncContextManager[AsyncIterator[WatchEvent]]:
         """Entered once the watch is in place: what happens after that is seen."""
 
     def export_tar(
-        self, principal: Principal, reference: str, path: str, *, user: str | None
+        self, who: Principal, sandbox: str, path: str, *, user: str | None
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """A directory's contents (names relative to it) or one file, as an uncompressed POSIX tar."""
 
-    async def import_tar(
-        self, principal: Principal, reference: str, path: str, source: AsyncIterator[bytes], *, user: str | None
-    ) -> None:
+    async def import_tar(self, who: Principal, sandbox: str, path: str, source: AsyncIterator[bytes], *, user: str | None) -> None:
         """Unpacks below a directory, which is made where missing. Entries never leave it."""
 
 
 class EngineProtocol(Protocol):
-    """See the module and the engine's own docstrings."""
+    """Everything else."""
+
+    @property
+    def processes(self) -> Processes: ...
 
     @property
     def files(self) -> Files: ...
 
-    @property
-    def count(self) -> int: ...
+    # sandboxes ---------------------------------------------------------------------------------------------------------------
 
-    def facts(self) -> dict[str, Any]: ...
+    async def create(self, who: Principal, request: CreateSandbox, *, idempotency_key: str | None = None) -> Operation:
+        """Admits, records and begins. Returns at once with ``operation.sandbox`` set; the work goes on by itself. The same key
+        and request of the same owner within a day: the same operation; another request: ``Conflict("idempotency_mismatch")``."""
 
-    async def create(
-        self,
-        principal: Principal,
-        request: CreateSandbox,
-        *,
-        idempotency_key: str | None = None,
-        wait: bool = True,
-        progress: ProgressReport | None = None,
-    ) -> Sandbox: ...
-
-    async def get(self, principal: Principal, reference: str) -> Sandbox: ...
+    async def get(self, who: Principal, sandbox: str) -> Sandbox: ...
 
     async def list(
         self,
-        principal: Principal,
+        who: Principal,
         *,
-        states: Collection[SandboxState] = (),
-        labels: Mapping[str, str] | None = None,
-        name: str | None = None,
+        states: frozenset[SandboxState] = frozenset(),
+        labels: Mapping[str, str | None] = ...,
         limit: int = 100,
         cursor: str | None = None,
-    ) -> SandboxPage: ...
+    ) -> SandboxPage:
+        """Newest first. A label with the value None must be there with any value. No states: all."""
 
-    async def wait(
-        self, principal: Principal, reference: str, states: Collection[SandboxState], *, timeout: float | None = None
-    ) -> Sandbox: ...
+    async def destroy(self, who: Principal, sandbox: str) -> None:
+        """Returns when nothing is left. From every state, ``creating`` included (it is cancelled)."""
 
-    async def destroy(self, principal: Principal, reference: str) -> None: ...
-    async def stop(self, principal: Principal, reference: str, request: StopSandbox) -> Sandbox: ...
-    async def start(self, principal: Principal, reference: str, *, progress: ProgressReport | None = None) -> Sandbox: ...
-    async def freeze(self, principal: Principal, reference: str) -> Sandbox: ...
-    async def thaw(self, principal: Principal, reference: str) -> Sandbox: ...
-    async def pause(self, principal: Principal, reference: str) -> Sandbox: ...
-    async def resume(self, principal: Principal, reference: str) -> Sandbox: ...
-    async def set_timeout(self, principal: Principal, reference: str, request: SetTimeout) -> Sandbox: ...
-    async def ping(self, principal: Principal, reference: str) -> PingResult: ...
-    def lease(self, principal: Principal, reference: str) -> AbstractAsyncContextManager[Sandbox]: ...
+    async def stop(self, who: Principal, sandbox: str, grace: float) -> Sandbox: ...
 
-    async def console(
-        self, principal: Principal, reference: str, *, offset: int | None = None, limit: int = 65536
-    ) -> ConsoleLog: ...
-    def follow_console(self, principal: Principal, reference: str, *, offset: int | None = None) -> AsyncIterator[ConsoleLog]: ...
-    async def events(
-        self, principal: Principal, reference: str | None = None, *, after: int = 0, limit: int = 100
-    ) -> EventPage: ...
-    def subscribe(
-        self, principal: Principal, reference: str | None = None, *, after: int | None = None
-    ) -> AbstractAsyncContextManager[AsyncIterator[Event]]: ...
-    async def metrics(self, principal: Principal, reference: str, *, window: float = 600.0) -> Metrics: ...
+    async def start(self, who: Principal, sandbox: str) -> Operation: ...
 
-    def latest_metrics(self, principal: Principal) -> Mapping[str, MetricsSample]:
-        """The newest sample of each of the principal's running sandboxes, by id: memory only, no waiting."""
+    async def freeze(self, who: Principal, sandbox: str) -> Sandbox: ...
 
-    async def exec(self, principal: Principal, reference: str, request: ExecRequest) -> ExecResult: ...
-    async def start_process(self, principal: Principal, reference: str, request: StartProcess) -> ProcessInfo: ...
-    async def processes(self, principal: Principal, reference: str) -> ProcessList: ...
-    async def process(self, principal: Principal, reference: str, which: int | str) -> ProcessInfo: ...
-    async def signal(self, principal: Principal, reference: str, which: int | str, request: SignalRequest) -> None: ...
-    async def resize(self, principal: Principal, reference: str, which: int | str, request: ResizeRequest) -> None: ...
-    async def write_stdin(self, principal: Principal, reference: str, which: int | str, request: WriteStdin) -> None: ...
-    def attach(
-        self,
-        principal: Principal,
-        reference: str,
-        which: int | str,
-        *,
-        stdout: int | None = None,
-        stderr: int | None = None,
-        lossless: bool = True,
-    ) -> AbstractAsyncContextManager[Attachment]: ...
+    async def thaw(self, who: Principal, sandbox: str) -> Sandbox: ...
 
-    async def create_key(self, principal: Principal, request: CreateKey) -> CreatedKey: ...
-    async def keys(self, principal: Principal) -> ApiKeyPage: ...
-    async def revoke_key(self, principal: Principal, key: str) -> ApiKey: ...
-    async def authenticate(self, secret: str) -> Principal: ...
+    async def ping(self, who: Principal, sandbox: str) -> float:
+        """Milliseconds until the agent answered."""
+
+    async def set_timeout(self, who: Principal, sandbox: str, timeout: Timeout | None) -> Sandbox: ...
+
+    async def wait(self, who: Principal, sandbox: str, states: frozenset[SandboxState], timeout: float) -> Sandbox:
+        """Until it is in one of the states. ``DeadlineExceeded`` after ``timeout``; ``NotFound`` when it is destroyed meanwhile
+        (unless it was asked for with no states: then that is what is waited for)."""
+
+    async def console(self, who: Principal, sandbox: str, *, offset: int | None, limit: int) -> tuple[int, bytes, int]:
+        """Offset of the first byte, bytes, oldest offset held. Offset None: the last ``limit`` bytes."""
+
+    def lease(self, who: Principal, sandbox: str) -> AbstractAsyncContextManager[None]:
+        """Held while inside. Leaving it destroys a sandbox made with ``lease``, when it was the last one, within a second.
+        ``Conflict("no_lease")`` when the sandbox was made without."""
+
+    # operations, events, metrics ---------------------------------------------------------------------------------------------
+
+    async def operation(self, who: Principal, operation: str) -> Operation: ...
+
+    async def operations(self, who: Principal, *, sandbox: str | None, limit: int, cursor: str | None) -> OperationPage: ...
+
+    async def wait_operation(self, who: Principal, operation: str, timeout: float, *, seen: Operation | None = None) -> Operation:
+        """Until it has ended, or (``seen``) differs from that one; after ``timeout`` it is returned as it is."""
+
+    async def cancel_operation(self, who: Principal, operation: str) -> Operation:
+        """Returns when it has ended. An ended one stays as it is."""
+
+    def events(
+        self, who: Principal, *, sandbox: str | None = None, after: int | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """From now on, or after an event's id as far as they are kept. A consumer that does not keep up gets ``events.lost``."""
+
+    async def metrics(self, who: Principal, sandbox: str, *, window: float, since: float | None) -> Metrics:
+        """The finest ring that covers ``window`` seconds."""
+
+    async def latest_metrics(self, who: Principal) -> Mapping[str, Metrics]:
+        """The newest sample of every running sandbox, by id, for Prometheus."""
+
+    # keys, health ------------------------------------------------------------------------------------------------------------
+
+    async def create_key(self, request: CreateKey) -> CreatedKey: ...
+
+    async def keys(self, *, limit: int, cursor: str | None) -> ApiKeyPage: ...
+
+    async def revoke_key(self, key: str) -> ApiKey: ...
+
+    async def find_key(self, digest: bytes) -> ApiKey | None:
+        """The key whose secret has this SHA-256, unless revoked. Notes that it was used."""
+
+    async def health(self) -> Health: ...
+
+    def facts(self) -> Mapping[str, object]:
+        """``sandboxes`` (those that are not at an end), ``boot_id``, versions of VMMs: what ``GET /v1/version`` adds."""
+
+    def busy(self) -> bool:
+        """Whether anything is there that an auto-started daemon must stay for (sandboxes, operations)."""
+
+    async def aclose(self) -> None:
+        """Lets go of everything; machines live on."""
