@@ -39,7 +39,7 @@ async def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Async
         if not try_flock(fd):
             if on_wait is not None:
                 on_wait()
-            while not try_flock(fd):
+            while not try_flock(fd):  # noqa: ASYNC110 (another process frees it: there is no event to wait for)
                 await asyncio.sleep(POLL)
         yield
     finally:

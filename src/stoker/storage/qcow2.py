@@ -10,8 +10,8 @@ Layout, in clusters of 64 KiB (qcow2 version 3, 16-bit refcounts)::
     r + 1               the first refcount block: it counts the clusters up to the end of the L1 table
     r + 2 ..            L1 table, one entry for each 512 MiB of guest disk
 
-Only a few bytes are not zero, so the file is sparse: 12 KiB on the host's disk. A crash leaves the file as far as it was written; it
-belongs to one run's directory and goes with it.
+Only a few bytes are not zero, so the file is sparse: 12 KiB on the host's disk. A crash leaves the file as far as it was
+written; it belongs to one run's directory and goes with it.
 """
 
 from __future__ import annotations
