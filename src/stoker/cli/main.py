@@ -1,0 +1,34 @@
+"""The ``stoker`` command. Imports next to nothing: what a word needs is loaded when the word is used."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+__all__ = ["main"]
+
+
+def _hold_standard_streams() -> None:
+    """Opens what of 0, 1 and 2 is closed on /dev/null, so that no socket of ours takes its number and gets a command's output."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+
+
+def main() -> int:
+    """The entry point; the result is the exit code."""
+    _hold_standard_streams()
+    if sys.argv[1:] in (["--version"], ["-V"]):
+        from stoker import __version__
+
+        os.write(1, f"stoker {__version__}\n".encode())
+        return 0
+    from stoker.cli.commands import invoke
+
+    return invoke(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Words of the command line that mean something: sizes, times, environments. Each mistake is one line that names the word."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from stoker.api.units import parse_duration, parse_size
+from stoker.errors import InvalidRequest
+
+__all__ = ["DURATION", "SIZE", "command_words", "environment"]
+
+T = TypeVar("T")
+NAME = re.compile(r"[^=\0\s]+")
+LONGEST_FILE = 1 << 20
+
+
+class _Parsed(click.ParamType[object]):
+    """A parameter whose parser raises errors of ours."""
+
+    def __init__(self, name: str, parse: Callable[[str], T]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except InvalidRequest as e:
+            self.fail(f"{e.message} ({e.hint})" if e.hint else e.message, param, ctx)
+
+
+def _positive(text: str) -> float:
+    seconds = parse_duration(text)
+    if seconds <= 0:
+        raise InvalidRequest("bad_duration", f"{text!r} is not a time in the future")
+    return seconds
+
+
+SIZE = _Parsed("size", parse_size)
+DURATION = _Parsed("duration", _positive)
+
+
+def _pair(text: str, source: str, environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """``K=V``, or ``K`` for this program's own value; None where that is not set."""
+    name, equals, value = text.partition("=")
+    if NAME.fullmatch(name) is None or "\0" in value:
+        raise InvalidRequest(
+            "bad_environment", f"{source}: {text[:100]!r} is not NAME=VALUE", "--env NAME=VALUE, or --env NAME to pass it on"
+        )
+    if equals:
+        return name, value
+    return (name, environ[name]) if name in environ else None
+
+
+def _read_file(path: str, environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Docker's format: a variable a line, ``#`` comments, no quoting, no expansion; a bare name passes ours on."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LONGEST_FILE + 1)
+    except OSError as e:
+        raise InvalidRequest("bad_environment_file", f"{path}: {e.strerror}", "--env-file takes lines of NAME=VALUE") from None
+    if len(data) > LONGEST_FILE:
+        raise InvalidRequest("bad_environment_file", f"{path} is larger than {LONGEST_FILE >> 20} MiB")
+    pairs = []
+    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        line = os.fsdecode(raw.rstrip(b"\r")).lstrip()
+        if not line or line.startswith("#"):
+            continue
+        pair = _pair(line, f"{path}:{number}", environ)
+        if pair is not None:
+            pairs.append(pair)
+    return pairs
+
+
+def environment(
+    words: Iterable[str], files: Iterable[str], environ: Mapping[str, str] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """What ``--env-file`` and ``--env`` say together: files first, later ones win, ``--env`` over all."""
+    env = os.environ if environ is None else environ
+    merged: dict[str, str] = {}
+    for path in files:
+        merged.update(_read_file(path, env))
+    for word in words:
+        pair = _pair(word, "--env", env)
+        if pair is not None:
+            merged[pair[0]] = pair[1]
+    return tuple(merged.items())
+
+
+def command_words(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The command behind ``IMAGE [--]``."""
+    return words[1:] if words[:1] == ("--",) else words
+
+
+def existing_file(option: str, path: str | None) -> Path | None:
+    """An option's file as an absolute path; missing ones are refused before anything is made."""
+    if path is None:
+        return None
+    if not os.path.isfile(path):
+        raise InvalidRequest("file_missing", f"{option}: there is no file {path}")
+    return Path(path).absolute()
