@@ -24,6 +24,7 @@ from stoker.api.types import (
     Model,
     Name,
     NetworkMode,
+    OperationId,
     ProcessId,
     SandboxId,
     SandboxState,
@@ -142,6 +143,7 @@ class Sandbox(Model, frozen=True):
     ended_at: UnixTime | None = None
     versions: Versions = field(default_factory=Versions)
     error: ErrorBody | None = None
+    operation: OperationId | None = None
     main: ProcessId | None = None
     timings: dict[str, float] = field(default_factory=dict)
     """Milliseconds each part of the start took."""
