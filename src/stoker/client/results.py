@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 from stoker.errors import DeadlineExceeded, StokerError
 
-__all__ = ["CommandFailed", "CommandResult", "CommandTimeout", "OnOutput", "Output"]
+__all__ = ["CommandFailed", "CommandResult", "CommandTimeout", "Data", "OnOutput", "Output"]
 
-OnOutput: TypeAlias = Callable[[bytes], Awaitable[None] | None]
-"""Called with each piece of output as it comes, a plain function or an async one. Output waits while it runs."""
+OnOutput: TypeAlias = Callable[[str], object]
+"""Called with each piece of output as it comes; what it returns is awaited where it can be. Output waits while it runs."""
+
+Data: TypeAlias = str | bytes | bytearray | memoryview | IO[bytes] | Iterable[bytes] | AsyncIterable[bytes]
+"""What can be sent into a sandbox. Text is UTF-8; files are open for reading bytes."""
 
 
 @dataclass(frozen=True, slots=True)

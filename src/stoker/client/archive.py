@@ -1,0 +1,181 @@
+"""Trees of this host to tar and back. What comes from a sandbox is hostile: PEP 706's ``data`` filter, and nothing followed.
+
+tarfile is synchronous: it runs in a thread, and a bounded queue of pieces joins it to the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import IO, cast
+
+from stoker.errors import HostError, InvalidRequest, StokerError
+
+__all__ = ["pack", "save", "unpack"]
+
+PIECE = 256 << 10
+DEPTH = 8
+
+
+class _Gone(Exception):
+    """The other side of the queue has given up."""
+
+
+class _Pipe(io.RawIOBase):
+    """A file object for tarfile's streams: a bounded queue between a thread and the loop."""
+
+    def __init__(self) -> None:
+        self.queue: queue.Queue[bytes | None] = queue.Queue(DEPTH)
+        self.gone = threading.Event()
+        self._rest = b""
+        self._ended = False
+
+    def put(self, piece: bytes | None) -> None:
+        while not self.gone.is_set():
+            try:
+                return self.queue.put(piece, timeout=0.2)
+            except queue.Full:
+                continue
+        raise _Gone
+
+    def get(self) -> bytes | None:
+        while not self.gone.is_set():
+            try:
+                return self.queue.get(timeout=0.2)
+            except queue.Empty:
+                continue
+        raise _Gone
+
+    def write(self, data: object) -> int:
+        piece = bytes(cast(bytes, data))
+        self.put(piece)
+        return len(piece)
+
+    def read(self, size: int = -1) -> bytes:
+        parts: list[bytes] = []
+        missing = size if size >= 0 else 1 << 62
+        while missing and not self._ended:
+            if not self._rest:
+                piece = self.get()
+                if piece is None:
+                    self._ended = True
+                    break
+                self._rest = piece
+            part, self._rest = self._rest[:missing], self._rest[missing:]
+            missing -= len(part)
+            parts.append(part)
+        return b"".join(parts)
+
+
+def _write_tree(top: Path, pipe: _Pipe) -> None:
+    import tarfile
+
+    with tarfile.open(fileobj=cast(IO[bytes], pipe), mode="w|", bufsize=PIECE, format=tarfile.PAX_FORMAT) as archive:
+        for name in sorted(os.listdir(top)):
+            archive.add(top / name, arcname=name)
+    pipe.put(None)
+
+
+async def pack(source: str | os.PathLike[str]) -> AsyncIterator[bytes]:
+    """The contents of a directory as a tar archive; names are relative to it. Owners are left to the unpacking side."""
+    pipe = _Pipe()
+    work = asyncio.ensure_future(asyncio.to_thread(_guarded, lambda: _write_tree(Path(source), pipe), pipe))
+    try:
+        while (piece := await asyncio.to_thread(pipe.get)) is not None:
+            yield piece
+        await work
+    except _Gone:
+        await work  # says what went wrong in the thread
+    finally:
+        pipe.gone.set()
+        await asyncio.gather(work, return_exceptions=True)
+
+
+def _refuse_links(destination: Path, name: str) -> None:
+    """Nothing is written through a symbolic link: an archive of a tree never has a name below one, a forged one has.
+
+    The filter alone resolves such names, and has been fooled by paths that are too long to resolve.
+    """
+    place = destination
+    for part in Path(name).parts[:-1]:
+        place = place / part
+        if part == ".." or place.is_symlink():
+            raise InvalidRequest("unsafe_archive", f"{name[:200]!r} in the archive leads through a link, {place}")
+
+
+def _read_tree(pipe: _Pipe, destination: Path) -> None:
+    import tarfile
+
+    destination.mkdir(parents=True, exist_ok=True)
+    try:
+        with tarfile.open(fileobj=cast(IO[bytes], pipe), mode="r|", bufsize=PIECE) as archive:
+            for member in archive:
+                _refuse_links(destination, member.name)
+                if member.islnk():
+                    _refuse_links(destination, member.linkname)
+                archive.extract(member, destination, set_attrs=True, numeric_owner=True, filter="data")
+    except tarfile.FilterError as e:
+        raise InvalidRequest("unsafe_archive", f"the sandbox sent something that leads out of {destination}: {e}") from None
+    except tarfile.TarError as e:
+        raise HostError("bad_archive", f"the sandbox sent no proper archive: {e}") from None
+    while pipe.read(PIECE):  # the padding after an archive's end, so that the sender can finish
+        pass
+
+
+def _guarded(work: Callable[[], None], pipe: _Pipe) -> None:
+    try:
+        work()
+    except OSError as e:
+        raise HostError("file_failed", f"{e.filename or 'a file'}: {e.strerror or e}") from e
+    except _Gone:
+        pass
+    finally:
+        pipe.gone.set()
+
+
+async def unpack(pieces: AsyncIterator[bytes], destination: str | os.PathLike[str]) -> None:
+    """Unpacks below a directory, which is made where it is missing. Links out of it, devices and absolute names are refused."""
+    pipe = _Pipe()
+    work = asyncio.ensure_future(asyncio.to_thread(_guarded, lambda: _read_tree(pipe, Path(destination)), pipe))
+    try:
+        async for piece in pieces:
+            await asyncio.to_thread(pipe.put, piece)
+        await asyncio.to_thread(pipe.put, None)
+        await work
+    except _Gone:
+        await work
+    finally:
+        pipe.gone.set()
+        await asyncio.gather(work, return_exceptions=True)
+
+
+async def save(pieces: AsyncIterator[bytes], destination: str | os.PathLike[str], mode: int) -> None:
+    """Writes a file beside its place and renames it. A directory gets no file of that name silently: it is an error."""
+    place = Path(destination)
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            async for piece in pieces:
+                await asyncio.to_thread(_write_all, fd, piece)
+            os.fchmod(fd, mode)
+        finally:
+            os.close(fd)
+        os.replace(temporary, place)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise HostError("file_failed", f"{destination} cannot be written: {e.strerror}") from e
+    except (StokerError, asyncio.CancelledError):
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]

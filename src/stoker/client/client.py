@@ -1,0 +1,171 @@
+"""One daemon, seen from a program: what is not about one sandbox, and the way to the sandboxes.
+
+Without a client of their own, sandboxes share one per event loop and configuration. It closes when the loop ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import AsyncGenerator, Mapping
+from typing import TYPE_CHECKING
+
+from stoker.api.codec import decode_answer
+from stoker.api.models import (
+    ApiKey,
+    ApiKeyPage,
+    CreatedKey,
+    CreateKey,
+    Event,
+    EventPage,
+    Health,
+    Operation,
+    OperationPage,
+    Quota,
+    Sandbox,
+    SandboxPage,
+    Version,
+)
+from stoker.client.api import Api, path
+from stoker.client.endpoint import Endpoint, parse_endpoint
+from stoker.client.feed import AsyncFeed, events_feed
+from stoker.client.transport import Transport
+from stoker.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from stoker.client.launch import DaemonProcess
+
+__all__ = ["AsyncClient", "default_client"]
+
+
+class AsyncClient:
+    """A connection to a daemon, for one event loop.
+
+    ``url`` and ``api_key`` default to ``STOKER_URL`` and ``STOKER_API_KEY``; without a URL it is this host's daemon, which is
+    started when it does not run (unless ``start`` is false).
+    """
+
+    def __init__(
+        self, url: str | None = None, api_key: str | None = None, *, start: bool = True, settings: Settings | None = None
+    ) -> None:
+        settings = settings or load_settings()
+        url = settings.url if url is None else url
+        key = settings.api_key if api_key is None else api_key
+        endpoint = parse_endpoint(url) if url else Endpoint(socket=settings.socket)
+        headers = [("User-Agent", "stoker-client"), ("Accept", "application/json")]
+        if key:
+            headers.append(("Authorization", f"Bearer {key}"))
+
+        async def launch() -> None:
+            from stoker.client.launch import start_daemon
+
+            await start_daemon(settings)
+
+        self.endpoint = endpoint
+        self._api = Api(
+            Transport(
+                endpoint,
+                headers=headers,
+                start=launch if start and not url else None,
+                hint="stoker serve" if not url else f"is the daemon running at {endpoint}, and STOKER_URL right?",
+            )
+        )
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes its connections. Sandboxes and processes go on."""
+        self._api.transport.close()
+
+    async def version(self) -> Version:
+        """The daemon's version, pid and facts."""
+        return await self._api.call("GET", path("version"), Version)
+
+    async def health(self) -> Health:
+        return await self._api.call("GET", path("health"), Health)
+
+    async def sandboxes(
+        self,
+        *,
+        states: tuple[str, ...] = (),
+        labels: Mapping[str, str | None] | None = None,
+        name: str | None = None,
+        limit: int | None = None,
+    ) -> list[Sandbox]:
+        """The sandboxes as they are now, newest first. A label with None must be there with any value."""
+        wanted = [key if value is None else f"{key}={value}" for key, value in (labels or {}).items()]
+        items: list[Sandbox] = []
+        cursor: str | None = None
+        while True:
+            size = 500 if limit is None else min(500, limit - len(items))
+            query: dict[str, object] = {"state": states, "label": wanted, "name": name, "limit": size, "cursor": cursor}
+            page = await self._api.call("GET", path("sandboxes"), SandboxPage, query=query)
+            items.extend(page.items)
+            cursor = page.next
+            if cursor is None or (limit is not None and len(items) >= limit):
+                return items
+
+    async def operations(self) -> list[Operation]:
+        """The long work that is going on, and what of it has ended lately."""
+        return (await self._api.call("GET", path("operations"), OperationPage, query={"limit": 500})).items
+
+    async def events(self, *, sandbox: str | None = None, after: int | None = None, limit: int = 100) -> list[Event]:
+        """What has happened, oldest first, after the event with the number ``after``."""
+        where = path("events") if sandbox is None else path("sandboxes", sandbox, "events")
+        return (await self._api.call("GET", where, EventPage, query={"after": after, "limit": limit})).items
+
+    async def follow_events(self, *, sandbox: str | None = None, after: int | None = None) -> AsyncFeed[Event]:
+        """What happens from now on (or after an event), as it happens."""
+        where = path("events", "stream") if sandbox is None else path("sandboxes", sandbox, "events", "stream")
+        last = "" if after is None else str(after)
+        return await events_feed(self._api, where, lambda data: decode_answer(data, Event), last_id=last)
+
+    async def create_key(self, name: str = "", *, quota: Quota | None = None) -> CreatedKey:
+        """Makes an API key. Its secret is in this answer and nowhere else."""
+        return await self._api.call("POST", path("keys"), CreatedKey, body=CreateKey(name=name, quota=quota or Quota()))
+
+    async def keys(self) -> list[ApiKey]:
+        return (await self._api.call("GET", path("keys"), ApiKeyPage, query={"limit": 500})).items
+
+    async def revoke_key(self, key: str) -> ApiKey:
+        """Makes a key worthless, at once."""
+        return await self._api.call("DELETE", path("keys", key), ApiKey)
+
+    def daemon(self) -> DaemonProcess | None:
+        """Who listens on this host's socket; None when nobody does, or when the daemon is elsewhere."""
+        from stoker.client.launch import listening
+
+        return None if self.endpoint.socket is None else listening(self.endpoint.socket)
+
+
+_Key = tuple[str, str, str]
+_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Key, tuple[AsyncClient, AsyncGenerator[None, None]]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+async def _keeper(client: AsyncClient) -> AsyncGenerator[None, None]:
+    try:
+        yield
+    finally:
+        await client.close()
+
+
+async def default_client() -> AsyncClient:
+    """The client that sandboxes of this event loop share, for the configuration as it is now.
+
+    ``asyncio.run`` ends the open asynchronous generators of its loop: one of them closes the client, so nothing is left open.
+    """
+    settings = load_settings()
+    key: _Key = (settings.url, settings.api_key, str(settings.socket))
+    clients = _clients.setdefault(asyncio.get_running_loop(), {})
+    if key not in clients:
+        client = AsyncClient(settings=settings)
+        keeper = _keeper(client)
+        clients[key] = (client, keeper)
+        await anext(keeper)
+    return clients[key][0]

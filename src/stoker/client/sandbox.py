@@ -1,0 +1,253 @@
+"""``AsyncSandbox``: one microVM, from outside. The sync twin, ``Sandbox``, is generated from this."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from stoker.api.codec import decode_answer
+from stoker.api.models import (
+    ConsoleLog,
+    CreateSandbox,
+    Event,
+    Metrics,
+    NetworkMode,
+    Operation,
+    PingResult,
+    SandboxState,
+    SetTimeout,
+    StopSandbox,
+    Timeout,
+    TimeoutAction,
+    TimeoutMode,
+)
+from stoker.api.models import Sandbox as SandboxInfo
+from stoker.api.units import parse_duration, parse_size
+from stoker.client.api import path
+from stoker.client.client import AsyncClient, default_client
+from stoker.client.commands import AsyncCommands, AsyncPty
+from stoker.client.feed import AsyncFeed, events_feed
+from stoker.client.files import AsyncFiles
+from stoker.client.operations import OnProgress, finish_operation
+from stoker.errors import InvalidRequest, NotFound
+
+__all__ = ["AsyncSandbox"]
+
+CREATE_TIMEOUT = 900.0
+READY = (SandboxState.RUNNING, SandboxState.FAILED, SandboxState.STOPPED, SandboxState.LOST)
+
+
+class AsyncSandbox:
+    """A sandbox by its handle. Make one with :meth:`create`, find one with :meth:`connect` or :meth:`list`.
+
+    Used with ``async with`` it is destroyed at the end of the block; otherwise it lives until it is killed or its timeout passes.
+    """
+
+    def __init__(self, client: AsyncClient, info: SandboxInfo) -> None:
+        self._client = client
+        self._api = client._api
+        self._info = info
+        self.commands = AsyncCommands(self._api, info.id)
+        self.files = AsyncFiles(self._api, info.id)
+        self.pty = AsyncPty(self._api, info.id)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._info.name or self.id} {self._info.state.value}>"
+
+    @property
+    def id(self) -> str:
+        return self._info.id
+
+    @property
+    def name(self) -> str | None:
+        return self._info.name
+
+    @property
+    def info(self) -> SandboxInfo:
+        """As it was when something was last heard of it; :meth:`refresh` asks."""
+        return self._info
+
+    @classmethod
+    async def create(
+        cls,
+        image: str,
+        *,
+        name: str | None = None,
+        memory: str | int = "512M",
+        cpus: int = 1,
+        disk: str | int = 0,
+        env: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout: float | str | None = None,
+        idle_timeout: float | str | None = None,
+        kernel: str = "",
+        initrd: str = "",
+        hostname: str | None = None,
+        user: str | None = None,
+        workdir: str | None = None,
+        network: str = "user",
+        lease: bool = False,
+        cold: bool = False,
+        start: bool = False,
+        ready_timeout: float = CREATE_TIMEOUT,
+        on_progress: OnProgress | None = None,
+        client: AsyncClient | None = None,
+    ) -> AsyncSandbox:
+        """Makes a sandbox and returns when it runs.
+
+        Sizes are bytes or such as ``512M``, times seconds or such as ``30m``. ``timeout`` destroys it so long after now,
+        ``idle_timeout`` so long after its last use. ``start`` runs the image's own command as a process tagged ``main``.
+        Cancelled, or not ready within ``ready_timeout`` seconds, nothing of it is left.
+        """
+        client = client or await default_client()
+        request = CreateSandbox(
+            image=image,
+            name=name,
+            kernel=kernel,
+            initrd=initrd,
+            cpus=cpus,
+            memory=parse_size(memory),
+            disk=parse_size(disk),
+            env=dict(env or {}),
+            labels=dict(labels or {}),
+            hostname=hostname,
+            user=user,
+            workdir=workdir,
+            network=_network(network),
+            timeout=_timeout(timeout, idle_timeout),
+            lease=lease,
+            cold=cold,
+            start=start,
+        )
+        # With the key the request can be sent again when a connection breaks: it makes one sandbox, not two.
+        headers = [("Idempotency-Key", secrets.token_urlsafe(18))]
+        operation = await client._api.call(
+            "POST", path("sandboxes"), Operation, query={"wait": False}, body=request, headers=headers
+        )
+        await finish_operation(client._api, operation, ready_timeout, on_progress)
+        return await cls.connect(str(operation.sandbox), client=client)
+
+    @classmethod
+    async def connect(cls, sandbox: str, *, client: AsyncClient | None = None) -> AsyncSandbox:
+        """A handle on a sandbox that is there, by its id or its name."""
+        client = client or await default_client()
+        return cls(client, await client._api.call("GET", path("sandboxes", sandbox), SandboxInfo))
+
+    @classmethod
+    async def list(
+        cls,
+        *,
+        states: tuple[str, ...] = (),
+        labels: Mapping[str, str | None] | None = None,
+        limit: int | None = None,
+        client: AsyncClient | None = None,
+    ) -> builtins.list[AsyncSandbox]:
+        """Handles on one's sandboxes, newest first. A label with None must be there with any value."""
+        client = client or await default_client()
+        return [cls(client, info) for info in await client.sandboxes(states=states, labels=labels, limit=limit)]
+
+    async def __aenter__(self) -> AsyncSandbox:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        # Also when the block was cancelled: the machine must not stay because its user was interrupted.
+        await asyncio.shield(self.kill())
+
+    def _path(self, *rest: str) -> str:
+        return path("sandboxes", self.id, *rest)
+
+    async def refresh(self) -> SandboxInfo:
+        """Asks how it is now."""
+        return self._keep(await self._api.call("GET", self._path(), SandboxInfo))
+
+    def _keep(self, info: SandboxInfo) -> SandboxInfo:
+        self._info = info
+        return info
+
+    async def kill(self) -> bool:
+        """Destroys it: the machine, its disk, everything. False: it was gone already."""
+        try:
+            await self._api.send("DELETE", self._path(), timeout=120.0)
+        except NotFound:
+            return False
+        return True
+
+    async def _change(self, what: str, body: Any = None, timeout: float = 120.0) -> SandboxInfo:
+        return self._keep(await self._api.call("POST", self._path(what), SandboxInfo, body=body, timeout=timeout))
+
+    async def freeze(self) -> SandboxInfo:
+        """Stops its CPUs. It keeps its memory, and answers nothing until :meth:`thaw`."""
+        return await self._change("freeze")
+
+    async def thaw(self) -> SandboxInfo:
+        return await self._change("thaw")
+
+    async def stop(self, *, grace: float = 10.0) -> SandboxInfo:
+        """Shuts it down and keeps its disk. ``grace``: seconds its processes get to end by themselves."""
+        return await self._change("stop", StopSandbox(grace=grace), timeout=grace + 120.0)
+
+    async def start(self, *, ready_timeout: float = CREATE_TIMEOUT, on_progress: OnProgress | None = None) -> SandboxInfo:
+        """Boots a stopped one from its disk."""
+        operation = await self._api.call("POST", self._path("start"), Operation, query={"wait": False})
+        await finish_operation(self._api, operation, ready_timeout, on_progress)
+        return await self.refresh()
+
+    async def set_timeout(self, timeout: float | str | None = None, *, idle_timeout: float | str | None = None) -> SandboxInfo:
+        """Destroys it so long after now, or after its last use; with neither it stays until it is killed."""
+        body = SetTimeout(timeout=_timeout(timeout, idle_timeout))
+        return self._keep(await self._api.call("PUT", self._path("timeout"), SandboxInfo, body=body))
+
+    async def wait(self, *states: str, timeout: float | None = None) -> SandboxInfo:
+        """Until it is in one of the states. :class:`DeadlineExceeded` after ``timeout`` seconds."""
+        from stoker.client.operations import wait_for_state
+
+        return self._keep(await wait_for_state(self._api, self.id, states, timeout))
+
+    async def ping(self) -> float:
+        """Seconds until the agent in the guest has answered."""
+        return (await self._api.call("POST", self._path("ping"), PingResult)).ms / 1000
+
+    async def metrics(self, *, window: float = 60.0) -> Metrics:
+        """CPU, memory, disk and network over the last so many seconds."""
+        return await self._api.call("GET", self._path("metrics"), Metrics, query={"window": window})
+
+    async def logs(self, *, offset: int | None = None, limit: int | None = None) -> str:
+        """The end of the serial console, or a part of it from ``offset`` on."""
+        query: dict[str, object] = {"offset": offset, "limit": limit}
+        return (await self._api.call("GET", self._path("console"), ConsoleLog, query=query)).text
+
+    async def follow_logs(self, *, offset: int | None = None) -> AsyncFeed[ConsoleLog]:
+        """The serial console as it grows."""
+        query: dict[str, object] = {"offset": offset}
+        target = self._path("console", "stream")
+        return await events_feed(self._api, target, lambda data: decode_answer(data, ConsoleLog), query=query)
+
+    async def events(self, *, after: int | None = None, limit: int = 100) -> builtins.list[Event]:
+        """What has happened to it."""
+        return await self._client.events(sandbox=self.id, after=after, limit=limit)
+
+    async def follow_events(self, *, after: int | None = None) -> AsyncFeed[Event]:
+        """What happens to it from now on."""
+        return await self._client.follow_events(sandbox=self.id, after=after)
+
+    async def url_for(self, path: str, *, operation: str = "read", expires_in: int = 3600) -> str:
+        """A whole URL that reads or writes one of its files without a key. Of use where the daemon listens on TCP."""
+        signed = await self.files.signed_url(path, operation=operation, expires_in=expires_in)
+        return f"{self._client.endpoint}{signed.url}"
+
+
+def _network(mode: str) -> NetworkMode:
+    try:
+        return NetworkMode(mode)
+    except ValueError:
+        raise InvalidRequest("bad_network", f"there is no network mode {mode!r}", "user or none") from None
+
+
+def _timeout(absolute: float | str | None, idle: float | str | None) -> Timeout | None:
+    if absolute is not None and idle is not None:
+        raise InvalidRequest("two_timeouts", "a sandbox has one timeout, absolute or idle", "leave out timeout or idle_timeout")
+    given, mode = (absolute, TimeoutMode.ABSOLUTE) if idle is None else (idle, TimeoutMode.IDLE)
+    return None if given is None else Timeout(seconds=parse_duration(given), mode=mode, action=TimeoutAction.DESTROY)
