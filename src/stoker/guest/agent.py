@@ -354,6 +354,26 @@ class Agent:
         await self.resume(process)
         return process
 
+    async def observe(self, id: int) -> Process:
+        """A process that runs or is remembered, without its output (see :meth:`Process.rewind`): its end is told. Persistent."""
+        process = Process(self._channel, None, id=id, persistent=True)
+        process.agent = self
+        await process.follow(self)
+        return process
+
+    def mute(self, process: Process) -> None:
+        """See :meth:`Process.mute`."""
+        for stream in (process.stdout, process.stderr):
+            if self._outputs.get(stream.number) is stream:
+                del self._outputs[stream.number]
+        if self._processes.get(process.id) is process:
+            self._post("detach", id=process.id)
+
+    @property
+    def link(self) -> Channel:
+        """The connection, for streams that are made anew."""
+        return self._channel
+
     async def resume(self, process: Process) -> None:
         """Attaches ``process`` here from where its streams are. Use :meth:`Process.reattach`."""
         self._check()

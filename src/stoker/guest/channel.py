@@ -68,6 +68,8 @@ class Channel:
             frames = self._parser.advance(count)
             if frames and self._on_frames is not None:
                 self._on_frames(frames)
+            if self._parser.failure is not None:
+                self.close(self._parser.failure)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as e:

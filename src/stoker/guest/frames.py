@@ -2,7 +2,7 @@
 
 A frame is a 24-byte header, a payload of at most 64 KiB and a 4-byte trailer. :class:`FrameParser` owns one buffer of fixed size,
 which the socket is read into directly; whatever the peer sends, nothing is ever allocated beyond that buffer and the payloads of
-the frames found in it. Damage raises ``GuestError("protocol_error")``, nothing else, and a damaged parser stays damaged: the
+the frames found in it. Damage is a ``GuestError("protocol_error")``, nothing else, and a damaged parser stays damaged: the
 connection is closed and a new one synchronised.
 """
 
@@ -124,16 +124,18 @@ class FrameParser:
 
     With ``expect`` (a whole preamble) every byte before its first occurrence is dropped. Bytes come in by :meth:`writable` and
     :meth:`advance` (read into the buffer), or by :meth:`feed` (copied into it).
+
+    The whole frames in front of a damaged one are handed out still, and ``failure`` says what is wrong behind them.
     """
 
-    __slots__ = ("_buffer", "_end", "_expect", "_failed", "_start", "_view", "synchronised")
+    __slots__ = ("_buffer", "_end", "_expect", "_start", "_view", "failure", "synchronised")
 
     def __init__(self, expect: bytes | None = None) -> None:
         self._buffer = bytearray(BUFFER)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
         self._expect = expect
-        self._failed: GuestError | None = None
+        self.failure: GuestError | None = None
         self.synchronised = expect is None
 
     @property
@@ -154,20 +156,16 @@ class FrameParser:
         return self._view[end:]
 
     def advance(self, count: int) -> list[Frame]:
-        """``count`` bytes were written: the frames that are complete now."""
-        if self._failed is not None:
-            raise self._failed
+        """``count`` bytes were written: the frames that are complete now. Look at ``failure`` behind the last of them."""
+        if self.failure is not None:
+            return []
         self._end += count
         if not self.synchronised and not self._hunt():
             return []
-        try:
-            return self._frames()
-        except GuestError as e:
-            self._failed = e
-            raise
+        return self._frames()
 
     def feed(self, data: bytes) -> list[Frame]:
-        """The frames that ``data`` completes."""
+        """The frames that ``data`` completes. Raises the failure, if there is one, at once."""
         found: list[Frame] = []
         rest = memoryview(data)
         while rest:
@@ -176,6 +174,8 @@ class FrameParser:
             room[:count] = rest[:count]
             rest = rest[count:]
             found += self.advance(count)
+            if self.failure is not None:
+                raise self.failure
         return found
 
     def _hunt(self) -> bool:
@@ -193,18 +193,23 @@ class FrameParser:
         found: list[Frame] = []
         while end - start >= HEADER_SIZE:
             magic, type, _flags, channel, offset, length, crc = _HEADER.unpack_from(view, start)
-            if magic != MAGIC:
-                raise protocol_error(f"a frame cannot start with {bytes(view[start : start + 2]).hex(' ')}")
-            if crc32(view[start : start + 20]) != crc:
-                raise protocol_error("a frame's header has a wrong checksum")
-            if length > MAX_PAYLOAD:
-                raise protocol_error(f"a frame of {length} bytes")
+            if magic != MAGIC or crc32(view[start : start + 20]) != crc or length > MAX_PAYLOAD:
+                self.failure = self._damaged(magic, length, start)
+                break
             body = start + HEADER_SIZE
             after = body + length
             if after + TRAILER_SIZE > end:
                 break
             if _WORD.unpack_from(view, after)[0] != ((crc ^ 0xA5A5A5A5) or 1):
-                raise protocol_error("a frame was torn")
+                self.failure = protocol_error("a frame was torn")
+                break
             found.append(Frame(type, channel, offset, bytes(view[body:after])))
             self._start = start = after + TRAILER_SIZE
         return found
+
+    def _damaged(self, magic: int, length: int, start: int) -> GuestError:
+        if magic != MAGIC:
+            return protocol_error(f"a frame cannot start with {bytes(self._view[start : start + 2]).hex(' ')}")
+        if length > MAX_PAYLOAD:
+            return protocol_error(f"a frame of {length} bytes")
+        return protocol_error("a frame's header has a wrong checksum")

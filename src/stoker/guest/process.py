@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct
 
 from stoker.errors import Conflict, GuestError, StokerError
 from stoker.guest import messages as m
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["Completed", "Process"]
 
 SIGKILL = 9
+NOW = -1
+FROM_NOW = 1 << 62
+"""More than any process writes: the agent begins at what comes next."""
 Mode = Literal["block", "discard"]
 
 
-@dataclass(frozen=True, slots=True)
-class Completed:
+class Completed(Struct, frozen=True):
     """A command that ran to its end. ``out_size`` and ``err_size`` count what it wrote, kept or not."""
 
     status: ExitStatus
@@ -69,6 +72,7 @@ class Process:
         self.stdout = OutputStream(self.id * 4 + 1, link, window=bound, start=starts[0], strict=strict)
         self.stderr = OutputStream(self.id * 4 + 2, link, window=bound, start=starts[1], strict=strict)
         self._fresh = request is None
+        self._rewound = False
         self._waiters: deque[asyncio.Future[None]] = deque()
 
     def __repr__(self) -> str:
@@ -79,7 +83,7 @@ class Process:
         """How the process ended. The agent tells it behind the last byte of output, so somebody has to read that."""
         while self.status is None:
             if self.error is not None:
-                raise self.error
+                raise gone(self.error)
             await sleep_in(self._waiters)
         return self.status
 
@@ -159,6 +163,35 @@ class Process:
             return
         await agent.resume(self)
 
+    async def rewind(self, out: int | None, err: int | None) -> None:
+        """Output once more from these offsets (None: the oldest byte held, -1: from what comes next).
+
+        What was received and not read is dropped. ``stdout`` and ``stderr`` are new objects, whose ``offset`` says where they begin
+        (the guest may not hold what was asked for). Stdin goes on as it is.
+        """
+        self._restart(out, err)
+        await self.agent.resume(self)
+
+    async def follow(self, agent: Agent) -> None:
+        """Over another connection, without output: only the end is told. :meth:`rewind` brings the output back."""
+        if self.status is not None:
+            self.agent = agent
+            return
+        self._restart(NOW, NOW)
+        await agent.resume(self)
+        self.mute()
+
+    def mute(self) -> None:
+        """No more output is sent here, but the end is still told. Nothing is waited for."""
+        self.agent.mute(self)
+
+    def _restart(self, out: int | None, err: int | None) -> None:
+        link = self.agent.link
+        first, second = (FROM_NOW if offset == NOW else offset for offset in (out, err))
+        self.stdout = OutputStream(self.stdout.number, link, window=self.stdout.window, start=first, strict=False)
+        self.stderr = OutputStream(self.stderr.number, link, window=self.stderr.window, start=second, strict=False)
+        self._rewound = True
+
     def abandon(self, error: StokerError) -> None:
         """Gives a process up whose machine is gone: everyone who waits gets ``error``."""
         self.persistent = False
@@ -177,6 +210,10 @@ class Process:
             self.stdin = Stdin(self.id * 4, link, start=info.stdin)
         else:
             self.stdin.on_link(link, info.stdin)
+        if self._rewound:
+            self._rewound = False
+            self.stdout.begin(info.out_oldest, info.out)
+            self.stderr.begin(info.err_oldest, info.err)
         self.stdout.on_link(link)
         self.stderr.on_link(link)
         if info.exit is not None:
@@ -188,7 +225,7 @@ class Process:
         wake(self._waiters)
 
     def on_lost(self, reason: GuestError) -> None:
-        self._fail(None if self.persistent else gone(reason))
+        self._fail(None if self.persistent else reason)
 
     def _fail(self, error: StokerError | None) -> None:
         if self.status is None:

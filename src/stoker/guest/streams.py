@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Final, Protocol
 
-from stoker.errors import Conflict, GuestError, StokerError
+from stoker.errors import Conflict, StokerError
 from stoker.guest.frames import DATA, EOF, MAX_PAYLOAD, protocol_error
 from stoker.guest.messages import STDIN_WINDOW
 
@@ -103,7 +103,7 @@ class OutputStream:
             if self.final is not None:
                 return self.final, b""
             if self.error is not None:
-                raise self.error
+                raise gone(self.error)
             await sleep_in(self._waiters)
         return self._take(limit)
 
@@ -112,7 +112,7 @@ class OutputStream:
         kept = self.collect(limit)
         while self.final is None:
             if self.error is not None:
-                raise self.error
+                raise gone(self.error)
             await sleep_in(self._waiters)
         return bytes(kept)
 
@@ -221,6 +221,12 @@ class OutputStream:
         self.received = self.final = offset
         wake(self._waiters)
 
+    def begin(self, oldest: int, head: int) -> None:
+        """The guest sends from here: what was asked for (None: the oldest), as far as it holds that."""
+        start = min(max(self.offset, oldest), head) if self._known else oldest
+        self._known = True
+        self.offset = self.received = self._acked = start
+
     def on_lost(self, error: StokerError | None) -> None:
         """The connection is gone. With an error, readers get it once the buffer is empty; without, they wait for the next one."""
         self._link = None
@@ -294,7 +300,7 @@ class Stdin:
         """Waits until the process's pipe took everything (or nobody reads it any more)."""
         while self._sent > self._acked and not self.refused:
             if self.error is not None:
-                raise self.error
+                raise gone(self.error)
             await sleep_in(self._waiters)
 
     async def _room(self, wanted: int) -> int:
@@ -304,7 +310,7 @@ class Stdin:
                     "stdin_closed", "the process does not read its standard input any more" if self.refused else "stdin was closed"
                 )
             if self.error is not None:
-                raise self.error
+                raise gone(self.error)
             room = STDIN_WINDOW - self.unacknowledged
             if room >= wanted and self._link is not None:
                 return min(room, MAX_PAYLOAD)
@@ -358,6 +364,6 @@ class Stdin:
         wake(self._waiters)
 
 
-def gone(reason: GuestError) -> StokerError:
+def gone(reason: StokerError) -> StokerError:
     """A fresh exception for everyone who waits: one object raised in several tasks would collect their tracebacks."""
-    return GuestError(reason.code, reason.message, reason.hint, details=reason.details)
+    return type(reason)(reason.code, reason.message, reason.hint, details=reason.details, console=reason.console)
