@@ -1,7 +1,7 @@
 """Kernel files: telling them apart, taking the ELF out of a bzImage, and checking that a VMM can start it.
 
-A bzImage is a setup header (Documentation/arch/x86/boot.rst), a decompressor and the compressed ELF. We decompress once, on the host:
-a VMM starts the ELF through its PVH note at once, where the guest would spend part of its boot unpacking.
+A bzImage is a setup header (Documentation/arch/x86/boot.rst), a decompressor and the compressed ELF. We decompress once, on the
+host: a VMM starts the ELF through its PVH note at once, where the guest would spend part of its boot unpacking.
 """
 
 from __future__ import annotations

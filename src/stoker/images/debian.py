@@ -1,8 +1,8 @@
 """Debian's suites, where this host gets Debian from, and packages fetched by apt's own machinery with signatures checked.
 
 apt runs with a private root (state, cache, sources) below ``cache/apt/SUITE``, so nothing of the host's own package system is
-touched and no privilege is needed; the host's apt configuration (proxies, credentials) still applies. The one source names the archive's
-keyring outright (``Signed-By``), so no other key the host may trust counts.
+touched and no privilege is needed; the host's apt configuration (proxies, credentials) still applies. The one source names the
+archive's keyring outright (``Signed-By``), so no other key the host may trust counts.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stoker.errors import HostError, NotFound
+from stoker.errors import HostError
 from stoker.host.run import Completed, run, tool_environment
 from stoker.images.progress import Progress
 from stoker.images.store import Store
 from stoker.settings import Settings
 
-__all__ = ["SUITES", "Mirrors", "fetch_package", "find_mirrors", "known_references", "parse_suite", "render_sources", "tied"]
+__all__ = ["Mirrors", "fetch_package", "find_mirrors", "keyring", "render_sources", "tied"]
 
-SUITES = {"11": "bullseye", "12": "bookworm", "13": "trixie", "unstable": "sid"}
-"""Version to suite; the suites' own names are taken too."""
 WITHOUT_UPDATES = frozenset({"sid"})
 KEYRINGS = ("/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/debian-archive-keyring.pgp")
 APT_HELPER = "/usr/lib/apt/apt-helper"
@@ -37,19 +35,6 @@ class Mirrors:
 
     main: str
     security: str = ""
-
-
-def known_references() -> str:
-    """What can be asked for, in words for a hint."""
-    return "there is " + ", ".join(f"debian:{version}" for version in SUITES) + " (or by name: " + ", ".join(SUITES.values()) + ")"
-
-
-def parse_suite(version: str, code: str, what: str) -> str:
-    """The suite for a version or name. Nothing is asked of the network: an unknown one is :class:`NotFound` at once."""
-    suite = SUITES.get(version, version)
-    if suite not in SUITES.values():
-        raise NotFound(code, f"there is no {what} debian:{version}", known_references())
-    return suite
 
 
 def keyring() -> str:

@@ -1,9 +1,9 @@
 """The initramfs: the agent as ``/init`` and the modules this kernel needs to reach its disk, its console and its network.
 
-The archive and the format of its module list are specified in ``docs/initramfs.md``. Uncompressed: it is a megabyte, and the guest would
-spend longer unpacking it than the host saves. Cached under ``cache/initramfs`` by inputs: the kernel's digest, the identity of the
-agent's and the user's file (device, inode, size, times: nothing is read when it is there already), the options and this module's
-version. A crash leaves at most a temporary file there, which the next build removes.
+The archive and the format of its module list are specified in ``docs/initramfs.md``. Uncompressed: it is a megabyte, and the guest
+would spend longer unpacking it than the host saves. Cached under ``cache/initramfs`` by inputs: the kernel's digest, the identity
+of the agent's and the user's file (device, inode, size, times: nothing is read when it is there already), the options and this
+module's version. A crash leaves at most a temporary file there, which a later build removes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,11 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stoker.errors import HostError, InvalidRequest
 from stoker.images.kernel import Kernel
 from stoker.images.store import Store, translate_errors
 from stoker.settings import Settings
-
-if TYPE_CHECKING:
-    from stoker.images.modules import ModuleTree
 
 __all__ = ["build_initramfs", "plan_modules", "render_initramfs"]
 

@@ -51,7 +51,7 @@ async def resolve_kernel(name: str, settings: Settings, progress: Progress | Non
     """
     store, told = Store(settings), progress or NullProgress()
     if name.startswith("debian:"):
-        from stoker.images.debian import SUITES
+        from stoker.images.suites import SUITES
 
         version = name.removeprefix("debian:")
         pointer = f"debian-{SUITES.get(version, version)}"
@@ -62,7 +62,7 @@ async def resolve_kernel(name: str, settings: Settings, progress: Progress | Non
         return await _import(store, Path(name), name, told)
     if len(name) == 64 and _safe(name) and (kernel := _stored(store, name, name)) is not None:
         return kernel
-    from stoker.images.debian import known_references
+    from stoker.images.suites import known_references
 
     raise NotFound("kernel_unknown", f"there is no kernel {name!r}", f"{known_references()}, or a path to a vmlinux or bzImage")
 
@@ -101,8 +101,9 @@ def _stored(store: Store, pointer: str, name: str) -> Kernel | None:
 
 async def _fetch(store: Store, settings: Settings, version: str, name: str, progress: Progress, refresh: bool) -> Kernel:
     from stoker.images import debian
+    from stoker.images.suites import parse_suite
 
-    suite = debian.parse_suite(version, "kernel_unknown", "kernel")
+    suite = parse_suite(version, "kernel_unknown", "kernel")
     async with store.lock(f"kernel-{suite}", progress, f"another run is fetching the kernel {name}"):
         if not refresh and (kernel := _stored(store, f"debian-{suite}", name)) is not None:
             return kernel  # the other run was at just this

@@ -1,7 +1,7 @@
 """Kernel modules: which are needed for a driver, in which order, and their bytes as the guest's kernel is to get them.
 
-What a module needs is written in the module itself (section ``.modinfo``), so this works on a package's tree where no ``depmod`` has
-run. ``modules.builtin`` says what needs no file.
+What a module needs is written in the module itself (section ``.modinfo``), so this works on a package's tree where no ``depmod``
+has run. ``modules.builtin`` says what needs no file.
 """
 
 from __future__ import annotations
