@@ -1,7 +1,8 @@
 """Tests that boot real guests.
 
 Kernels and base systems are built once, in the data directory that ``STOKER_TEST_DATA_DIR`` names (default: that of this user, so
-that a CI machine keeps them), under the store's own locks. Each test has a run directory of its own and is checked for what it left.
+that a CI machine keeps them), under the store's own locks. Each test has a run directory of its own and is
+checked for what it left.
 """
 
 from __future__ import annotations

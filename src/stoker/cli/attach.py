@@ -29,6 +29,7 @@ __all__ = ["RemoteProcess", "Signals", "attach"]
 GRACE = 2.0
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INSISTENT = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+ENDING = (*INSISTENT, signal.SIGHUP)
 EXIT_TIMEOUT = 124
 READER_GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
 """A closed pipe, a terminal that was hung up, a socket whose other side went."""
@@ -101,6 +102,7 @@ class _Session:
     def __init__(self, process: RemoteProcess) -> None:
         self.process = process
         self.given_up: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.hurried = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._presses: deque[float] = deque(maxlen=3)
 
@@ -136,6 +138,8 @@ class _Session:
             if len(self._presses) == 3 and now - self._presses[0] < 3.0:
                 self.give_up(128 + number)
                 return
+        if number in ENDING:
+            self.hurried.set()
         self.soon(self.process.signal(number))
 
     def end(self, number: int, code: int) -> None:
@@ -171,14 +175,28 @@ class _Session:
                     self.end(signal.SIGPIPE, 128 + signal.SIGPIPE)
 
     async def finish(self, waiting: asyncio.Future[Status], outputs: Sequence[asyncio.Future[None]]) -> Status:
-        """The status once everything has been written. A machine that died is reported soon, whatever our reader does."""
+        """The status once everything has been written.
+
+        Our reader may take its time, but not when the machine died or when the user asked for an end.
+        """
         try:
             status = await asyncio.shield(waiting)
         except StokerError:
             await asyncio.wait(outputs, timeout=GRACE)
             raise
+        hurry = asyncio.ensure_future(self.hurried.wait())
+        written = asyncio.ensure_future(asyncio.wait(outputs))
+        first: list[asyncio.Future[Any]] = [hurry, written]
+        try:
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if not written.done():
+                await asyncio.wait([written], timeout=GRACE)
+        finally:
+            hurry.cancel()
+            written.cancel()
         for output in outputs:
-            await asyncio.shield(output)
+            if output.done():
+                output.result()
         return status
 
 

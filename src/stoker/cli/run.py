@@ -171,8 +171,8 @@ def run(
     """Run a command in a new microVM.
 
     IMAGE is debian:SUITE or ext4:PATH. The exit code is the command's own, 128+N when signal N ended it, 126 or 127 when it cannot
-    be run or is not there, 124 when --timeout was up, and 125 when Stoker itself failed. Pipes and files on standard input go to the
-    command; -i hands over a terminal's too, and -it makes it a session.
+    be run or is not there, 124 when --timeout was up, and 125 when Stoker itself failed. Pipes and files on standard input go to
+    the command; -i hands over a terminal's too, and -it makes it a session.
     """
     marks = Marks()
     marks.now("parsed")
