@@ -342,6 +342,57 @@ async def test_log_and_oom_events_reach_their_callbacks(path: Path) -> None:
     assert heard == [("warning", "low\N{REPLACEMENT CHARACTER} on\N{REPLACEMENT CHARACTER}luck"), 5]
 
 
+async def test_processes_come_in_pages(path: Path) -> None:
+    async def script(peer: Peer) -> None:
+        for first in (1, 257, 513):
+            number, arguments = await peer.call()
+            assert arguments == {"m": "processes", "after": first - 1}
+            page = [{"id": id, "pid": 5, "running": True} for id in range(first, min(first + 256, 601))]
+            peer.reply(number, {"processes": page, "more": first < 513})
+        number, _ = await peer.call()
+        peer.reply(number, {"processes": [{"id": 1}], "more": True})
+        number, _ = await peer.call()
+        peer.reply(number, {"processes": [{"id": 1}], "more": True})
+
+    async with peered(path, script) as agent:
+        assert [info.id for info in await agent.processes()] == list(range(1, 601))
+        with pytest.raises(GuestError, match="without an end"):
+            await agent.processes()
+
+
+async def test_an_exec_is_repeated_on_the_next_connection(path: Path) -> None:
+    """The first try's reply was lost, and half of its input arrived."""
+
+    async def lost(peer: Peer) -> None:
+        await peer.synchronise(WELCOME)
+        _, arguments = await peer.call()
+        assert arguments["id"] == 9
+
+    async def found(peer: Peer) -> None:
+        await peer.synchronise(WELCOME)
+        number, arguments = await peer.call()
+        assert (arguments["m"], arguments["id"]) == ("exec", 9)
+        peer.reply(number, {"pid": 77, "started": 5})
+        number, arguments = await peer.call()
+        assert arguments == {"m": "attach", "id": 9, "out": 0, "err": 0}
+        peer.reply(number, {"id": 9, "pid": 77, "running": True, "stdin": 3})
+        frame = await peer.next(DATA)
+        assert (frame.offset, frame.payload) == (3, b"put")
+        assert (await peer.next(EOF)).offset == 6
+        peer.send(DATA, 37, 0, b"out")
+        peer.send(EOF, 37, 3)
+        await peer.reader.read()
+
+    async with listening(path, lost, found):
+        request = ExecRequest(["x"], id=9)
+        async with await connect(path, fresh=True, timeout=5) as agent:
+            with pytest.raises(GuestError):
+                await agent.exec(request, input=b"in put")
+        async with await connect(path, fresh=False, timeout=5) as agent:
+            process = await agent.exec(request, input=b"in put", again=True)
+            assert await process.stdout.read_all() == b"out"
+
+
 def test_a_request_too_large_for_a_frame_is_refused_here() -> None:
     with pytest.raises(TooLarge, match="65,536"):
         m.encode_map(ExecRequest(["x" * 70_000]))

@@ -31,6 +31,7 @@ __all__ = ["Agent", "Completed", "Process"]
 
 log = logging.getLogger(__name__)
 CALL_TIMEOUT: Final = 30.0
+MAX_LISTED: Final = 16384
 SIGKILL: Final = 9
 R = TypeVar("R", bound=Struct)
 
@@ -235,7 +236,15 @@ class Agent:
 
     async def processes(self) -> list[ProcessInfo]:
         """Every process of the agent's that runs, or ended and is remembered."""
-        return (await self._call(m.Processes, "processes")).processes
+        found: list[ProcessInfo] = []
+        while True:
+            after = found[-1].id if found else 0
+            page = await self._call(m.Processes, "processes", after=after)
+            if any(info.id <= after for info in page.processes) or len(found) > MAX_LISTED:
+                raise protocol_error("a list of processes without an end")
+            found += page.processes
+            if not page.more or not page.processes:
+                return found
 
     async def info(self) -> GuestInfo:
         """Counters for metrics."""
@@ -288,13 +297,15 @@ class Agent:
         input: bytes | None = None,
         window: int | None = None,
         persistent: bool = False,
+        again: bool = False,
         timeout: float = CALL_TIMEOUT,
     ) -> Process:
         """Starts a process. ``input`` (at most 256 KiB) is its whole stdin, sent with the call in one write.
 
         ``window`` is how many bytes of each output stream may wait on this side: the ring's size by default. Raises
         ``CommandNotFound``, ``CommandNotExecutable``, ``InvalidRequest`` (directory, user) and what a lost connection raises. After
-        that the same request (with an ``id`` from :meth:`new_id`) may be repeated on the next connection: nothing starts twice.
+        that the same request (with an ``id`` from :meth:`new_id`) may be repeated with ``again`` on the next connection: it starts
+        nothing twice, and attaches to what the first try started.
         """
         self._check()
         if input is not None and not request.stdin:
@@ -309,10 +320,16 @@ class Agent:
                 number, future = self._begin("exec", payload, m.Started, process.on_started)
                 if window is not None:
                     self._post("stream", id=request.id, mode=request.mode, window=window)
-                if input is not None:
+                if input is not None and not again:
                     process.stdin.write_now(input)
                     process.stdin.close()
             await self._finish(f"exec of {m.printable(str(request.argv[0]), 100)}", number, future, timeout)
+            if again:
+                process.start_over()
+                await self.resume(process)
+                if input is not None and not process.stdin.closed:
+                    process.stdin.write_now(input[process.stdin.sent :])
+                    process.stdin.close()
         except BaseException as e:
             self.release(process)
             if isinstance(e, asyncio.CancelledError):
@@ -369,6 +386,11 @@ class Agent:
         if self._processes.get(process.id) is process:
             self._post("detach", id=process.id)
 
+    def dismiss(self, process: Process) -> None:
+        """See :meth:`Process.dismiss`."""
+        self.release(process)
+        self._post("forget", id=process.id)
+
     @property
     def link(self) -> Channel:
         """The connection, for streams that are made anew."""
@@ -421,7 +443,7 @@ class Agent:
         """An id this boot has not seen: above every one the agent remembers, in a range of this connection's own."""
         if self._next_id == 0:
             known = self.welcome.processes
-            if len(known) >= 256:
+            if self.welcome.more:
                 known = await self.processes()
             highest = max((info.id for info in known), default=0)
             self._next_id = max(highest + 1, (self.welcome.generation & 0xFFF) << 16, 1)

@@ -184,6 +184,7 @@ class Welcome(Struct, frozen=True):
     ready_us: Count = 0
     generation: Count = 0
     processes: Annotated[list[ProcessInfo], Meta(max_length=256)] = []
+    more: bool = False
 
 
 class Configured(Struct, frozen=True):
@@ -196,7 +197,10 @@ class Started(Struct, frozen=True):
 
 
 class Processes(Struct, frozen=True):
-    processes: Annotated[list[ProcessInfo], Meta(max_length=8192)] = []
+    """One page of the answer to ``processes``, by ascending id."""
+
+    processes: Annotated[list[ProcessInfo], Meta(max_length=1024)] = []
+    more: bool = False
 
 
 class Nothing(Struct, frozen=True):

@@ -73,6 +73,8 @@ class Process:
         self.stderr = OutputStream(self.id * 4 + 2, link, window=bound, start=starts[1], strict=strict)
         self._fresh = request is None
         self._rewound = False
+        self.info: ProcessInfo | None = None
+        """What the guest said when it was attached last."""
         self._waiters: deque[asyncio.Future[None]] = deque()
 
     def __repr__(self) -> str:
@@ -155,6 +157,10 @@ class Process:
         await self.agent._call(m.Nothing, "forget", id=self.id)
         self.agent.release(self)
 
+    def dismiss(self) -> None:
+        """:meth:`forget` for one that ended, without waiting for the answer."""
+        self.agent.dismiss(self)
+
     async def reattach(self, agent: Agent) -> None:
         """Goes on over ``agent``'s connection: output from the first byte not received, input from the first one not taken."""
         if self.status is not None and self.stdout.final is not None and self.stderr.final is not None:
@@ -199,15 +205,20 @@ class Process:
 
     # -- called by the Agent ----------------------------------------------------------------------------------------------------
 
+    def start_over(self) -> None:
+        """Another connection may have written to stdin: the agent's answer to ``attach`` says from where on."""
+        self._fresh = True
+
     def on_started(self, started: m.Started) -> None:
         self.pid = started.pid
 
     def on_attached(self, link: Link, info: ProcessInfo) -> None:
         self.pid, self.tag, self.pty = info.pid, m.printable(info.tag), info.pty
         self.error = None
+        self.info = info
         if self._fresh:
             self._fresh = False
-            self.stdin = Stdin(self.id * 4, link, start=info.stdin)
+            self.stdin = Stdin(self.id * 4, link, start=info.stdin, closed=self.stdin.closed)
         else:
             self.stdin.on_link(link, info.stdin)
         if self._rewound:

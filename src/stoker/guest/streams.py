@@ -263,6 +263,11 @@ class Stdin:
         self._turn = asyncio.Lock()
 
     @property
+    def sent(self) -> int:
+        """The offset of the next byte to be written."""
+        return self._sent
+
+    @property
     def unacknowledged(self) -> int:
         """How many bytes the process has not taken yet."""
         return self._sent - self._acked
