@@ -109,7 +109,11 @@ def _finish(future: asyncio.Future[None], error: BaseException | None) -> None:
 
 
 def calling_back(
-    start: Callable[..., Coroutine[Any, Any, T]], callbacks: dict[str, Callable[..., Any] | None], *arguments: Any, **options: Any
+    start: Callable[..., Coroutine[Any, Any, T]],
+    callbacks: dict[str, Callable[..., Any] | None],
+    /,
+    *arguments: Any,
+    **options: Any,
 ) -> T:
     """Like :func:`call`, for a coroutine that calls back: the callbacks run in this thread."""
     if not any(callbacks.values()):

@@ -22,10 +22,10 @@ from stoker.api.models import (
     Operation,
     OperationPage,
     Quota,
-    Sandbox,
     SandboxPage,
     Version,
 )
+from stoker.api.models import Sandbox as SandboxInfo
 from stoker.client.api import Api, path
 from stoker.client.endpoint import Endpoint, parse_endpoint
 from stoker.client.feed import AsyncFeed, events_feed
@@ -95,10 +95,10 @@ class AsyncClient:
         labels: Mapping[str, str | None] | None = None,
         name: str | None = None,
         limit: int | None = None,
-    ) -> list[Sandbox]:
+    ) -> list[SandboxInfo]:
         """The sandboxes as they are now, newest first. A label with None must be there with any value."""
         wanted = [key if value is None else f"{key}={value}" for key, value in (labels or {}).items()]
-        items: list[Sandbox] = []
+        items: list[SandboxInfo] = []
         cursor: str | None = None
         while True:
             size = 500 if limit is None else min(500, limit - len(items))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import TypeAlias
 
 from stoker.api.codec import decode_answer
 from stoker.api.models import (
@@ -30,10 +30,10 @@ from stoker.client.feed import AsyncFeed, bytes_feed, events_feed
 from stoker.client.results import Data
 from stoker.errors import TooLarge
 
-__all__ = ["AsyncFiles"]
+__all__ = ["AsyncFiles", "OnBytes", "total_size"]
 
-T = TypeVar("T")
-OnProgress = Callable[[int], object]
+OnBytes: TypeAlias = Callable[[int], object]
+"""Called with the bytes that have gone over so far."""
 READ_LIMIT = 1 << 30
 STALL = 120.0
 
@@ -153,7 +153,7 @@ class AsyncFiles:
             await stream.read()
 
     async def upload(
-        self, source: str | os.PathLike[str], path: str, *, user: str | None = None, on_progress: OnProgress | None = None
+        self, source: str | os.PathLike[str], path: str, *, user: str | None = None, on_progress: OnBytes | None = None
     ) -> None:
         """Copies a file of this host to ``path``, or a directory's contents into ``path``, in constant memory."""
         from stoker.client.archive import pack
@@ -166,7 +166,7 @@ class AsyncFiles:
             await self.write(path, _counted(chunks(file), on_progress), user=user, mode=mode)
 
     async def download(
-        self, path: str, destination: str | os.PathLike[str], *, user: str | None = None, on_progress: OnProgress | None = None
+        self, path: str, destination: str | os.PathLike[str], *, user: str | None = None, on_progress: OnBytes | None = None
     ) -> None:
         """Copies a file of the sandbox to ``destination``, or a directory's contents into it.
 
@@ -190,7 +190,7 @@ class AsyncFiles:
         return await self._api.call("POST", self._path("sign"), SignedUrl, body=request)
 
 
-async def _counted(pieces: AsyncIterator[bytes] | AsyncFeed[bytes], report: OnProgress | None) -> AsyncIterator[bytes]:
+async def _counted(pieces: AsyncIterator[bytes] | AsyncFeed[bytes], report: OnBytes | None) -> AsyncIterator[bytes]:
     total = 0
     async for piece in pieces:
         yield piece

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import codecs
 import inspect
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from stoker.api.models import ProcessInfo, ResizeRequest, SignalRequest, WriteStdin
@@ -16,6 +16,7 @@ from stoker.client.results import CommandResult, OnOutput, Output
 from stoker.errors import Conflict, DeadlineExceeded, HostError, StokerError
 
 if TYPE_CHECKING:
+    from stoker.client.files import OnBytes
     from stoker.client.results import Data
 
 __all__ = ["AsyncProcess"]
@@ -201,7 +202,7 @@ class AsyncProcess:
         body = WriteStdin(data=base64.b64encode(data).decode(), base64=True, close=close)
         await self._api.send("POST", self._path("stdin"), body=body, timeout=timeout)
 
-    async def feed(self, data: Data, *, on_progress: Callable[[int], object] | None = None) -> None:
+    async def feed(self, data: Data, *, on_progress: OnBytes | None = None) -> None:
         """Writes everything of a source (bytes, a file, an iterable) and then the end of input.
 
         Somebody must read the process at the same time (:meth:`wait`), or both wait for each other.

@@ -36,7 +36,6 @@ from stoker.errors import InvalidRequest, NotFound
 
 __all__ = ["AsyncSandbox"]
 
-CREATE_TIMEOUT = 900.0
 READY = (SandboxState.RUNNING, SandboxState.FAILED, SandboxState.STOPPED, SandboxState.LOST)
 
 
@@ -92,7 +91,7 @@ class AsyncSandbox:
         lease: bool = False,
         cold: bool = False,
         start: bool = False,
-        ready_timeout: float = CREATE_TIMEOUT,
+        ready_timeout: float = 900.0,
         on_progress: OnProgress | None = None,
         client: AsyncClient | None = None,
     ) -> AsyncSandbox:
@@ -189,7 +188,7 @@ class AsyncSandbox:
         """Shuts it down and keeps its disk. ``grace``: seconds its processes get to end by themselves."""
         return await self._change("stop", StopSandbox(grace=grace), timeout=grace + 120.0)
 
-    async def start(self, *, ready_timeout: float = CREATE_TIMEOUT, on_progress: OnProgress | None = None) -> SandboxInfo:
+    async def start(self, *, ready_timeout: float = 900.0, on_progress: OnProgress | None = None) -> SandboxInfo:
         """Boots a stopped one from its disk."""
         operation = await self._api.call("POST", self._path("start"), Operation, query={"wait": False})
         await finish_operation(self._api, operation, ready_timeout, on_progress)
