@@ -86,7 +86,8 @@ def __getattr__(name: str) -> object:
 
     if name not in _HOME:
         raise AttributeError(f"module 'stoker' has no attribute {name!r}")
-    value: object = globals()[name] = getattr(import_module(_HOME[name]), name)
+    value: object = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
     return value
 
 
