@@ -1,0 +1,17 @@
+"""``stoker bench``: every figure that the README and the documents give is printed by one of these."""
+
+from __future__ import annotations
+
+from stoker.cli.commands import LazyGroup
+
+__all__ = ["bench"]
+
+bench = LazyGroup(
+    "bench",
+    table={
+        "start": ("stoker.cli.bench.start:start", "From the start of `stoker run` to its command's first byte."),
+        "channel": ("stoker.cli.bench.channel:channel", "The channel to the guest: round trips, throughput, the agent's size."),
+    },
+    help="Measure. With --json each verb prints one object: name, n, failures, p50_ms, p90_ms, p99_ms, ratios and more.",
+    no_args_is_help=True,
+)
