@@ -45,7 +45,9 @@ class Wire:
         if "content-length" in headers:
             body = await self.reader.readexactly(int(headers["content-length"]))
         elif headers.get("transfer-encoding") == "chunked":
-            while size := int(await self.reader.readline(), 16):
+            while size := int(await self.reader.readline() or b"-1", 16):
+                if size < 0:
+                    return None
                 body += (await self.reader.readexactly(size + 2))[:-2]
             await self.reader.readline()
         request = Request(method, target, headers, body, self.number)
