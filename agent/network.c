@@ -1,0 +1,180 @@
+/* The guest's network by rtnetlink: no program of the image is needed. */
+#define _GNU_SOURCE
+#include "agent.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <linux/if_link.h>
+#include <linux/rtnetlink.h>
+#include <net/if.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+struct message {
+	struct nlmsghdr header;
+	uint8_t body[256];
+};
+
+struct address {
+	int family;
+	unsigned prefix;
+	uint8_t bytes[16];
+};
+
+static size_t length_of(const struct address *a)
+{
+	return a->family == AF_INET ? 4 : 16;
+}
+
+static bool parse_address(const char *text, struct address *a)
+{
+	char copy[64];
+	if (strlen(text) >= sizeof copy)
+		return false;
+	strcpy(copy, text);
+	char *slash = strchr(copy, '/');
+	if (slash)
+		*slash++ = 0;
+	a->family = strchr(copy, ':') ? AF_INET6 : AF_INET;
+	unsigned most = a->family == AF_INET ? 32 : 128;
+	a->prefix = slash ? (unsigned)strtoul(slash, NULL, 10) : most;
+	return inet_pton(a->family, copy, a->bytes) == 1 && a->prefix <= most;
+}
+
+static void begin(struct message *m, uint16_t type, uint16_t flags, const void *body, size_t n)
+{
+	memset(m, 0, sizeof *m);
+	m->header.nlmsg_type = type;
+	m->header.nlmsg_flags = (uint16_t)(NLM_F_REQUEST | NLM_F_ACK | flags);
+	m->header.nlmsg_len = (uint32_t)NLMSG_LENGTH(n);
+	memcpy(m->body, body, n);
+}
+
+static void attribute(struct message *m, uint16_t type, const void *data, size_t n)
+{
+	struct rtattr *a = (struct rtattr *)((uint8_t *)m + NLMSG_ALIGN(m->header.nlmsg_len));
+	a->rta_type = type;
+	a->rta_len = (uint16_t)RTA_LENGTH(n);
+	memcpy(RTA_DATA(a), data, n);
+	m->header.nlmsg_len = NLMSG_ALIGN(m->header.nlmsg_len) + (uint32_t)RTA_ALIGN(a->rta_len);
+}
+
+/* Sends and waits for the acknowledgement, which the kernel queues before send returns. 0 or an errno. */
+static int talk(struct message *m)
+{
+	struct sockaddr_nl kernel = {.nl_family = AF_NETLINK};
+	struct {
+		struct nlmsghdr header;
+		struct nlmsgerr error;
+		uint8_t rest[256];
+	} answer;
+	int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE), error = EIO;
+	if (fd < 0)
+		return errno;
+	if (sendto(fd, m, m->header.nlmsg_len, 0, (struct sockaddr *)&kernel, sizeof kernel) < 0)
+		error = errno;
+	else if (recv(fd, &answer, sizeof answer, 0) >= (ssize_t)NLMSG_LENGTH(sizeof answer.error) && answer.header.nlmsg_type == NLMSG_ERROR)
+		error = -answer.error.error;
+	close(fd);
+	return error;
+}
+
+static int set_link(unsigned index, const uint8_t *mac, uint32_t mtu, bool up)
+{
+	struct ifinfomsg link = {.ifi_index = (int)index, .ifi_flags = up ? IFF_UP : 0, .ifi_change = up ? IFF_UP : 0};
+	struct message m;
+	begin(&m, RTM_NEWLINK, 0, &link, sizeof link);
+	if (mac)
+		attribute(&m, IFLA_ADDRESS, mac, 6);
+	if (mtu)
+		attribute(&m, IFLA_MTU, &mtu, sizeof mtu);
+	return talk(&m);
+}
+
+static int add_address(unsigned index, const struct address *a)
+{
+	struct ifaddrmsg body = {.ifa_family = (uint8_t)a->family, .ifa_prefixlen = (uint8_t)a->prefix, .ifa_index = index};
+	struct message m;
+	if (a->family == AF_INET6)
+		body.ifa_flags = IFA_F_NODAD; /* the host owns the link and the addresses on it */
+	begin(&m, RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, &body, sizeof body);
+	attribute(&m, IFA_LOCAL, a->bytes, length_of(a));
+	attribute(&m, IFA_ADDRESS, a->bytes, length_of(a));
+	if (a->family == AF_INET && a->prefix < 31) {
+		uint32_t ip, mask = htonl(~0u << (32 - a->prefix));
+		memcpy(&ip, a->bytes, 4);
+		ip |= ~mask;
+		if (a->prefix)
+			attribute(&m, IFA_BROADCAST, &ip, 4);
+	}
+	return talk(&m);
+}
+
+static int add_default_route(unsigned index, const struct address *gateway, bool on_link)
+{
+	struct rtmsg body = {.rtm_family = (uint8_t)gateway->family, .rtm_table = RT_TABLE_MAIN, .rtm_protocol = RTPROT_BOOT,
+			     .rtm_scope = RT_SCOPE_UNIVERSE, .rtm_type = RTN_UNICAST, .rtm_flags = on_link ? RTNH_F_ONLINK : 0};
+	struct message m;
+	begin(&m, RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &body, sizeof body);
+	attribute(&m, RTA_GATEWAY, gateway->bytes, length_of(gateway));
+	attribute(&m, RTA_OIF, &index, sizeof index);
+	return talk(&m);
+}
+
+bool network_loopback(void)
+{
+	return set_link(1, NULL, 0, true) == 0;
+}
+
+static bool parse_mac(const char *text, uint8_t mac[6])
+{
+	unsigned v[6];
+	char behind;
+	if (sscanf(text, "%2x:%2x:%2x:%2x:%2x:%2x%c", &v[0], &v[1], &v[2], &v[3], &v[4], &v[5], &behind) != 6)
+		return false;
+	for (int i = 0; i < 6; i++)
+		mac[i] = (uint8_t)v[i];
+	return true;
+}
+
+bool network_configure(const struct mp *n, struct failure *f)
+{
+	char name[IFNAMSIZ] = "eth0", text[64];
+	uint8_t mac[6];
+	struct mp v = mp_get(n, "interface");
+	struct address address, gateway;
+	int error;
+	if (v.type != MP_MISSING && !mp_copy(&v, name, sizeof name))
+		return fail(f, "bad_request", EINVAL, "network: the interface's name is too long");
+	unsigned index = 0;
+	for (int tries = 0; !(index = if_nametoindex(name)) && tries < 500; tries++)
+		usleep(1000); /* its driver was loaded a moment ago */
+	if (!index)
+		return fail(f, "network_failed", ENODEV, "no network interface %s", name);
+	v = mp_get(n, "mac");
+	bool has_mac = mp_is_text(&v);
+	if (has_mac && (!mp_copy(&v, text, sizeof text) || !parse_mac(text, mac)))
+		return fail(f, "bad_request", EINVAL, "network: not a MAC address");
+	if ((error = set_link(index, has_mac ? mac : NULL, (uint32_t)mp_u64_or(n, "mtu", 0, 65535), false)))
+		return fail(f, "network_failed", error, "%s: %s", name, strerror(error));
+	if ((error = set_link(index, NULL, 0, true)))
+		return fail(f, "network_failed", error, "%s up: %s", name, strerror(error));
+	v = mp_get(n, "address");
+	bool has_address = mp_is_text(&v);
+	if (has_address && (!mp_copy(&v, text, sizeof text) || !parse_address(text, &address)))
+		return fail(f, "bad_request", EINVAL, "network: not an address");
+	if (has_address && (error = add_address(index, &address)))
+		return fail(f, "network_failed", error, "%s address %s: %s", name, text, strerror(error));
+	v = mp_get(n, "gateway");
+	if (!mp_is_text(&v) || !v.count)
+		return true;
+	if (!mp_copy(&v, text, sizeof text) || !parse_address(text, &gateway))
+		return fail(f, "bad_request", EINVAL, "network: not a gateway");
+	error = add_default_route(index, &gateway, false);
+	if (error == ENETUNREACH || error == EHOSTUNREACH || error == EINVAL)
+		error = add_default_route(index, &gateway, true); /* a gateway outside the prefix, as with /32 addresses */
+	return !error || fail(f, "network_failed", error, "default route by %s: %s", text, strerror(error));
+}
