@@ -1,8 +1,8 @@
 """``stoker serve``: one daemon for one run_dir, from its lock to its end.
 
 Order: lock, sockets (clients may queue from here on), engine (adopts what lives), then answers, then readiness is told
-(sd_notify, the starter's pipe). At SIGTERM the same backwards: no new clients, those there are get two seconds, the engine lets go of
-the machines, which live on. A daemon that a client started ends by itself after ``settings.idle_exit`` seconds without
+(sd_notify, the starter's pipe). At SIGTERM the same backwards: no new clients, those there are get two seconds, the engine lets go
+of the machines, which live on. A daemon that a client started ends by itself after ``settings.idle_exit`` seconds without
 a connection, a sandbox and an operation.
 """
 

@@ -1,0 +1,663 @@
+"""An engine in memory for the server's own tests: sandboxes are rows, their processes are programs of this host, their files a directory.
+
+It keeps the promises of ``stoker.server.ports`` as far as the server relies on them, and fails on demand (``fail``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from stoker.api.models import (
+    ApiKey,
+    ApiKeyPage,
+    CreatedKey,
+    CreateKey,
+    CreateSandbox,
+    Event,
+    FileInfo,
+    FileType,
+    Health,
+    Metrics,
+    MetricsSample,
+    Operation,
+    OperationPage,
+    OperationState,
+    Principal,
+    ProcessInfo,
+    Resources,
+    Sandbox,
+    SandboxPage,
+    SandboxState,
+    StartProcess,
+    Timeout,
+    WatchEvent,
+    WatchKind,
+)
+from stoker.engine.output import Output
+from stoker.errors import Conflict, DeadlineExceeded, NotFound, StokerError
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
+
+
+def new_id(prefix: str, length: int = 20) -> str:
+    return prefix + "-" + "".join(secrets.choice(ALPHABET) for _ in range(length))
+
+
+class FakeProcess:
+    """A program of this host with everything it ever said."""
+
+    def __init__(self, number: int, request: StartProcess, child: asyncio.subprocess.Process) -> None:
+        self.number, self.request, self.child = number, request, child
+        self.output: dict[int, bytearray] = {1: bytearray(), 2: bytearray()}
+        self.done: set[int] = set()
+        self.changed = asyncio.Condition()
+        self.killed_by_timeout = False
+        self.tasks = [asyncio.create_task(self._pump(1, child.stdout)), asyncio.create_task(self._pump(2, child.stderr))]
+        if request.timeout:
+            self.tasks.append(asyncio.create_task(self._expire(request.timeout)))
+
+    async def _expire(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        if self.child.returncode is None:
+            self.killed_by_timeout = True
+            self.signal(signal.SIGKILL)
+
+    async def _pump(self, number: int, stream: asyncio.StreamReader | None) -> None:
+        assert stream is not None
+        while data := await stream.read(65536):
+            async with self.changed:
+                self.output[number] += data
+                self.changed.notify_all()
+        async with self.changed:
+            self.done.add(number)
+            self.changed.notify_all()
+
+    def signal(self, number: int) -> None:
+        if self.child.returncode is not None:
+            raise Conflict("process_ended", "it has ended")
+        os.killpg(self.child.pid, number)
+
+    @property
+    def info(self) -> ProcessInfo:
+        code = self.child.returncode
+        return ProcessInfo(
+            id=self.number,
+            pid=self.child.pid,
+            running=code is None,
+            argv=self.request.argv,
+            tag=self.request.tag,
+            stdin=self.request.stdin,
+            exit_code=code if code is not None and code >= 0 else None,
+            signal=-code if code is not None and code < 0 else None,
+            timed_out=self.killed_by_timeout,
+            stdout_bytes=len(self.output[1]),
+            stderr_bytes=len(self.output[2]),
+        )
+
+
+class FakeAttachment:
+    def __init__(self, process: FakeProcess, stdout: int | None, stderr: int | None) -> None:
+        self.process = process
+        self.info = process.info
+        self.at = {n: len(process.output[n]) if o == -1 else o or 0 for n, o in ((1, stdout), (2, stderr))}
+        self.stdout, self.stderr = self.at[1], self.at[2]
+        self.closed = False
+
+    async def read(self) -> Output | None:
+        async with self.process.changed:
+            while True:
+                for number in (1, 2):
+                    data = bytes(self.process.output[number][self.at[number] : self.at[number] + 65536])
+                    if data:
+                        piece = Output(number, self.at[number], data)
+                        self.at[number] += len(data)
+                        return piece
+                if len(self.process.done) == 2:
+                    return None
+                await self.process.changed.wait()
+
+    async def wait(self) -> ProcessInfo:
+        await self.process.child.wait()
+        return self.process.info
+
+    async def write(self, data: bytes) -> None:
+        pipe = self.process.child.stdin
+        if pipe is None or pipe.is_closing():
+            raise Conflict("stdin_closed", "nobody reads stdin")
+        try:
+            pipe.write(data)
+            await pipe.drain()
+        except (BrokenPipeError, ConnectionResetError):
+            raise Conflict("stdin_closed", "nobody reads stdin") from None
+
+    async def close_stdin(self) -> None:
+        if self.process.child.stdin is not None:
+            self.process.child.stdin.close()
+
+    async def resize(self, rows: int, cols: int) -> None:
+        raise Conflict("no_terminal", "the process has no terminal")
+
+    async def signal(self, number: int, *, group: bool = True) -> None:
+        self.process.signal(number)
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class FakeProcesses:
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.all: dict[str, dict[int, FakeProcess]] = {}
+
+    def find(self, who: Principal, sandbox: str, process: int | str) -> FakeProcess:
+        box = self.engine.find(who, sandbox)
+        for number, found in reversed(self.all.get(box.id, {}).items()):
+            if process in (number, found.request.tag):
+                return found
+        raise NotFound("process_unknown", f"there is no process {process}")
+
+    async def _spawn(self, who: Principal, sandbox: str, request: StartProcess) -> FakeProcess:
+        box = self.engine.use(who, sandbox)
+        pipe = asyncio.subprocess.PIPE
+        try:
+            child = await asyncio.create_subprocess_exec(
+                *request.argv,
+                stdin=pipe if request.stdin else asyncio.subprocess.DEVNULL,
+                stdout=pipe,
+                stderr=pipe,
+                env={"PATH": os.environ["PATH"], **request.env},
+                start_new_session=True,
+            )
+        except FileNotFoundError:
+            from stoker.errors import CommandNotFound
+
+            raise CommandNotFound("no_such_command", f"there is no {request.argv[0]}") from None
+        boxes = self.all.setdefault(box.id, {})
+        process = boxes[len(boxes) + 1] = FakeProcess(len(boxes) + 1, request, child)
+        return process
+
+    async def start(self, who: Principal, sandbox: str, request: StartProcess) -> ProcessInfo:
+        return (await self._spawn(who, sandbox, request)).info
+
+    async def open(self, who: Principal, sandbox: str, request: StartProcess) -> FakeAttachment:
+        return FakeAttachment(await self._spawn(who, sandbox, request), 0, 0)
+
+    async def attach(self, who: Principal, sandbox: str, process: int | str, stdout: int | None, stderr: int | None) -> FakeAttachment:
+        return FakeAttachment(self.find(who, sandbox, process), stdout, stderr)
+
+    async def list(self, who: Principal, sandbox: str, *, tag: str | None = None) -> Sequence[ProcessInfo]:
+        box = self.engine.find(who, sandbox)
+        return [p.info for p in self.all.get(box.id, {}).values() if tag in (None, p.request.tag)]
+
+    async def get(self, who: Principal, sandbox: str, process: int | str) -> ProcessInfo:
+        return self.find(who, sandbox, process).info
+
+    async def signal(self, who: Principal, sandbox: str, process: int | str, number: int, *, group: bool) -> None:
+        self.find(who, sandbox, process).signal(number)
+
+    async def write_stdin(self, who: Principal, sandbox: str, process: int | str, data: bytes, *, close: bool) -> None:
+        attachment = FakeAttachment(self.find(who, sandbox, process), 0, 0)
+        await attachment.write(data)
+        if close:
+            await attachment.close_stdin()
+
+    async def resize(self, who: Principal, sandbox: str, process: int | str, rows: int, cols: int) -> None:
+        self.find(who, sandbox, process)
+        raise Conflict("no_terminal", "the process has no terminal")
+
+    async def forget(self, who: Principal, sandbox: str, process: int | str) -> None:
+        found = self.find(who, sandbox, process)
+        del self.all[self.engine.find(who, sandbox).id][found.number]
+
+    async def aclose(self) -> None:
+        for boxes in self.all.values():
+            for process in boxes.values():
+                if process.child.returncode is None:
+                    process.signal(signal.SIGKILL)
+                    await process.child.wait()
+                if process.child.stdin is not None:
+                    process.child.stdin.close()
+                for task in process.tasks:
+                    task.cancel()
+                await asyncio.gather(*process.tasks, return_exceptions=True)
+
+
+class FakeFiles:
+    """Everything below one directory; no user ids."""
+
+    def __init__(self, engine: FakeEngine, root: Path) -> None:
+        self.engine = engine
+        self.root = root
+        self.watches: list[asyncio.Queue[WatchEvent]] = []
+
+    def _path(self, who: Principal, sandbox: str, path: str) -> Path:
+        self.engine.use(who, sandbox)
+        return self.root / path.lstrip("/").removeprefix("~").lstrip("/")
+
+    def _info(self, path: Path) -> FileInfo:
+        try:
+            status = path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound("file_not_found", f"there is no {path.name}") from None
+        except OSError as e:
+            raise Conflict("bad_path", str(e)) from None
+        kind = FileType.DIRECTORY if path.is_dir() else FileType.SYMLINK if path.is_symlink() else FileType.FILE
+        return FileInfo(
+            path="/" + str(path.relative_to(self.root)),
+            name=path.name,
+            type=kind,
+            size=status.st_size,
+            mode=status.st_mode & 0o7777,
+            uid=0,
+            gid=0,
+            modified_at=status.st_mtime,
+            etag=f"{status.st_mtime_ns:x}-{status.st_size:x}",
+        )
+
+    async def stat(self, who: Principal, sandbox: str, path: str, *, user: str | None, follow: bool) -> FileInfo:
+        found = self._path(who, sandbox, path)
+        return self._info(found.resolve() if follow else found)
+
+    async def list(self, who: Principal, sandbox: str, path: str, *, depth: int, limit: int, user: str | None) -> Any:
+        found = self._path(who, sandbox, path)
+        if not found.is_dir():
+            raise Conflict("not_directory", "it is no directory")
+        items = [self._info(entry) for entry in sorted(found.rglob("*")) if len(entry.relative_to(found).parts) <= depth]
+        return items[:limit], len(items) > limit
+
+    @asynccontextmanager
+    async def read(
+        self, who: Principal, sandbox: str, path: str, *, offset: int, length: int | None, user: str | None
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        data = self._path(who, sandbox, path).read_bytes()[offset : None if length is None else offset + length]
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for start in range(0, len(data), 65536):
+                yield data[start : start + 65536]
+
+        yield pieces()
+
+    async def write(
+        self, who: Principal, sandbox: str, path: str, source: AsyncIterator[bytes], *, append: bool, mode: int | None, user: str | None
+    ) -> FileInfo:
+        found = self._path(who, sandbox, path)
+        found.parent.mkdir(parents=True, exist_ok=True)
+        if found.is_dir():
+            raise Conflict("is_directory", "it is a directory")
+        draft = found.with_name(found.name + ".draft")
+        try:
+            with open(draft, "wb") as file:
+                if append and found.exists():
+                    file.write(found.read_bytes())
+                async for piece in source:
+                    file.write(piece)
+            draft.rename(found)
+        finally:
+            draft.unlink(missing_ok=True)
+        for queue in self.watches:
+            queue.put_nowait(WatchEvent(kind=WatchKind.CREATED, path=path))
+        return self._info(found)
+
+    async def make_directory(self, who: Principal, sandbox: str, request: Any) -> FileInfo:
+        found = self._path(who, sandbox, request.path)
+        try:
+            found.mkdir(parents=request.parents, exist_ok=request.parents)
+        except FileExistsError:
+            raise Conflict("file_exists", "it exists") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound("file_not_found", "a parent is missing") from None
+        return self._info(found)
+
+    async def make_symlink(self, who: Principal, sandbox: str, request: Any) -> FileInfo:
+        found = self._path(who, sandbox, request.path)
+        try:
+            found.symlink_to(request.target)
+        except FileExistsError:
+            raise Conflict("file_exists", "it exists") from None
+        except OSError:
+            raise NotFound("file_not_found", "a parent is missing") from None
+        return self._info(found)
+
+    async def move(self, who: Principal, sandbox: str, request: Any) -> FileInfo:
+        source, target = self._path(who, sandbox, request.source), self._path(who, sandbox, request.destination)
+        self._info(source)
+        try:
+            source.rename(target)
+        except OSError:
+            raise Conflict("file_exists", "it does not go there") from None
+        return self._info(target)
+
+    async def remove(self, who: Principal, sandbox: str, path: str, *, recursive: bool, user: str | None) -> None:
+        found = self._path(who, sandbox, path)
+        if found == self.root:
+            raise Conflict("bad_path", "not the root")
+        if self._info(found).type is not FileType.DIRECTORY:
+            found.unlink()
+        elif recursive:
+            import shutil
+
+            shutil.rmtree(found)
+        else:
+            try:
+                found.rmdir()
+            except OSError:
+                raise Conflict("directory_not_empty", "it is not empty") from None
+
+    async def change_mode(self, who: Principal, sandbox: str, request: Any) -> FileInfo:
+        found = self._path(who, sandbox, request.path)
+        self._info(found)
+        return replace(self._info(found), mode=request.mode)
+
+    async def change_owner(self, who: Principal, sandbox: str, request: Any) -> FileInfo:
+        return self._info(self._path(who, sandbox, request.path))
+
+    @asynccontextmanager
+    async def watch(
+        self, who: Principal, sandbox: str, path: str, *, recursive: bool, user: str | None
+    ) -> AsyncIterator[AsyncIterator[WatchEvent]]:
+        self._info(self._path(who, sandbox, path))
+        queue: asyncio.Queue[WatchEvent] = asyncio.Queue()
+        self.watches.append(queue)
+
+        async def events() -> AsyncIterator[WatchEvent]:
+            while True:
+                yield await queue.get()
+
+        try:
+            yield events()
+        finally:
+            self.watches.remove(queue)
+
+    @asynccontextmanager
+    async def export_tar(self, who: Principal, sandbox: str, path: str, *, user: str | None) -> AsyncIterator[AsyncIterator[bytes]]:
+        self._info(self._path(who, sandbox, path))
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield b"\0" * 10240
+
+        yield pieces()
+
+    async def import_tar(self, who: Principal, sandbox: str, path: str, source: AsyncIterator[bytes], *, user: str | None) -> None:
+        self._path(who, sandbox, path)
+        async for _ in source:
+            pass
+
+
+class FakeEngine:
+    def __init__(self, root: Path) -> None:
+        self.boxes: dict[str, Sandbox] = {}
+        self.ops: dict[str, tuple[str, Operation]] = {}
+        self.idempotent: dict[tuple[str, str], tuple[CreateSandbox, str]] = {}
+        self.secrets: dict[bytes, str] = {}
+        self.api_keys: dict[str, ApiKey] = {}
+        self.log: list[Event] = []
+        self.changed = asyncio.Condition()
+        self.fail: dict[str, BaseException] = {}
+        self.consoles: dict[str, bytes] = {}
+        self.leases: dict[str, int] = {}
+        self.processes = FakeProcesses(self)
+        self.files = FakeFiles(self, root)
+        self.boot_seconds = 0.0
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    # helpers
+    def find(self, who: Principal, sandbox: str) -> Sandbox:
+        for box in self.boxes.values():
+            if sandbox in (box.id, box.name) and (who.admin or box.owner == who.owner):
+                return box
+        raise NotFound("sandbox_unknown", f"there is no sandbox {sandbox}", "stoker ls")
+
+    def use(self, who: Principal, sandbox: str) -> Sandbox:
+        return self.require(self.find(who, sandbox), SandboxState.RUNNING)
+
+    def require(self, box: Sandbox, *states: SandboxState) -> Sandbox:
+        if box.state not in states:
+            raise Conflict("wrong_state", f"{box.id} is {box.state}", details={"state": box.state.value})
+        return box
+
+    async def put(self, box: Sandbox) -> Sandbox:
+        async with self.changed:
+            self.boxes[box.id] = box
+            self.log.append(Event(id=len(self.log) + 1, at=time.time(), kind="sandbox.state", sandbox=box.id))
+            self.changed.notify_all()
+        return box
+
+    def _check(self, name: str) -> None:
+        if name in self.fail:
+            raise self.fail[name]
+
+    # sandboxes
+    async def create(self, who: Principal, request: CreateSandbox, *, idempotency_key: str | None = None) -> Operation:
+        self._check("create")
+        if idempotency_key is not None and (who.owner, idempotency_key) in self.idempotent:
+            known, operation = self.idempotent[who.owner, idempotency_key]
+            if known != request:
+                raise Conflict("idempotency_mismatch", "another request had this key")
+            return self.ops[operation][1]
+        if request.name and any(b.name == request.name and b.owner == who.owner for b in self.boxes.values()):
+            raise Conflict("name_taken", f"{request.name} is taken")
+        box = Sandbox(
+            id=new_id("sb"),
+            state=SandboxState.CREATING,
+            image=request.image,
+            created_at=time.time(),
+            name=request.name,
+            owner=who.owner,
+            labels=request.labels,
+            resources=Resources(cpus=request.cpus, memory=request.memory, disk=request.disk),
+            lease=request.lease,
+            timeout=request.timeout,
+        )
+        operation = Operation(
+            id=new_id("op"), kind="sandbox.create", state=OperationState.RUNNING, created_at=time.time(), sandbox=box.id
+        )
+        self.ops[operation.id] = (who.owner, operation)
+        if idempotency_key is not None:
+            self.idempotent[who.owner, idempotency_key] = (request, operation.id)
+        await self.put(box)
+        task = asyncio.create_task(self._boot(who, box, operation))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return operation
+
+    async def _boot(self, who: Principal, box: Sandbox, operation: Operation) -> None:
+        await asyncio.sleep(self.boot_seconds)
+        error = self.fail.get("boot")
+        if isinstance(error, StokerError):
+            from stoker.server.channel import body_of
+
+            end = replace(operation, state=OperationState.FAILED, error=body_of(error))
+            box = replace(box, state=SandboxState.FAILED, error=end.error)
+        else:
+            end = replace(operation, state=OperationState.SUCCEEDED, ended_at=time.time())
+            box = replace(box, state=SandboxState.RUNNING)
+        self.ops[operation.id] = (who.owner, end)
+        if box.id in self.boxes:
+            await self.put(box)
+
+    async def get(self, who: Principal, sandbox: str) -> Sandbox:
+        self._check("get")
+        return self.find(who, sandbox)
+
+    async def list(
+        self,
+        who: Principal,
+        *,
+        states: frozenset[SandboxState] = frozenset(),
+        labels: Mapping[str, str | None] | None = None,
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> SandboxPage:
+        self._check("list")
+        start = 0
+        if cursor is not None:
+            if not cursor.isascii() or not cursor.isdigit() or len(cursor) > 9:
+                from stoker.errors import InvalidRequest
+
+                raise InvalidRequest("bad_cursor", "the cursor is not one of ours")
+            start = int(cursor)
+        found = [
+            box
+            for box in reversed(self.boxes.values())
+            if (who.admin or box.owner == who.owner)
+            and (not states or box.state in states)
+            and all(k in box.labels and v in (None, box.labels[k]) for k, v in (labels or {}).items())
+        ]
+        page = found[start : start + limit]
+        return SandboxPage(items=page, next=str(start + limit) if len(found) > start + limit else None)
+
+    async def destroy(self, who: Principal, sandbox: str) -> None:
+        box = self.find(who, sandbox)
+        async with self.changed:
+            del self.boxes[box.id]
+            self.changed.notify_all()
+
+    async def _move(self, who: Principal, sandbox: str, start: SandboxState, end: SandboxState) -> Sandbox:
+        return await self.put(replace(self.require(self.find(who, sandbox), start), state=end))
+
+    async def stop(self, who: Principal, sandbox: str, grace: float) -> Sandbox:
+        return await self._move(who, sandbox, SandboxState.RUNNING, SandboxState.STOPPED)
+
+    async def start(self, who: Principal, sandbox: str) -> Operation:
+        box = await self._move(who, sandbox, SandboxState.STOPPED, SandboxState.RUNNING)
+        now = time.time()
+        operation = Operation(
+            id=new_id("op"), kind="sandbox.start", state=OperationState.SUCCEEDED, created_at=now, ended_at=now, sandbox=box.id
+        )
+        self.ops[operation.id] = (who.owner, operation)
+        return operation
+
+    async def freeze(self, who: Principal, sandbox: str) -> Sandbox:
+        return await self._move(who, sandbox, SandboxState.RUNNING, SandboxState.FROZEN)
+
+    async def thaw(self, who: Principal, sandbox: str) -> Sandbox:
+        return await self._move(who, sandbox, SandboxState.FROZEN, SandboxState.RUNNING)
+
+    async def ping(self, who: Principal, sandbox: str) -> float:
+        self.use(who, sandbox)
+        return 0.1
+
+    async def set_timeout(self, who: Principal, sandbox: str, timeout: Timeout | None) -> Sandbox:
+        return await self.put(replace(self.find(who, sandbox), timeout=timeout))
+
+    async def wait(self, who: Principal, sandbox: str, states: frozenset[SandboxState], timeout: float) -> Sandbox:
+        self.find(who, sandbox)
+        try:
+            async with asyncio.timeout(timeout), self.changed:
+                while self.find(who, sandbox).state not in states:
+                    await self.changed.wait()
+        except TimeoutError:
+            raise DeadlineExceeded("wait_timeout", "it took too long") from None
+        return self.find(who, sandbox)
+
+    async def console(self, who: Principal, sandbox: str, *, offset: int | None, limit: int) -> tuple[int, bytes, int]:
+        data = self.consoles.get(self.find(who, sandbox).id, b"")
+        start = max(0, len(data) - limit) if offset is None else min(offset, len(data))
+        return start, data[start : start + limit], 0
+
+    @asynccontextmanager
+    async def lease(self, who: Principal, sandbox: str) -> AsyncIterator[None]:
+        box = self.find(who, sandbox)
+        if not box.lease:
+            raise Conflict("no_lease", "it was made without a lease")
+        self.leases[box.id] = self.leases.get(box.id, 0) + 1
+        try:
+            yield
+        finally:
+            self.leases[box.id] -= 1
+            if not self.leases[box.id]:
+                await self.destroy(Principal(), box.id)
+
+    # operations, events, metrics
+    async def operation(self, who: Principal, operation: str) -> Operation:
+        owner, found = self.ops.get(operation, (None, None))
+        if found is None or not (who.admin or owner == who.owner):
+            raise NotFound("operation_unknown", f"there is no operation {operation}")
+        return found
+
+    async def operations(self, who: Principal, *, sandbox: str | None, limit: int, cursor: str | None) -> OperationPage:
+        return OperationPage(items=[op for owner, op in self.ops.values() if who.admin or owner == who.owner][:limit])
+
+    async def wait_operation(self, who: Principal, operation: str, timeout: float, *, seen: Operation | None = None) -> Operation:
+        deadline = time.monotonic() + timeout
+        while True:
+            found = await self.operation(who, operation)
+            if found.state is not OperationState.RUNNING or (seen is not None and found != seen) or time.monotonic() > deadline:
+                return found
+            await asyncio.sleep(0.005)
+
+    async def cancel_operation(self, who: Principal, operation: str) -> Operation:
+        return await self.operation(who, operation)
+
+    @asynccontextmanager
+    async def events(
+        self, who: Principal, *, sandbox: str | None = None, after: int | None = None
+    ) -> AsyncIterator[AsyncIterator[Event]]:
+        async def events() -> AsyncIterator[Event]:
+            at = len(self.log) if after is None else min(after, len(self.log))
+            while True:
+                async with self.changed:
+                    while len(self.log) <= at:
+                        await self.changed.wait()
+                for event in self.log[at:]:
+                    if sandbox in (None, event.sandbox):
+                        yield event
+                at = len(self.log)
+
+        yield events()
+
+    async def metrics(self, who: Principal, sandbox: str, *, window: float, since: float | None) -> Metrics:
+        box = self.find(who, sandbox)
+        return Metrics(sandbox=box.id, step=0.5, window=600, samples=[MetricsSample(at=time.time(), memory_host=4096)])
+
+    async def latest_metrics(self, who: Principal) -> Mapping[str, Metrics]:
+        page = await self.list(who, limit=1000)
+        return {box.id: await self.metrics(who, box.id, window=600, since=None) for box in page.items}
+
+    # keys, health
+    async def create_key(self, request: CreateKey) -> CreatedKey:
+        secret = "sk_" + secrets.token_urlsafe(32)
+        key = ApiKey(id=new_id("key", 12), name=request.name, created_at=time.time(), quota=request.quota)
+        self.api_keys[key.id] = key
+        self.secrets[hashlib.sha256(secret.encode()).digest()] = key.id
+        return CreatedKey(key=key, secret=secret)
+
+    async def keys(self, *, limit: int, cursor: str | None) -> ApiKeyPage:
+        return ApiKeyPage(items=list(self.api_keys.values())[:limit])
+
+    async def revoke_key(self, key: str) -> ApiKey:
+        if key not in self.api_keys:
+            raise NotFound("key_unknown", f"there is no key {key}")
+        self.api_keys[key] = replace(self.api_keys[key], revoked_at=time.time())
+        return self.api_keys[key]
+
+    async def find_key(self, digest: bytes) -> ApiKey | None:
+        key = self.secrets.get(digest)
+        return self.api_keys[key] if key and self.api_keys[key].revoked_at is None else None
+
+    async def health(self) -> Health:
+        self._check("health")
+        return Health(status="degraded", problems=["the disk is nearly full"])
+
+    def facts(self) -> Mapping[str, object]:
+        return {"sandboxes": len(self.boxes), "secret_fact": 1}
+
+    def busy(self) -> bool:
+        return bool(self.boxes)
+
+    async def aclose(self) -> None:
+        await self.processes.aclose()
+        for task in list(self.tasks):
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
