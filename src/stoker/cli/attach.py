@@ -74,8 +74,8 @@ class Signals:
     Until :meth:`attach` runs, a signal calls ``early`` (which ends the set-up). SIGHUP that was ignored stays ignored (nohup).
     """
 
-    def __init__(self, early: Callable[[int], None]) -> None:
-        self.handler: Callable[[int], None] = early
+    def __init__(self, early: Callable[[int], object]) -> None:
+        self.handler: Callable[[int], object] = early
         self.on_resize: Callable[[], None] = lambda: None
         self._installed: list[int] = []
 

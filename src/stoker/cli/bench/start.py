@@ -1,6 +1,6 @@
 """``stoker bench start``: from the start of the process to the first byte of the command's output, and where the time went.
 
-Runs of ``stoker run`` and of the bare QEMU line alternate, so that both see the same host. The parts, from clocks that the host, the
+Runs of ``stoker run`` and of the bare QEMU line alternate, so that both see the same host. The parts, from clocks of the host, the
 VMM's start and the guest's kernel keep: *host* is Python, the store, the disk's clone; *vmm* the VMM until its guest's first
 instruction; *kernel* until the agent starts; *agent* until the guest is configured; *command* until the first byte.
 """
