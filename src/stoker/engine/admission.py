@@ -13,22 +13,24 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from stoker.api.models import Quota
 from stoker.errors import CapacityExhausted
 
 if TYPE_CHECKING:
     from stoker.settings import Settings
 
-__all__ = ["Admission", "BootQueue", "HostFacts", "Quota", "Reservation", "host_facts"]
+__all__ = ["Admission", "BootQueue", "HostFacts", "Reservation", "host_facts"]
 
 MIB = 1 << 20
 VMM_OVERHEAD = 64 * MIB
 """A VMM's own memory besides the guest's: 15-50 MiB measured, more under TCG while it translates."""
+USABLE = 0.9
 OVERCOMMIT = 1.5
 FIRST_TOUCH = 160 * MIB
 """What a machine just booted has touched of its memory, at most, with its VMM (512 MiB guest, Debian 12)."""
@@ -48,18 +50,8 @@ class HostFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Quota:
-    """What one key may hold at once; 0 is without a limit."""
-
-    memory: int = 0
-    cpus: int = 0
-    disk: int = 0
-    sandboxes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Reservation:
-    """What one sandbox holds. ``settled``: its machine has touched what it first touches."""
+    """What one sandbox holds; ``memory`` is the guest's. ``settled``: its machine has touched what it first touches."""
 
     owner: str
     memory: int = 0
@@ -87,92 +79,99 @@ def _mib(size: int) -> str:
 class Admission:
     """The book of reservations. Not locked: it is used from one event loop and never awaits."""
 
-    def __init__(self, settings: Settings, facts: Any = None) -> None:
+    def __init__(self, settings: Settings, facts: Callable[[], HostFacts] | None = None) -> None:
         self._settings = settings
         self._facts = facts or (lambda: host_facts(settings.data_dir))
         self._held: dict[str, Reservation] = {}
 
     def totals(self, owner: str | None = None) -> Quota:
-        """What is held together, by one owner or by all."""
+        """What is held together, by one owner (guests' memory alone) or by all (with the overhead of their VMMs)."""
         held = [r for r in self._held.values() if owner is None or r.owner == owner]
-        return Quota(sum(r.memory for r in held), sum(r.cpus for r in held), sum(r.disk for r in held), len(held))
+        overhead = 0 if owner is not None else sum(VMM_OVERHEAD for r in held if r.memory)
+        return Quota(
+            sandboxes=len(held),
+            memory=sum(r.memory for r in held) + overhead,
+            cpus=sum(r.cpus for r in held),
+            disk=sum(r.disk for r in held),
+        )
 
     def budget(self, facts: HostFacts | None = None) -> Quota:
         """The host's limits; derived where the settings leave them 0."""
         facts = facts or self._facts()
         settings = self._settings
         return Quota(
-            settings.budget_memory or int(facts.memory_total * 0.9 * OVERCOMMIT),
-            settings.budget_cpus or facts.cpus * CPUS_PER_CORE,
-            settings.budget_disk,
-            settings.max_sandboxes,
+            sandboxes=settings.max_sandboxes,
+            memory=settings.budget_memory or int(facts.memory_total * USABLE * OVERCOMMIT),
+            cpus=settings.budget_cpus or facts.cpus * CPUS_PER_CORE,
+            disk=settings.budget_disk,
         )
 
     def admit(self, sandbox: str, *, owner: str, memory: int, cpus: int, disk: int, quota: Quota | None = None) -> None:
-        """Reserves, or raises :class:`CapacityExhausted` with what would fit. A sandbox that holds something already exchanges it."""
+        """Reserves, or raises :class:`CapacityExhausted` with what would fit. What the sandbox held before is exchanged."""
         before = self._held.pop(sandbox, None)
         try:
-            wanted = Quota(memory + VMM_OVERHEAD, cpus, disk, 1)
             if quota is not None:
-                _refuse(wanted, self.totals(owner), quota, "this key")
+                _refuse(Quota(sandboxes=1, memory=memory, cpus=cpus, disk=disk), self.totals(owner), quota, "key", 0)
             facts = self._facts()
-            _refuse(wanted, self.totals(), self.budget(facts), "this host")
+            wanted = Quota(sandboxes=1, memory=memory + VMM_OVERHEAD, cpus=cpus, disk=disk)
+            _refuse(wanted, self.totals(), self.budget(facts), "host", VMM_OVERHEAD)
             self._refuse_now(wanted, facts)
         except CapacityExhausted:
             if before is not None:
                 self._held[sandbox] = before
             raise
-        self._held[sandbox] = Reservation(owner, wanted.memory, cpus, disk)
+        self._held[sandbox] = Reservation(owner, memory, cpus, disk)
 
     def _refuse_now(self, wanted: Quota, facts: HostFacts) -> None:
         """What the budget allows may still be impossible at this moment."""
         if not self._settings.budget_memory:
-            largest = int(facts.memory_total * 0.9)
-            coming = sum(min(r.memory, FIRST_TOUCH) for r in self._held.values() if r.memory and not r.settled)
+            largest = int(facts.memory_total * USABLE)
+            coming = sum(min(r.memory + VMM_OVERHEAD, FIRST_TOUCH) for r in self._held.values() if r.memory and not r.settled)
             room = facts.memory_available - coming - MEMORY_RESERVE
             if wanted.memory > largest or room < min(wanted.memory, FIRST_TOUCH):
-                fits = max(0, min(largest, room) - VMM_OVERHEAD)
-                raise _exhausted("memory", "this host", _mib(wanted.memory - VMM_OVERHEAD), _mib(fits), fits)
+                fits = largest if room >= FIRST_TOUCH else min(largest, room)
+                raise _exhausted("memory", "host", wanted.memory - VMM_OVERHEAD, fits - VMM_OVERHEAD)
         if not self._settings.budget_disk and (wanted.disk > facts.disk_free or facts.disk_free < DISK_RESERVE):
-            fits = max(0, facts.disk_free - DISK_RESERVE)
-            raise _exhausted("disk", "this host", _mib(wanted.disk), _mib(fits), fits)
+            raise _exhausted("disk", "host", wanted.disk, facts.disk_free - DISK_RESERVE)
 
     def hold(self, sandbox: str, *, owner: str, memory: int, cpus: int, disk: int) -> None:
         """Reserves without asking: a machine that exists already is adopted, whatever the budgets say now."""
-        self._held[sandbox] = Reservation(owner, memory + VMM_OVERHEAD if memory else 0, cpus, disk, settled=True)
+        self._held[sandbox] = Reservation(owner, memory, cpus, disk, settled=True)
 
     def settle(self, sandbox: str) -> None:
         """The machine is up: what it first touches is now in the host's own figures."""
-        if (r := self._held.get(sandbox)) is not None:
-            self._held[sandbox] = Reservation(r.owner, r.memory, r.cpus, r.disk, settled=True)
+        if (held := self._held.get(sandbox)) is not None:
+            self._held[sandbox] = replace(held, settled=True)
 
     def rest(self, sandbox: str) -> None:
         """The machine is gone, the sandbox and its disk remain."""
-        if (r := self._held.get(sandbox)) is not None:
-            self._held[sandbox] = Reservation(r.owner, 0, 0, r.disk, settled=True)
+        if (held := self._held.get(sandbox)) is not None:
+            self._held[sandbox] = replace(held, memory=0, cpus=0, settled=True)
 
     def release(self, sandbox: str) -> None:
+        """Nothing is left of it."""
         self._held.pop(sandbox, None)
 
 
-def _refuse(wanted: Quota, held: Quota, limit: Quota, whose: str) -> None:
-    for what, words in (("sandboxes", str), ("memory", _mib), ("cpus", str), ("disk", _mib)):
-        ceiling = getattr(limit, what)
-        if ceiling and getattr(held, what) + getattr(wanted, what) > ceiling:
-            fits = max(0, ceiling - getattr(held, what))
-            asked = getattr(wanted, what)
-            if what == "memory":
-                fits, asked = max(0, fits - VMM_OVERHEAD), asked - VMM_OVERHEAD
-            raise _exhausted(what, whose, words(asked), words(fits), fits)
+def _refuse(wanted: Quota, held: Quota, limit: Quota, scope: str, overhead: int) -> None:
+    for what in ("sandboxes", "memory", "cpus", "disk"):
+        ceiling, used, asked = getattr(limit, what), getattr(held, what), getattr(wanted, what)
+        if ceiling and used + asked > ceiling:
+            extra = overhead if what == "memory" else 0
+            raise _exhausted(what, scope, asked - extra, ceiling - used - extra)
 
 
-def _exhausted(what: str, whose: str, asked: str, fits: str, amount: int) -> CapacityExhausted:
-    noun = {"sandboxes": "more sandboxes", "cpus": "CPUs"}.get(what, f"of {what}")
+def _exhausted(what: str, scope: str, asked: int, fits: int) -> CapacityExhausted:
+    fits = max(0, fits)
+    if what in ("memory", "disk"):
+        words = f"{_mib(asked)} of {what}; {_mib(fits)} would fit"
+    else:
+        words = f"{asked} more {'CPUs' if what == 'cpus' else what}; {fits} would fit"
     return CapacityExhausted(
         "capacity_exhausted",
-        f"{whose} has no room for {asked} {noun}; {fits} would fit",
+        f"this {scope} has no room for {words}",
         "destroy a sandbox you no longer need (stoker ls, stoker rm), or ask for less",
-        details={"resource": what, "scope": "key" if whose == "this key" else "host", "fits": amount},
+        details={"resource": what, "scope": scope, "asked": asked, "fits": fits},
     )
 
 

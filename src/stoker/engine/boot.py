@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stoker.engine.trace import trace
 from stoker.errors import DeadlineExceeded, InvalidRequest, StokerError
 from stoker.guest.channel import connect
 from stoker.guest.messages import Configuration, NetworkConfiguration, Resolver, RootMount
@@ -73,6 +74,7 @@ class LiveMachine:
     rootfs: RootFilesystem
     kernel: Kernel
     timings: dict[str, float] = field(default_factory=dict)
+    accelerator: str = ""
 
     async def end(self) -> None:
         """Ends the machine at once. What it wrote is not waited for: its disk is thrown away."""
@@ -115,7 +117,7 @@ def configuration(request: MachineRequest, rootfs: RootFilesystem, network: User
     env = {"PATH": DEFAULT_PATH, **dict(rootfs.env), **dict(request.env)}
     hostname = request.hostname or request.name
     return Configuration(
-        root=RootMount(device="/dev/vda", fstype=rootfs.fstype),
+        root=RootMount(device="/dev/vda", fstype=rootfs.fstype, grow=request.disk > rootfs.size),
         hostname=hostname,
         hosts=[("127.0.0.1", "localhost"), ("::1", "localhost"), ("127.0.1.1", hostname)],
         resolv=Resolver(nameservers=[network.nameserver]) if network else None,
@@ -169,11 +171,14 @@ async def boot(
     *,
     detached: bool,
     progress: Progress | None = None,
+    reuse: bool = False,
+    cgroup: Path | None = None,
 ) -> LiveMachine:
     """Boots a machine and configures its guest.
 
-    ``directory`` exists, is empty and only its owner's; ``clone`` does not exist yet. With ``detached`` the machine outlives this
-    process. Raises a :class:`StokerError` that carries the console's last lines where they help.
+    ``directory`` exists, is empty and only its owner's; ``clone`` does not exist yet (with ``reuse`` it does, made over this very
+    image). With ``detached`` the machine outlives this process. Its processes begin in ``cgroup``. Raises a :class:`StokerError`
+    that carries the console's last lines where they help.
     """
     check(request)
     report = progress or NullProgress()
@@ -191,7 +196,9 @@ async def boot(
             f"{request.image} needs {rootfs.size // MIB} MiB of disk, more than {request.disk // MIB} MiB",
             f"--disk {rootfs.size // MIB}M or more",
         )
-    create_overlay(clone, rootfs.path, size)
+    if not reuse:
+        create_overlay(clone, rootfs.path, size)
+    trace("boot.after_clone")
     network = _network(request)
     watch.lap("clone")
     spec = MachineSpec(
@@ -202,23 +209,27 @@ async def boot(
         cmdline=(),
         cpus=request.cpus,
         memory=request.memory,
-        disks=(Disk(name="root", path=clone, format="qcow2", backing=rootfs.path),),
+        disks=(Disk(name="root", path=clone, format="qcow2", backing=rootfs.path, flush=detached),),
         network=network,
         accelerator=accel.accelerator,
         console_bytes=settings.console_bytes,
         detached=detached,
+        cgroup=cgroup,
     )
     async with AsyncExitStack() as undo:
         machine = await launch(spec, settings)
         undo.push_async_callback(machine.close)
         undo.push_async_callback(machine.kill)
         watch.lap("vmm")
+        trace("boot.after_launch")
         try:
             agent = await _first_word(machine, settings.boot_timeout)
             undo.push_async_callback(agent.aclose)
             watch.lap("guest")
+            trace("boot.after_hello")
             await agent.configure(configuration(request, rootfs, network))
             watch.lap("configure")
+            trace("boot.after_configure")
         except TimeoutError:
             raise DeadlineExceeded(
                 "boot_timeout",
@@ -231,4 +242,4 @@ async def boot(
                 error.console = await machine.console_tail(20)
             raise
         undo.pop_all()
-    return LiveMachine(request, machine, agent, rootfs, kernel, watch.laps)
+    return LiveMachine(request, machine, agent, rootfs, kernel, watch.laps, accel.accelerator.value)

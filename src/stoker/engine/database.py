@@ -1,7 +1,8 @@
 """The engine's state on disk: one SQLite database in WAL mode, one thread that uses it, one hop per transaction.
 
-Layout of ``DATA_DIR``: ``stoker.db`` (with ``-wal`` and ``-shm``), ``stoker.db.new`` while the very first one is made (a crash leaves
-it; it is removed), ``stoker.db.vN.bak`` the copy made before a migration from version N, ``stoker.lock`` held by the one engine.
+Layout of ``DATA_DIR``: ``stoker.db`` (with ``-wal`` and ``-shm``), ``stoker.db.new`` while the very first one is made (a crash
+leaves it; it is removed), ``stoker.db.vN.bak`` the copy made before a migration from version N, ``stoker.lock`` held by the one
+engine.
 
 A commit is in the file when :meth:`Database.write` returns; with ``durable=True`` it has also reached the disk, together with
 every commit before it. A process killed between two transactions loses neither. The database is never made anew over a file
@@ -220,8 +221,7 @@ class Database:
         finally:
             self._closed = True
             self._jobs.put(None)
-            while thread.is_alive():
-                await asyncio.sleep(0.001)
+            await asyncio.to_thread(thread.join)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

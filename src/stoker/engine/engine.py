@@ -3,244 +3,325 @@
 ``async with Engine.open(settings) as engine`` holds the data directory (one engine at a time), adopts every machine that lives,
 removes what must not be there, and then serves. Leaving the block lets go of the machines; they go on.
 
-Every method takes the :class:`~stoker.api.models.Principal` who asks and a *reference* (``sb-...`` or a name). What is not the
-principal's does not exist for it: ``NotFound("sandbox_unknown")``. Values are the models of :mod:`stoker.api.models`.
+The contract of every method is in :mod:`stoker.server.ports`, which this fits. How it is made:
+
+============  ==================================================================================
+database      one SQLite file, one thread, one hop per transaction
+ledger        what the host has because of us, written down before it is made
+state, core   rows and what may be done in which state; what the parts share
+create        the way of a create and a start; :mod:`.boot` makes the machine
+ending        destroy, stop, a machine that is gone
+watch         a machine's end, seen at once; its agent, reached again
+reconcile     what a new engine does with what it finds
+hub, feed     processes; one process's output for many clients
+timers        timeouts and leases
+============  ==================================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Final
 
 from stoker.api.models import (
     ApiKey,
     ApiKeyPage,
-    ConsoleLog,
     CreatedKey,
     CreateKey,
     CreateSandbox,
     Event,
-    EventPage,
-    ExecRequest,
-    ExecResult,
+    Health,
     Metrics,
-    PingResult,
+    Operation,
+    OperationPage,
+    OperationState,
     Principal,
-    ProcessInfo,
-    ProcessList,
-    ResizeRequest,
     Sandbox,
     SandboxPage,
     SandboxState,
-    SetTimeout,
-    SignalRequest,
-    StartProcess,
-    StopSandbox,
-    WriteStdin,
+    Timeout,
 )
+from stoker.engine import create, ending, verbs
+from stoker.engine.core import Booter, Box, Core
+from stoker.engine.database import Database, lock_data
+from stoker.engine.files import Files
+from stoker.engine.keys import Keys
+from stoker.engine.metrics import sample
+from stoker.engine.pages import page_after
+from stoker.engine.processes import Processes
+from stoker.engine.reconcile import load_all, private_directory, reconcile
+from stoker.engine.timers import hold_lease, reap
+from stoker.engine.trace import arm
+from stoker.errors import GuestError, NotFound
 
 if TYPE_CHECKING:
-    from stoker.engine.processes import Attachment
-    from stoker.engine.state import Booter
-    from stoker.images.progress import Progress as ProgressReport
     from stoker.settings import Settings
 
 __all__ = ["Engine"]
 
-EVERYTHING = Principal()
+log = logging.getLogger(__name__)
+LEASE_GRACE: Final = 10.0
 
 
 class Engine:
     """See the module. Made by :meth:`open` only."""
 
+    def __init__(self, core: Core, keys: Keys, stack: AsyncExitStack) -> None:
+        self._core = core
+        self._keys = keys
+        self._stack = stack
+        self.processes = Processes(core)
+        self.files = Files(core)
+
     @classmethod
     @asynccontextmanager
-    async def open(cls, settings: Settings, *, booter: Booter | None = None, lease_grace: float = 10.0) -> AsyncIterator[Engine]:
+    async def open(
+        cls,
+        settings: Settings,
+        *,
+        booter: Booter | None = None,
+        lease_grace: float = LEASE_GRACE,
+        trace_kill: str | None = None,
+        boots: int | None = None,
+    ) -> AsyncIterator[Engine]:
         """Opens the engine of ``settings.data_dir``.
 
+        ``lease_grace``: seconds a lease may be without a holder, at first and after a restart. ``trace_kill``: a point of
+        :mod:`stoker.engine.trace` at which this process is to be killed (tests). ``boots``: how many at a time.
         Errors: ``engine_running``, ``database_newer``, ``database_corrupt``, ``directory_refused``.
         """
-        raise NotImplementedError
-        yield cls()
+        import os
+
+        arm(os.environ.get("STOKER_TRACE_KILL", "") if trace_kill is None else trace_kill)
+        if booter is None:
+            from stoker.engine.machines import RealBooter
+
+            booter = RealBooter(settings)
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(lock_data(settings.data_dir))
+            private_directory(settings.run_dir, 0o755)
+            private_directory(settings.run_dir / "sandboxes", 0o711)
+            private_directory(settings.data_dir / "pool", 0o711)
+            database = await stack.enter_async_context(Database.open(settings.database))
+            core = Core(settings, database, booter, lease_grace=lease_grace, boots=boots or max(2, os.cpu_count() or 1))
+            keys = Keys(database)
+            engine = cls(core, keys, stack)
+            stack.push_async_callback(engine._let_go)
+            await engine._begin()
+            yield engine
+
+    async def _begin(self) -> None:
+        core = self._core
+        from stoker.host import cgroups
+
+        core.cgroups = await asyncio.to_thread(cgroups.base)
+        await self._keys.load()
+        await load_all(core)
+        await reconcile(core)
+        core.spawn(reap(core), "deadlines")
+        core.spawn(sample(core), "metrics")
+
+    def retire(self) -> None:
+        """The daemon is about to end: clients that go from now on end nothing with them."""
+        self._core.closing = True
+
+    async def aclose(self) -> None:
+        """Lets go of everything; machines live on. Leaving :meth:`open`'s block does it too."""
+        await self._let_go()
+
+    async def _let_go(self) -> None:
+        core = self._core
+        core.closing = True
+        await core.end_tasks()
+        reason = GuestError("daemon_stopped", "the daemon ended; the sandbox goes on", "connect again")
+        for box in core.boxes.values():
+            live = box.live
+            if live is not None:
+                await ending.detach(box, reason)
+                await live.machine.close()
+        await self._keys.close()
+
+    def _find(self, who: Principal, sandbox: str) -> Box:
+        return self._core.find(who, sandbox)
 
     # -- sandboxes ----------------------------------------------------------------------------------------------------
 
-    async def create(
-        self,
-        principal: Principal,
-        request: CreateSandbox,
-        *,
-        idempotency_key: str | None = None,
-        wait: bool = True,
-        progress: ProgressReport | None = None,
-    ) -> Sandbox:
-        """Makes a sandbox. With ``wait`` the answer comes when it runs (or raises why it does not: the failed sandbox remains).
+    async def create(self, who: Principal, request: CreateSandbox, *, idempotency_key: str | None = None) -> Operation:
+        core = self._core
+        return await core.shielded(create.create(core, who, request, idempotency_key, self._keys.quota(who.owner)))
 
-        Without, it comes at once in state ``creating``. Either way the work belongs to the engine: a caller that is cancelled
-        does not stop it; :meth:`destroy` does. The same idempotency key with the same request gives the same sandbox again; with
-        another request it is ``Conflict("idempotency_mismatch")``.
-        """
-        raise NotImplementedError
-
-    async def get(self, principal: Principal, reference: str) -> Sandbox:
-        raise NotImplementedError
+    async def get(self, who: Principal, sandbox: str) -> Sandbox:
+        return self._find(who, sandbox).value
 
     async def list(
         self,
-        principal: Principal,
+        who: Principal,
         *,
-        states: Collection[SandboxState] = (),
-        labels: Mapping[str, str] | None = None,
-        name: str | None = None,
+        states: frozenset[SandboxState] = frozenset(),
+        labels: Mapping[str, str | None] | None = None,
         limit: int = 100,
         cursor: str | None = None,
     ) -> SandboxPage:
-        """Newest last, all of the principal's that match every filter."""
-        raise NotImplementedError
+        def wanted(box: Box) -> bool:
+            record = box.record
+            if not (who.admin or record.owner == who.owner) or (states and record.state not in states):
+                return False
+            has = record.request.labels
+            return all(key in has and value in (None, has[key]) for key, value in (labels or {}).items())
 
-    async def wait(
-        self, principal: Principal, reference: str, states: Collection[SandboxState], *, timeout: float | None = None
-    ) -> Sandbox:
-        """Returns when the sandbox is in one of ``states``. ``DeadlineExceeded("wait_timeout")`` after ``timeout`` seconds,
-        ``Conflict("state_unreachable")`` when it can no longer get there by itself, ``NotFound`` when it is destroyed meanwhile."""
-        raise NotImplementedError
+        found = sorted(filter(wanted, self._core.boxes.values()), key=_age, reverse=True)
+        page, following = page_after(found, limit, cursor, _age)
+        return SandboxPage(items=[box.value for box in page], next=following)
 
-    async def destroy(self, principal: Principal, reference: str) -> None:
-        """Ends and removes everything of it; a second call, or one on an unknown id, is ``NotFound``. From every state."""
-        raise NotImplementedError
+    async def destroy(self, who: Principal, sandbox: str) -> None:
+        box = self._find(who, sandbox)
+        await self._core.shielded(ending.destroy(self._core, box))
 
-    async def stop(self, principal: Principal, reference: str, request: StopSandbox) -> Sandbox:
-        raise NotImplementedError
+    async def stop(self, who: Principal, sandbox: str, grace: float) -> Sandbox:
+        box = self._find(who, sandbox)
+        await self._core.shielded(ending.stop(self._core, box, grace))
+        return box.value
 
-    async def start(self, principal: Principal, reference: str, *, progress: ProgressReport | None = None) -> Sandbox:
-        """Boots a stopped sandbox from its disk again."""
-        raise NotImplementedError
+    async def start(self, who: Principal, sandbox: str) -> Operation:
+        box = self._find(who, sandbox)
+        return await self._core.shielded(create.start(self._core, box, self._keys.quota(box.record.owner)))
 
-    async def freeze(self, principal: Principal, reference: str) -> Sandbox:
-        raise NotImplementedError
+    async def freeze(self, who: Principal, sandbox: str) -> Sandbox:
+        box = self._find(who, sandbox)
+        await self._core.shielded(verbs.freeze(self._core, box))
+        return box.value
 
-    async def thaw(self, principal: Principal, reference: str) -> Sandbox:
-        raise NotImplementedError
+    async def thaw(self, who: Principal, sandbox: str) -> Sandbox:
+        box = self._find(who, sandbox)
+        await self._core.shielded(verbs.thaw(self._core, box))
+        return box.value
 
-    async def pause(self, principal: Principal, reference: str) -> Sandbox:
-        """``InvalidRequest("not_supported_yet")``."""
-        raise NotImplementedError
+    async def pause(self, who: Principal, sandbox: str) -> Sandbox:
+        """Not yet: ``InvalidRequest("not_supported_yet")``."""
+        raise verbs.not_yet(self._find(who, sandbox), "pause")
 
-    async def resume(self, principal: Principal, reference: str) -> Sandbox:
-        """``InvalidRequest("not_supported_yet")``."""
-        raise NotImplementedError
+    async def resume(self, who: Principal, sandbox: str) -> Sandbox:
+        """Not yet: ``InvalidRequest("not_supported_yet")``."""
+        raise verbs.not_yet(self._find(who, sandbox), "resume")
 
-    async def set_timeout(self, principal: Principal, reference: str, request: SetTimeout) -> Sandbox:
-        raise NotImplementedError
+    async def ping(self, who: Principal, sandbox: str) -> float:
+        return await verbs.ping(self._core, self._find(who, sandbox))
 
-    async def ping(self, principal: Principal, reference: str) -> PingResult:
-        raise NotImplementedError
+    async def set_timeout(self, who: Principal, sandbox: str, timeout: Timeout | None) -> Sandbox:
+        box = self._find(who, sandbox)
+        await self._core.shielded(verbs.set_timeout(self._core, box, timeout))
+        return box.value
 
-    def lease(self, principal: Principal, reference: str) -> AbstractAsyncContextManager[Sandbox]:
-        """Holds the lease of a sandbox created with ``lease``. When the block is left, the sandbox is destroyed.
+    async def wait(self, who: Principal, sandbox: str, states: frozenset[SandboxState], timeout: float) -> Sandbox:
+        return await verbs.wait(self._find(who, sandbox), states, timeout)
 
-        The lease can have one holder: ``Conflict("lease_held")``. A sandbox whose lease nobody takes within the grace is destroyed.
-        """
-        raise NotImplementedError
+    async def console(self, who: Principal, sandbox: str, *, offset: int | None, limit: int) -> tuple[int, bytes, int]:
+        box = self._find(who, sandbox)
+        path = self._core.places(box.id).directory / "console.log"
+        return await asyncio.to_thread(box.console.read, path, offset, limit)
 
-    # -- what it says -------------------------------------------------------------------------------------------------
+    @asynccontextmanager
+    async def lease(self, who: Principal, sandbox: str) -> AsyncIterator[None]:
+        async with hold_lease(self._core, self._find(who, sandbox)):
+            yield
 
-    async def console(self, principal: Principal, reference: str, *, offset: int | None = None, limit: int = 65536) -> ConsoleLog:
-        """A part of the serial console from ``offset``; None: the last ``limit`` bytes."""
-        raise NotImplementedError
+    # -- operations, events, metrics ----------------------------------------------------------------------------------
 
-    def follow_console(self, principal: Principal, reference: str, *, offset: int | None = None) -> AsyncIterator[ConsoleLog]:
-        """Parts as they come, until the sandbox has no machine any more."""
-        raise NotImplementedError
+    async def operation(self, who: Principal, operation: str) -> Operation:
+        try:
+            return self._core.operations.find(who, operation).value
+        except NotFound:
+            for box in self._core.boxes.values():
+                if box.record.operation == operation and (who.admin or box.record.owner == who.owner):
+                    return self._core.operations.of(box.record)
+            raise
 
+    async def operations(self, who: Principal, *, sandbox: str | None, limit: int, cursor: str | None) -> OperationPage:
+        if sandbox is not None and not sandbox.startswith("sb-"):
+            sandbox = self._find(who, sandbox).id
+        return self._core.operations.page(who, sandbox, limit, cursor)
+
+    async def wait_operation(self, who: Principal, operation: str, timeout: float, *, seen: Operation | None = None) -> Operation:
+        now = await self.operation(who, operation)
+        if now.state is not OperationState.RUNNING:
+            return now
+        return await self._core.operations.wait(who, operation, timeout, seen)
+
+    async def cancel_operation(self, who: Principal, operation: str) -> Operation:
+        now = await self.operation(who, operation)
+        if now.state is OperationState.RUNNING and now.sandbox is not None:
+            box = self._core.boxes.get(now.sandbox)
+            if box is not None:
+                await self._core.shielded(create.cancel(self._core, box))
+        return await self.operation(who, operation)
+
+    @asynccontextmanager
     async def events(
-        self, principal: Principal, reference: str | None = None, *, after: int = 0, limit: int = 100
-    ) -> EventPage:
-        """The history that is kept (the last 256 of each sandbox), of one sandbox or of all that are the principal's."""
-        raise NotImplementedError
+        self, who: Principal, *, sandbox: str | None = None, after: int | None = None
+    ) -> AsyncIterator[AsyncIterator[Event]]:
+        if sandbox is not None:
+            sandbox = self._find(who, sandbox).id
+        async with self._core.events.subscribe(who, sandbox, after) as stream:
+            yield stream
 
-    def subscribe(
-        self, principal: Principal, reference: str | None = None, *, after: int | None = None
-    ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """Events as they happen; with ``after`` first those of the history with a larger id. A reader that is too slow gets one
-        event of kind ``overflow`` with the number of those it missed (``data["missed"]``)."""
-        raise NotImplementedError
+    async def metrics(self, who: Principal, sandbox: str, *, window: float, since: float | None) -> Metrics:
+        box = self._find(who, sandbox)
+        return box.rings.read(box.id, window, since)
 
-    async def metrics(self, principal: Principal, reference: str, *, window: float = 600.0) -> Metrics:
-        """The ring that covers ``window`` seconds best: 600 (every 0.5 s), 7200 (30 s), 86400 (5 min)."""
-        raise NotImplementedError
+    async def latest_metrics(self, who: Principal) -> Mapping[str, Metrics]:
+        return {
+            box.id: Metrics(sandbox=box.id, step=0.5, window=0.5, samples=[box.rings.latest])
+            for box in self._core.boxes.values()
+            if box.live is not None and box.rings.latest is not None and (who.admin or box.record.owner == who.owner)
+        }
 
-    # -- processes ----------------------------------------------------------------------------------------------------
+    # -- keys, health -------------------------------------------------------------------------------------------------
 
-    async def exec(self, principal: Principal, reference: str, request: ExecRequest) -> ExecResult:
-        """Runs and waits. A caller that is cancelled kills the process group."""
-        raise NotImplementedError
+    async def create_key(self, request: CreateKey) -> CreatedKey:
+        return await self._core.shielded(self._keys.create(request))
 
-    async def start_process(self, principal: Principal, reference: str, request: StartProcess) -> ProcessInfo:
-        raise NotImplementedError
+    async def keys(self, *, limit: int, cursor: str | None) -> ApiKeyPage:
+        return self._keys.page(limit, cursor)
 
-    async def processes(self, principal: Principal, reference: str) -> ProcessList:
-        raise NotImplementedError
+    async def revoke_key(self, key: str) -> ApiKey:
+        return await self._core.shielded(self._keys.revoke(key))
 
-    async def process(self, principal: Principal, reference: str, which: int | str) -> ProcessInfo:
-        """``which`` is the process's id or its tag (the newest with that tag)."""
-        raise NotImplementedError
+    async def find_key(self, digest: bytes) -> ApiKey | None:
+        return self._keys.find(digest)
 
-    async def signal(self, principal: Principal, reference: str, which: int | str, request: SignalRequest) -> None:
-        raise NotImplementedError
+    async def health(self) -> Health:
+        problems = list(self._core.problems)
+        problems += [f"{box.record.label} is lost" for box in self._core.boxes.values() if box.record.state is SandboxState.LOST]
+        return Health(status="degraded" if problems else "ok", problems=problems[:100])
 
-    async def resize(self, principal: Principal, reference: str, which: int | str, request: ResizeRequest) -> None:
-        raise NotImplementedError
+    def facts(self) -> Mapping[str, object]:
+        """Counts by state, what is held and what there is."""
+        from stoker.host.process import boot_id
 
-    async def write_stdin(self, principal: Principal, reference: str, which: int | str, request: WriteStdin) -> None:
-        raise NotImplementedError
+        core = self._core
+        states: dict[str, int] = {}
+        for box in core.boxes.values():
+            states[box.record.state.value] = states.get(box.record.state.value, 0) + 1
+        held, budget = core.admission.totals(), core.admission.budget()
+        return {
+            "sandboxes": sum(box.live is not None or box.work is not None for box in core.boxes.values()),
+            "states": states,
+            "boot_id": boot_id(),
+            "held": {"sandboxes": held.sandboxes, "memory": held.memory, "cpus": held.cpus, "disk": held.disk},
+            "budget": {"sandboxes": budget.sandboxes, "memory": budget.memory, "cpus": budget.cpus, "disk": budget.disk},
+        }
 
-    def attach(
-        self,
-        principal: Principal,
-        reference: str,
-        which: int | str,
-        *,
-        stdout: int | None = None,
-        stderr: int | None = None,
-        lossless: bool = True,
-    ) -> AbstractAsyncContextManager[Attachment]:
-        """Looks on a process, with any number of others, from these offsets (None: the oldest byte held).
+    def busy(self) -> bool:
+        """Failed and stopped sandboxes need no daemon; one that has a timeout does: somebody must end it."""
+        core = self._core
+        return bool(core.operations.running) or any(
+            box.live is not None or box.work is not None or box.deadline is not None or box.lease_until is not None
+            for box in core.boxes.values()
+        )
 
-        ``async for chunk in attachment`` gives :class:`~stoker.engine.processes.Chunk` (``stream`` 1 or 2, ``offset``, ``data``;
-        a gap in the offsets is what the ring no longer held) and ends after the last byte of both; then ``await
-        attachment.exit()`` gives the :class:`ProcessInfo` of the ended process. ``await attachment.write(data)`` (stdin, awaits
-        flow control), ``close_stdin()``, ``signal(n)``, ``resize(rows, cols)``. With ``lossless`` the process waits for this
-        reader rather than lose a byte; without, the oldest bytes are dropped.
-        """
-        raise NotImplementedError
 
-    # -- files: the facade over guest/files.py, see engine/files.py ----------------------------------------------------
-
-    # -- keys ---------------------------------------------------------------------------------------------------------
-
-    async def create_key(self, principal: Principal, request: CreateKey) -> CreatedKey:
-        raise NotImplementedError
-
-    async def keys(self, principal: Principal) -> ApiKeyPage:
-        raise NotImplementedError
-
-    async def revoke_key(self, principal: Principal, key: str) -> ApiKey:
-        """At once. What the key made goes on, and belongs to the administrator."""
-        raise NotImplementedError
-
-    async def authenticate(self, secret: str) -> Principal:
-        """The principal of a key. ``Unauthenticated("bad_key")`` for a wrong or a revoked one."""
-        raise NotImplementedError
-
-    # -- the host -----------------------------------------------------------------------------------------------------
-
-    @property
-    def count(self) -> int:
-        """How many sandboxes there are, in any state. (An auto-started daemon may end when it is 0.)"""
-        raise NotImplementedError
-
-    def facts(self) -> dict[str, Any]:
-        """Figures of the host for health, version and Prometheus: budgets, what is held, states and their counts, adopted, problems."""
-        raise NotImplementedError
+def _age(box: Box) -> tuple[float, str]:
+    return box.record.created_at, box.id

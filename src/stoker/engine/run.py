@@ -34,9 +34,13 @@ def _private_directory(path: Path, mode: int = 0o700) -> None:
         path.mkdir(mode=mode, parents=True, exist_ok=True)
         status = os.lstat(path)
     except OSError as e:
-        raise HostError("directory_refused", f"{path} cannot be made: {e.strerror}", "set STOKER_RUN_DIR and STOKER_DATA_DIR") from None
+        raise HostError(
+            "directory_refused", f"{path} cannot be made: {e.strerror}", "set STOKER_RUN_DIR and STOKER_DATA_DIR"
+        ) from None
     if status.st_uid != os.geteuid() or path.is_symlink():
-        raise HostError("directory_refused", f"{path} is not a directory of this user's", f"remove it, or set another with STOKER_*_DIR: {path}")
+        raise HostError(
+            "directory_refused", f"{path} is not a directory of this user's", f"remove it, or set another with STOKER_*_DIR: {path}"
+        )
 
 
 def _sweep(*places: Path) -> None:

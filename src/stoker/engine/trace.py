@@ -35,7 +35,7 @@ DESTROY = (
     "destroy.after_forget",
 )
 STOP = ("stop.after_mark", "stop.after_shutdown", "stop.after_process", "stop.after_stopped")
-START = ("start.after_mark", "start.after_boot")
+START = ("start.after_mark", "start.after_running")
 POINTS = CREATE + DESTROY + STOP + START
 
 _armed = ""

@@ -45,3 +45,16 @@ CREATE TABLE keys (
     created REAL NOT NULL,
     record TEXT NOT NULL
 ) STRICT;
+
+CREATE TABLE numbers (
+    name TEXT PRIMARY KEY,
+    value INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- Processes started in the background: what the guest does not know about them.
+CREATE TABLE processes (
+    sandbox TEXT NOT NULL,
+    number INTEGER NOT NULL,
+    started TEXT NOT NULL,
+    PRIMARY KEY (sandbox, number)
+) STRICT, WITHOUT ROWID;

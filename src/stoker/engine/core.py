@@ -1,0 +1,348 @@
+"""What the parts of the engine share: the sandboxes in memory, the one way to change a row, and who starts machines.
+
+Every sandbox is a :class:`Box`: its row as the database has it, its live machine if it has one, a lock that serialises the
+operations on it. Memory is the truth for reading; each change is committed first and then seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import msgspec
+from msgspec.structs import replace
+
+from stoker.api.models import Principal, Sandbox, SandboxState, TimeoutMode
+from stoker.engine.admission import Admission, BootQueue
+from stoker.engine.consoles import Console
+from stoker.engine.database import Database
+from stoker.engine.events import Events
+from stoker.engine.ledger import Kind, Ledger
+from stoker.engine.metrics import Rings
+from stoker.engine.operations import Operations
+from stoker.engine.state import Record, require, to_sandbox
+from stoker.errors import GuestError, HostError, NotFound
+
+if TYPE_CHECKING:
+    from stoker.engine.boot import MachineRequest
+    from stoker.engine.hub import Hub
+    from stoker.guest.agent import Agent
+    from stoker.images.progress import Progress
+    from stoker.settings import Settings
+    from stoker.vmm.driver import Machine
+
+__all__ = ["Booted", "Booter", "Box", "Core", "Live", "Places"]
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Change = Callable[[sqlite3.Connection], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Booted:
+    """A machine that just came up, and what is worth remembering of it."""
+
+    machine: Machine
+    agent: Agent
+    image_digest: str = ""
+    image_path: str = ""
+    kernel_path: str = ""
+    kernel: str = ""
+    disk: int = 0
+    env: dict[str, str] = field(default_factory=dict)
+    user: str = ""
+    workdir: str = ""
+    command: tuple[str, ...] = ()
+    accelerator: str = ""
+    vmm: str = ""
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class Booter(Protocol):
+    """Who starts, finds and reaches machines; :class:`stoker.engine.machines.RealBooter` but in tests of failures."""
+
+    async def boot(
+        self, request: MachineRequest, directory: Path, clone: Path, cgroup: Path | None, progress: Progress, *, again: bool
+    ) -> Booted: ...
+
+    async def adopt(self, directory: Path) -> Machine | None: ...
+
+    async def connect(self, machine: Machine) -> Agent: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the things of one sandbox are. The names are the ledger's."""
+
+    directory: Path
+    clone: Path
+    cgroup: Path | None
+
+    def things(self, *, lease: bool, sandbox: str) -> list[tuple[Kind, str]]:
+        found = [(Kind.PROCESS, str(self.directory)), (Kind.DIRECTORY, str(self.directory)), (Kind.CLONE, str(self.clone))]
+        if self.cgroup is not None:
+            found.append((Kind.CGROUP, str(self.cgroup)))
+        if lease:
+            found.append((Kind.LEASE, sandbox))
+        return found
+
+
+@dataclass(slots=True)
+class Live:
+    """A running machine. ``agent`` is None while it is being reached (again)."""
+
+    machine: Machine
+    hub: Hub
+    agent: Agent | None = None
+    reached: asyncio.Event = field(default_factory=asyncio.Event)
+    watch: asyncio.Task[None] | None = None
+
+
+class Box:
+    """One sandbox in memory."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.lock = asyncio.Lock()
+        self.live: Live | None = None
+        self.work: asyncio.Task[None] | None = None
+        """The create or start that is going on."""
+        self.changed = asyncio.Event()
+        self.gone = False
+        self.holders = 0
+        """Connections that hold its lease."""
+        self.lease_until: float | None = None
+        """Monotonic time by which somebody must hold the lease."""
+        self.users = 0
+        self.used = time.monotonic()
+        self.rings = Rings()
+        self.console = Console()
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    def touch(self) -> None:
+        self.used = time.monotonic()
+
+    @property
+    def deadline(self) -> float | None:
+        """When its timeout passes (wall clock), None: never, or not while it is used."""
+        timeout = self.record.timeout
+        if timeout is None:
+            return None
+        if timeout.mode is TimeoutMode.ABSOLUTE:
+            return self.record.expires_at
+        if self.users or self.record.state is SandboxState.CREATING:
+            return None
+        return time.time() + timeout.seconds - (time.monotonic() - self.used)
+
+    @property
+    def value(self) -> Sandbox:
+        return to_sandbox(self.record, self.deadline)
+
+    def notify(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class Core:
+    """The shared parts. Built by :meth:`stoker.engine.engine.Engine.open`."""
+
+    def __init__(self, settings: Settings, database: Database, booter: Booter, *, lease_grace: float, boots: int) -> None:
+        self.settings = settings
+        self.database = database
+        self.booter = booter
+        self.lease_grace = lease_grace
+        self.ledger = Ledger(database)
+        self.admission = Admission(settings)
+        self.queue = BootQueue(boots)
+        self.events = Events()
+        self.operations = Operations()
+        self.boxes: dict[str, Box] = {}
+        self.names: dict[tuple[str, str], str] = {}
+        self.cgroups: Path | None = None
+        self.closing = False
+        self.alarm = asyncio.Event()
+        """Set when a deadline may have come nearer."""
+        self.bell = asyncio.Event()
+        """Rung at every change of any sandbox: wait on the present one, the next is another."""
+        self.problems: list[str] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # -- finding ------------------------------------------------------------------------------------------------------
+
+    def find(self, who: Principal, reference: str) -> Box:
+        """By id or name. What belongs to others does not exist; an administrator's own names come first."""
+        box = self.boxes.get(reference)
+        if box is None:
+            identity = self.names.get((who.owner, reference))
+            if identity is None and who.admin:
+                identity = next((i for (_, name), i in self.names.items() if name == reference), None)
+            box = self.boxes.get(identity) if identity else None
+        if box is None or not (who.admin or box.record.owner == who.owner):
+            raise NotFound("sandbox_unknown", f"there is no sandbox {reference}", "stoker ls")
+        return box
+
+    def places(self, sandbox: str) -> Places:
+        return Places(
+            self.settings.run_dir / "sandboxes" / sandbox,
+            self.settings.data_dir / "pool" / f"{sandbox}.qcow2",
+            self.cgroups / sandbox if self.cgroups else None,
+        )
+
+    def ring(self) -> None:
+        """Something changed: deadlines, machines."""
+        self.alarm.set()
+        self.bell.set()
+        self.bell = asyncio.Event()
+
+    # -- changing -----------------------------------------------------------------------------------------------------
+
+    def add(self, box: Box) -> None:
+        self.boxes[box.id] = box
+        if box.record.name is not None:
+            self.names[box.record.owner, box.record.name] = box.id
+
+    async def save(self, box: Box, *, event: str = "", also: Change | None = None, durable: bool = False, **values: Any) -> None:
+        """Commits a changed row, with an event and whatever else belongs into the transaction.
+
+        Memory changes at once, so that two changes at a time do not lose one; the event is told after the commit.
+        """
+        record = replace(box.record, **values)
+        data: dict[str, Any] = {}
+        if event == "sandbox.state":
+            data = {"state": record.state.value, "before": box.record.state.value}
+            if record.error is not None and record.state in (SandboxState.FAILED, SandboxState.LOST):
+                data["error"] = {"code": record.error.code, "message": record.error.message}
+        happened = self.events.make(event, box.id, **data) if event else None
+        box.record = record
+
+        def work(db: sqlite3.Connection) -> None:
+            put(db, record)
+            if happened is not None:
+                self.events.insert_in(db, happened)
+            if also is not None:
+                also(db)
+
+        try:
+            await self.database.write(work, durable=durable)
+            if happened is not None:
+                self.events.tell(record.owner, happened)
+        finally:
+            box.notify()
+            self.ring()
+
+    async def happen(self, box: Box, kind: str, **data: Any) -> None:
+        """An event without a change of the row."""
+        event = self.events.make(kind, box.id, **data)
+        await self.database.write(lambda db: self.events.insert_in(db, event))
+        self.events.tell(box.record.owner, event)
+
+    async def drop(self, box: Box) -> None:
+        """The last of a sandbox: its row, its ledger, its history."""
+        record = box.record
+        event = self.events.make("sandbox.destroyed", record.id)
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM sandboxes WHERE id = ?", (record.id,))
+            db.execute("DELETE FROM events WHERE sandbox = ?", (record.id,))
+            db.execute("DELETE FROM idempotency WHERE sandbox = ?", (record.id,))
+            Ledger.released_in(db, record.id)
+            db.execute("INSERT OR REPLACE INTO numbers (name, value) VALUES ('event', ?)", (event.id,))
+
+        await self.database.write(work)
+        self.boxes.pop(record.id, None)
+        if record.name is not None and self.names.get((record.owner, record.name)) == record.id:
+            del self.names[record.owner, record.name]
+        self.admission.release(record.id)
+        box.gone = True
+        self.events.tell(record.owner, event)
+        self.events.forget(record.id)
+        box.notify()
+
+    # -- using --------------------------------------------------------------------------------------------------------
+
+    async def agent(self, box: Box, verb: str = "use") -> tuple[Live, Agent]:
+        """The sandbox's agent, now. While it is being reached again it is waited for a few seconds."""
+        require(box.record, verb)
+        live = box.live
+        if live is None:
+            raise HostError("machine_missing", f"{box.record.label} has no machine", f"stoker inspect {box.id}")
+        box.touch()
+        if live.agent is None:
+            try:
+                async with asyncio.timeout(10.0):
+                    await live.reached.wait()
+            except TimeoutError:
+                raise GuestError("agent_unreachable", f"the agent of {box.record.label} does not answer", "try again") from None
+            require(box.record, verb)
+        if live.agent is None:
+            raise GuestError("agent_unreachable", f"the agent of {box.record.label} does not answer", "try again")
+        return live, live.agent
+
+    @asynccontextmanager
+    async def used(self, box: Box) -> AsyncIterator[None]:
+        """In use: its idle timeout does not run."""
+        box.users += 1
+        try:
+            yield
+        finally:
+            box.users -= 1
+            box.touch()
+            self.alarm.set()
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """A task of the engine's own. What it raises is logged: nobody else hears it."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s failed", task.get_name(), exc_info=error)
+
+    async def shielded(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs to its end even when the caller is cancelled: nothing is left half done."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return await asyncio.shield(task)
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # The caller got it, unless it went away.
+            log.debug("%s", error)
+
+    async def end_tasks(self) -> None:
+        """Cancels what goes on and waits for it; a create in progress unwinds."""
+        self.closing = True
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(set(self._tasks))
+
+
+def put(db: sqlite3.Connection, record: Record) -> None:
+    """Writes a row as it is now."""
+    db.execute(
+        "INSERT INTO sandboxes (id, owner, name, state, created, record) VALUES (?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT (id) DO UPDATE SET state = excluded.state, record = excluded.record",
+        (record.id, record.owner, record.name, record.state.value, record.created_at, msgspec.json.encode(record).decode()),
+    )
+
+
+def load(db: sqlite3.Connection) -> Iterable[Record]:
+    """All rows."""
+    for (text,) in db.execute("SELECT record FROM sandboxes ORDER BY created"):
+        yield msgspec.json.decode(text.encode(), type=Record)

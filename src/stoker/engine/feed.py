@@ -1,0 +1,280 @@
+"""One process's output for any number of clients, each with offsets of its own.
+
+The guest's ring is the buffer; here only a little is on its way. A *pump* per stream takes the next bytes when every client has
+room for them and gives each what it has not seen yet. A client that wants older bytes makes the feed ask the guest from there
+again, and the others skip what they have seen. Nobody's bytes reach another process's client: a feed knows one process only.
+
+Who holds back whom: in ``block`` mode every client (nothing is lost, the slowest decides). In ``discard`` mode a client that took
+nothing for :data:`PATIENCE` seconds is *left behind*; when it reads again, the guest is asked from its offset, and what the ring no
+longer has is a gap in its offsets. With no client the guest is told to send nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+from stoker.api.models import ProcessInfo
+from stoker.engine.output import Output
+from stoker.errors import GuestError, StokerError
+
+if TYPE_CHECKING:
+    from stoker.guest.agent import Agent
+    from stoker.guest.process import Process
+
+__all__ = ["NOW", "Client", "Feed"]
+
+log = logging.getLogger(__name__)
+NOW: Final = -1
+"""The offset that means: from what comes next on."""
+PIECE: Final = 65536
+QUEUE: Final = 256 << 10
+"""Bytes that may wait for one client."""
+PATIENCE: Final = 1.0
+STREAMS: Final = (1, 2)
+
+
+class Client:
+    """One client's own view; the engine's half of ``server.ports.Attachment``. ``aclose`` leaves the process as it is."""
+
+    def __init__(self, feed: Feed, describe: Callable[[], ProcessInfo], release: Callable[[Client], Awaitable[None]]) -> None:
+        self._feed = feed
+        self._describe = describe
+        self._release = release
+        self.info = describe()
+        self.stdout = self.stderr = 0
+        self.cursor: dict[int, int | None] = {1: None, 2: None}
+        self.ended: set[int] = set()
+        self.behind = False
+        self.closed = False
+        self._queue: deque[Output] = deque()
+        self._size = 0
+        self._ready = asyncio.Event()
+        self._told = False
+
+    # -- for the feed -------------------------------------------------------------------------------------------------
+
+    @property
+    def room(self) -> bool:
+        return self._size < QUEUE
+
+    def give(self, stream: int, offset: int, data: bytes) -> None:
+        """The next bytes of a stream; those before the cursor have been seen."""
+        at = self.cursor[stream]
+        if at is not None and offset < at:
+            data, offset = data[at - offset :], at
+        if not data:
+            return
+        self._queue.append(Output(stream, offset, data))
+        self._size += len(data)
+        self.cursor[stream] = offset + len(data)
+        self._ready.set()
+
+    def end(self, stream: int, offset: int) -> None:
+        if (self.cursor[stream] or 0) <= offset:
+            self.ended.add(stream)
+            self._ready.set()
+
+    def wake(self) -> None:
+        self._ready.set()
+
+    # -- for its owner ------------------------------------------------------------------------------------------------
+
+    async def read(self) -> Output | None:
+        """The next piece; None once both streams have ended. What ended the machine is raised."""
+        while not self._queue:
+            if len(self.ended) == len(STREAMS):
+                return None
+            if self.closed:
+                raise GuestError("attachment_closed", "the attachment was closed")
+            if self._feed.error is not None:
+                raise self._feed.error
+            if self.behind:
+                await self._feed.catch_up(self)
+                continue
+            self._ready.clear()
+            await self._ready.wait()
+        piece = self._queue.popleft()
+        full = not self.room
+        self._size -= len(piece.data)
+        if full and self.room:
+            self._feed.wake()
+        return piece
+
+    async def wait(self) -> ProcessInfo:
+        """Until the process has ended. It counts as ended when its output has been read, by whomever."""
+        await self._feed.process.wait()
+        return self._describe()
+
+    async def write(self, data: bytes) -> None:
+        await self._feed.process.stdin.write(data)
+
+    async def close_stdin(self) -> None:
+        self._feed.process.stdin.close()
+
+    async def resize(self, rows: int, cols: int) -> None:
+        await self._feed.process.resize(rows, cols)
+
+    async def signal(self, number: int, *, group: bool = True) -> None:
+        await self._feed.process.signal(number, group=group)
+
+    async def aclose(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._ready.set()
+            await self._release(self)
+
+
+class Feed:
+    """See the module. ``process`` is persistent: a lost connection makes its streams wait, not fail."""
+
+    def __init__(self, process: Process, *, block: bool) -> None:
+        self.process = process
+        self.block = block
+        self.clients: set[Client] = set()
+        self.error: StokerError | None = None
+        self._pumps: list[asyncio.Task[None]] = []
+        self._room = asyncio.Event()
+        self._turn = asyncio.Lock()
+        self._quiet = True
+
+    def wake(self) -> None:
+        self._room.set()
+
+    def _stream(self, number: int) -> int:
+        """Where the pump of a stream is."""
+        return (self.process.stdout if number == 1 else self.process.stderr).offset
+
+    async def join(self, client: Client, out: int | None, err: int | None, *, flowing: bool = False) -> None:
+        """Takes a client in, from these offsets. ``flowing``: the guest sends already, from the beginning (just started)."""
+        async with self._turn:
+            wanted = {1: out, 2: err}
+            for number in STREAMS:
+                client.cursor[number] = None if wanted[number] == NOW else wanted[number]
+            if flowing:
+                self._quiet = False
+                self._start()
+            elif self._quiet:
+                await self._ask(out, err)
+            else:
+                starts = {n: self._start_for(n, wanted[n]) for n in STREAMS}
+                if any(starts[n] != self._stream(n) for n in STREAMS):
+                    await self._ask(starts[1], starts[2])
+                for number in STREAMS:
+                    if wanted[number] == NOW:
+                        client.cursor[number] = self._stream(number)
+            self.clients.add(client)
+            streams = {1: self.process.stdout, 2: self.process.stderr}
+            for number, stream in streams.items():
+                if client.cursor[number] is None and wanted[number] == NOW:
+                    client.cursor[number] = stream.offset
+                if stream.at_eof:
+                    client.end(number, stream.offset)
+            client.stdout = client.cursor[1] if client.cursor[1] is not None else streams[1].offset
+            client.stderr = client.cursor[2] if client.cursor[2] is not None else streams[2].offset
+            self._room.set()
+
+    def _start_for(self, number: int, wanted: int | None) -> int | None:
+        """Where a stream has to be asked from, so that a newcomer gets what it wants and nobody loses anything."""
+        here = self._stream(number)
+        return None if wanted is None else here if wanted == NOW else min(wanted, here)
+
+    async def leave(self, client: Client) -> None:
+        async with self._turn:
+            self.clients.discard(client)
+            if not self.clients:
+                await self._stop()
+                self._quiet = True
+                self.process.mute()
+            self._room.set()
+
+    async def catch_up(self, client: Client) -> None:
+        """A client that was left behind reads again: the guest is asked from its offset."""
+        async with self._turn:
+            if not client.behind:
+                return
+            client.behind = False
+            starts = {n: self._start_for(n, client.cursor[n]) for n in STREAMS}
+            await self._ask(starts[1], starts[2])
+
+    async def _ask(self, out: int | None, err: int | None) -> None:
+        await self._stop()
+        try:
+            await self.process.rewind(out, err)
+        except GuestError as error:
+            # The connection went in this moment: the streams know where to go on when the next one is there.
+            if self.process.status is None and self.process.error is None and error.code in ("agent_lost", "agent_closed"):
+                log.debug("process %d: %s; its streams wait", self.process.id, error)
+            else:
+                self.fail(error)
+                raise
+        except StokerError as error:
+            self.fail(error)
+            raise
+        self._quiet = False
+        self._start()
+
+    def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._pumps = [loop.create_task(self._pump(n), name=f"pump {self.process.id}.{n}") for n in STREAMS]
+
+    async def _stop(self) -> None:
+        for pump in self._pumps:
+            pump.cancel()
+        if self._pumps:
+            await asyncio.wait(self._pumps)
+        self._pumps = []
+
+    async def _pump(self, number: int) -> None:
+        stream = self.process.stdout if number == 1 else self.process.stderr
+        try:
+            while True:
+                await self._wait_for_room()
+                offset, data = await stream.read_at(PIECE)
+                if not data:
+                    for client in self.clients:
+                        if not client.behind:
+                            client.end(number, offset)
+                    return
+                for client in self.clients:
+                    if not client.behind:
+                        client.give(number, offset, data)
+        except StokerError as error:
+            self.fail(error)
+
+    async def _wait_for_room(self) -> None:
+        while full := [client for client in self.clients if not client.room and not client.behind]:
+            self._room.clear()
+            try:
+                async with asyncio.timeout(None if self.block or len(full) == len(self.clients) else PATIENCE):
+                    await self._room.wait()
+            except TimeoutError:
+                for client in full:
+                    if not client.room and len(self.clients) > 1:
+                        client.behind = True
+
+    def fail(self, error: StokerError) -> None:
+        """The machine is gone, or the guest no longer knows the process."""
+        self.error = error
+        for client in self.clients:
+            client.wake()
+
+    async def resynchronise(self, agent: Agent) -> None:
+        """Goes on over another connection."""
+        async with self._turn:
+            if self._quiet:
+                await self.process.follow(agent)
+            else:
+                await self.process.reattach(agent)
+
+    async def refresh(self, agent: Agent) -> None:
+        """Asks the guest about a process nobody looks at: how much it wrote, whether it ended."""
+        async with self._turn:
+            if self._quiet:
+                await self.process.follow(agent)
+
+    async def close(self) -> None:
+        await self._stop()

@@ -1,0 +1,63 @@
+"""The real machines: booted by :func:`stoker.engine.boot.boot`, found and reached again after a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from stoker.engine.core import Booted
+
+if TYPE_CHECKING:
+    from stoker.engine.boot import MachineRequest
+    from stoker.guest.agent import Agent
+    from stoker.images.progress import Progress
+    from stoker.settings import Settings
+    from stoker.vmm.driver import Machine
+
+__all__ = ["RealBooter"]
+
+CONNECT: Final = 5.0
+"""Seconds for one attempt to reach an agent that has answered before."""
+
+
+class RealBooter:
+    """See :class:`stoker.engine.core.Booter`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    async def boot(
+        self, request: MachineRequest, directory: Path, clone: Path, cgroup: Path | None, progress: Progress, *, again: bool
+    ) -> Booted:
+        from stoker.engine.boot import boot
+        from stoker.vmm.qemu.facts import qemu_facts
+
+        live = await boot(request, self._settings, directory, clone, detached=True, progress=progress, reuse=again, cgroup=cgroup)
+        facts = await qemu_facts(self._settings)
+        rootfs = live.rootfs
+        return Booted(
+            machine=live.machine,
+            agent=live.agent,
+            image_digest=rootfs.digest,
+            image_path=str(rootfs.path),
+            kernel_path=live.kernel.digest,
+            kernel=live.kernel.name,
+            disk=max(request.disk, rootfs.size),
+            env={**dict(rootfs.env), **dict(request.env)},
+            user=request.user or rootfs.user or "root",
+            workdir=request.workdir or rootfs.workdir or "/",
+            command=rootfs.command,
+            accelerator=live.accelerator,
+            vmm="qemu " + ".".join(map(str, facts.version)),
+            timings=live.timings,
+        )
+
+    async def adopt(self, directory: Path) -> Machine | None:
+        from stoker.vmm.qemu.driver import adopt
+
+        return await adopt(directory)
+
+    async def connect(self, machine: Machine) -> Agent:
+        from stoker.guest.channel import connect
+
+        return await connect(machine.channel(), fresh=False, timeout=CONNECT)

@@ -1,0 +1,176 @@
+"""What a new engine finds: adopts every machine that lives, finishes what was begun, removes what must not be there.
+
+========================  =======================================================================================
+the row says              after a restart
+========================  =======================================================================================
+doomed                    the destroy is finished
+creating, never ran       unwound; ``failed`` (``create_interrupted``)
+creating, ran before      the half-started machine is ended; ``stopped``, its disk is whole
+running, frozen, lost     adopted where the VMM lives, its agent reached again (in the background); else ``failed`` or
+                          ``stopped``, as the VMM's end says
+stopping                  the machine is ended; ``stopped``
+stopped, failed           nothing runs; what the ledger still names of a machine is removed
+no row                    what the ledger names is removed
+========================  =======================================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from pathlib import Path
+
+from stoker.api.models import SandboxState
+from stoker.engine.core import Box, Core, Live, load
+from stoker.engine.create import make_hub
+from stoker.engine.ending import detach, ended, release_all
+from stoker.engine.hub import Started, decode_started
+from stoker.engine.ledger import Entry, Kind, Ledger
+from stoker.engine.release import release, shims
+from stoker.engine.state import Record, to_body
+from stoker.engine.watch import verdict_on, watch
+from stoker.errors import GuestError, HostError, StokerError
+
+__all__ = ["load_all", "private_directory", "reconcile"]
+
+log = logging.getLogger(__name__)
+S = SandboxState
+
+
+def private_directory(path: Path, mode: int) -> None:
+    """Makes a directory of ours; one that belongs to somebody else (a trap in /tmp) is refused."""
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+        status = os.lstat(path)
+    except OSError as e:
+        hint = "set STOKER_RUN_DIR and STOKER_DATA_DIR to directories of yours"
+        raise HostError("directory_refused", f"{path} cannot be made: {e.strerror}", hint) from None
+    if status.st_uid != os.geteuid() or path.is_symlink():
+        raise HostError("directory_refused", f"{path} is not a directory of this user's", f"remove it: {path}")
+
+
+async def load_all(core: Core) -> None:
+    """Rows and events into memory."""
+
+    def work(db: object) -> tuple[list[Record], list[tuple[str, int, str]], int]:
+        records = list(load(db))  # type: ignore[arg-type]
+        events = db.execute("SELECT sandbox, number, event FROM events ORDER BY number").fetchall()  # type: ignore[attr-defined]
+        last = db.execute("SELECT value FROM numbers WHERE name = 'event'").fetchone()  # type: ignore[attr-defined]
+        return records, events, last[0] if last else 0
+
+    records, events, last = await core.database.read(work)
+    for record in records:
+        core.add(Box(record))
+    core.events.load(events, {record.id: record.owner for record in records}, last)
+
+
+async def reconcile(core: Core) -> None:
+    """Everything but reaching the agents of adopted machines is done when this returns."""
+    entries = await core.ledger.all()
+    machines = [entry.name for entry in entries if entry.kind is Kind.PROCESS]
+    found = await asyncio.to_thread(shims, machines) if machines else {}
+    orphans = [entry for entry in entries if entry.owner not in core.boxes]
+    await asyncio.gather(*(_one(core, box, found) for box in list(core.boxes.values())), _orphans(core, orphans, found))
+
+
+async def _orphans(core: Core, entries: list[Entry], found: dict[str, list[int]]) -> None:
+    for entry in entries:
+        log.warning("removing %s %s of %s, which is gone", entry.kind.value, entry.name, entry.owner)
+        try:
+            await release(entry, found.get(entry.name, []))
+            await core.ledger.released(entry.owner, entry.kind)
+        except (StokerError, OSError) as error:
+            log.exception("%s %s could not be removed", entry.kind.value, entry.name)
+            core.problems.append(f"{entry.name} could not be removed: {error}")
+
+
+async def _one(core: Core, box: Box, found: dict[str, list[int]]) -> None:
+    try:
+        async with box.lock:
+            await _settle(core, box)
+    except (StokerError, OSError) as error:
+        log.exception("%s could not be put right", box.id)
+        core.problems.append(f"{box.id} could not be put right: {error}")
+
+
+async def _settle(core: Core, box: Box) -> None:
+    record = box.record
+    if record.request.lease:
+        box.lease_until = time.monotonic() + core.lease_grace
+    if record.doomed:
+        log.info("finishing the destroy of %s", box.id)
+        await release_all(core, box)
+        await core.drop(box)
+    elif record.state is S.CREATING and not record.boots:
+        log.info("unwinding the create of %s", box.id)
+        await release_all(core, box)
+        error = HostError("create_interrupted", f"the daemon ended while {record.label} was created", "create it again")
+        await core.save(
+            box,
+            event="sandbox.state",
+            also=lambda db: Ledger.released_in(db, box.id),
+            state=S.FAILED,
+            error=to_body(error),
+            ended_at=time.time(),
+        )
+    elif record.state in (S.CREATING, S.STOPPING, S.RUNNING, S.FROZEN, S.LOST):
+        _hold(core, box)
+        if record.state in (S.CREATING, S.STOPPING) or not await _adopt(core, box):
+            await _end(core, box)
+    elif record.boots:
+        _hold(core, box)
+        core.admission.rest(box.id)
+        # A machine that was on its way out, and its files: nothing of it may be left.
+        if any(entry.kind is Kind.PROCESS for entry in await core.ledger.of(box.id)):
+            await ended(core, box, record.state, None)
+
+
+def _hold(core: Core, box: Box) -> None:
+    resources = box.record.resources
+    core.admission.hold(box.id, owner=box.record.owner, memory=resources.memory, cpus=resources.cpus, disk=resources.disk)
+
+
+async def _adopt(core: Core, box: Box) -> bool:
+    """True when the machine lives; it is watched again, and its agent is being reached."""
+    places = core.places(box.id)
+    machine = await core.booter.adopt(places.directory)
+    if machine is None:
+        return False
+    state = box.record.state
+    try:
+        frozen = await machine.status() == "paused"
+    except GuestError as error:
+        log.warning("%s: its VMM does not answer: %s", box.id, error)
+        frozen = state is S.FROZEN
+    actual = S.FROZEN if frozen else S.LOST if state is S.LOST else S.RUNNING
+    if actual is not state:
+        await core.save(box, event="sandbox.state", state=actual)
+    live = box.live = Live(machine, make_hub(core, box))
+    rows = await _rows(core, box)
+    live.watch = core.spawn(watch(core, box, live, rows), f"watch {box.id}")
+    log.info("adopted %s (process %d)", box.id, machine.vmm.pid)
+    return True
+
+
+async def _rows(core: Core, box: Box) -> dict[int, Started]:
+    rows: list[tuple[int, str]] = await core.database.read(
+        lambda db: db.execute("SELECT number, started FROM processes WHERE sandbox = ?", (box.id,)).fetchall()
+    )
+    return {number: decode_started(text) for number, text in rows}
+
+
+async def _end(core: Core, box: Box) -> None:
+    """The machine is gone, or must go because its start or stop was not finished."""
+    record, places = box.record, core.places(box.id)
+    from stoker.vmm.console import tail
+    from stoker.vmm.shim import exit_of, read_exit
+
+    lines = await asyncio.to_thread(tail, places.directory / "console.log", 40)
+    state, error = S.STOPPED, None
+    if record.state in (S.RUNNING, S.FROZEN, S.LOST):
+        found = await asyncio.to_thread(read_exit, places.directory)
+        state, error = verdict_on(record.label, exit_of(found, False) if found else None, lines)
+    await detach(box, GuestError("machine_died", f"the machine of {record.label} is gone"))
+    await ended(core, box, state, error)

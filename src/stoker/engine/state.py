@@ -1,0 +1,181 @@
+"""A sandbox's row, and what may be done in which state.
+
+Each operation names the states it may start from; nothing else is allowed. The refusal says which state it is and what leaves it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Final
+
+from msgspec import Struct, field
+
+from stoker.api.models import (
+    CreateSandbox,
+    ErrorBody,
+    Resources,
+    Sandbox,
+    SandboxState,
+    Timeout,
+    Versions,
+)
+from stoker.errors import Conflict, StokerError, error_to_wire
+
+__all__ = ["ALLOWED", "TRANSIENT", "WITH_MACHINE", "Record", "actions", "new_id", "require", "to_body", "to_sandbox"]
+
+S = SandboxState
+TRANSIENT: Final = frozenset({S.CREATING, S.PAUSING, S.RESUMING, S.STOPPING})
+"""States that end by themselves."""
+WITH_MACHINE: Final = frozenset({S.RUNNING, S.FROZEN, S.LOST})
+
+ALLOWED: Final[dict[str, frozenset[SandboxState]]] = {
+    "destroy": frozenset(S),
+    "stop": frozenset({S.RUNNING, S.FROZEN, S.LOST}),
+    "start": frozenset({S.STOPPED, S.FAILED}),
+    "freeze": frozenset({S.RUNNING}),
+    "thaw": frozenset({S.FROZEN}),
+    "pause": frozenset({S.RUNNING, S.FROZEN}),
+    "resume": frozenset({S.PAUSED}),
+    "use": frozenset({S.RUNNING}),
+    "ping": frozenset({S.RUNNING}),
+    "set_timeout": frozenset({S.CREATING, S.RUNNING, S.FROZEN, S.STOPPED, S.PAUSED, S.LOST}),
+    "lease": frozenset({S.CREATING, S.RUNNING, S.FROZEN, S.LOST}),
+}
+"""Operation to the states it may start from. ``use`` stands for everything on processes and files.
+``start`` from ``failed`` needs a disk that is left: a sandbox that ran once."""
+
+_LEAVES: Final = {
+    S.CREATING: "it becomes running or failed by itself (stoker wait {id}); stoker rm {id} cancels it",
+    S.RUNNING: "stoker stop {id}, or stoker rm {id}",
+    S.FROZEN: "stoker thaw {id}",
+    S.PAUSING: "it becomes paused by itself (stoker wait {id})",
+    S.PAUSED: "stoker resume {id}",
+    S.RESUMING: "it becomes running by itself (stoker wait {id})",
+    S.STOPPING: "it becomes stopped by itself (stoker wait {id})",
+    S.STOPPED: "stoker start {id}",
+    S.FAILED: "stoker inspect {id} says why; stoker rm {id}, or stoker start {id} where it has a disk",
+    S.LOST: "the daemon goes on trying to reach its agent; stoker stop {id} ends the machine and keeps the disk",
+}
+_ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz234567"
+_SOON: Final = ("pause", "resume")
+"""Not there yet; the states they will start from are."""
+
+
+def new_id(prefix: str, length: int = 20) -> str:
+    """``sb-`` and 20 base32 characters: 100 random bits."""
+    return f"{prefix}-" + "".join(secrets.choice(_ALPHABET) for _ in range(length))
+
+
+class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A sandbox as the database has it. Values are replaced, never changed."""
+
+    id: str
+    owner: str
+    state: SandboxState
+    request: CreateSandbox
+    created_at: float
+    name: str | None = None
+    resources: Resources = field(default_factory=Resources)
+    image_digest: str = ""
+    image_path: str = ""
+    kernel_path: str = ""
+    kernel: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+    user: str = ""
+    workdir: str = ""
+    hostname: str = ""
+    timeout: Timeout | None = None
+    expires_at: float | None = None
+    """Of an absolute timeout; an idle one depends on the use."""
+    started_at: float | None = None
+    ended_at: float | None = None
+    versions: Versions = field(default_factory=Versions)
+    error: ErrorBody | None = None
+    operation: str | None = None
+    main: int | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+    boots: int = 0
+    """How often it ran. From the first time on its disk is kept until it is destroyed."""
+    processes: int = 1
+    """Process ids below this may have been given out in this boot."""
+    doomed: bool = False
+    """A destroy has begun; nothing but finishing it is left."""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.id
+
+
+def actions(record: Record) -> list[str]:
+    """The operations that the sandbox's state allows (and that exist)."""
+    if record.doomed:
+        return ["destroy"]
+    return [
+        verb
+        for verb, states in ALLOWED.items()
+        if record.state in states and verb not in _SOON and not (verb == "start" and not record.boots)
+    ]
+
+
+def require(record: Record, verb: str) -> None:
+    """Raises ``Conflict("wrong_state")`` unless the sandbox is in a state that ``verb`` may start from."""
+    allowed = ALLOWED[verb]
+    if record.state in allowed and not record.doomed:
+        if verb != "start" or record.boots:
+            return
+        raise Conflict("no_disk", f"{record.label} never ran: it has no disk to start from", f"stoker rm {record.label}")
+    what = {"use": "this"}.get(verb, verb)
+    state = "being destroyed" if record.doomed else record.state.value
+    leaves = "nothing; it goes by itself" if record.doomed else _LEAVES[record.state].format(id=record.label)
+    raise Conflict(
+        "wrong_state",
+        f"{record.label} is {state}; {what} needs it {' or '.join(sorted(s.value for s in allowed))}",
+        leaves,
+        details={"state": record.state.value, "allowed": sorted(s.value for s in allowed), "actions": actions(record)},
+    )
+
+
+def to_body(error: StokerError) -> ErrorBody:
+    """An error as it is kept."""
+    wire = error_to_wire(error)
+    return ErrorBody(
+        code=wire["code"],
+        message=wire["message"],
+        hint=wire["hint"],
+        family=wire["family"],
+        details=wire.get("details", {}),
+        console=wire.get("console", []),
+    )
+
+
+def to_sandbox(record: Record, expires_at: float | None) -> Sandbox:
+    """What the world sees of a row."""
+    request = record.request
+    return Sandbox(
+        id=record.id,
+        state=record.state,
+        image=request.image,
+        created_at=record.created_at,
+        name=record.name,
+        owner=record.owner,
+        labels=request.labels,
+        image_digest=record.image_digest,
+        kernel=record.kernel or request.kernel,
+        resources=record.resources,
+        env=record.env or request.env,
+        hostname=record.hostname,
+        user=record.user or request.user or "",
+        workdir=record.workdir or request.workdir or "",
+        network=request.network,
+        lease=request.lease,
+        timeout=record.timeout,
+        expires_at=expires_at,
+        started_at=record.started_at,
+        ended_at=record.ended_at,
+        versions=record.versions,
+        error=record.error,
+        operation=record.operation,
+        main=record.main,
+        timings=record.timings,
+        actions=actions(record),
+    )

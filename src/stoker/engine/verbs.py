@@ -1,0 +1,77 @@
+"""The short operations on one sandbox: freeze, thaw, ping, timeout, waiting for a state."""
+
+from __future__ import annotations
+
+import asyncio
+
+from stoker.api.models import Sandbox, SandboxState, Timeout
+from stoker.engine.core import Box, Core
+from stoker.engine.create import check_timeout, expiry
+from stoker.engine.state import require
+from stoker.errors import DeadlineExceeded, HostError, InvalidRequest, NotFound, StokerError
+
+__all__ = ["freeze", "not_yet", "ping", "set_timeout", "thaw", "wait"]
+
+
+def not_yet(box: Box, verb: str) -> StokerError:
+    """What this Stoker cannot do yet."""
+    hint = f"stoker freeze {box.record.label} stops its CPUs, stoker stop {box.record.label} keeps its disk"
+    return InvalidRequest("not_supported_yet", f"this Stoker cannot {verb} a sandbox yet", hint)
+
+
+async def freeze(core: Core, box: Box) -> None:
+    """Stops the vCPUs."""
+    await _turn(core, box, "freeze", SandboxState.FROZEN)
+
+
+async def thaw(core: Core, box: Box) -> None:
+    """Lets them go on."""
+    await _turn(core, box, "thaw", SandboxState.RUNNING)
+
+
+async def _turn(core: Core, box: Box, verb: str, state: SandboxState) -> None:
+    async with box.lock:
+        require(box.record, verb)
+        if box.live is None:
+            raise HostError("machine_missing", f"{box.record.label} has no machine", f"stoker inspect {box.id}")
+        box.touch()
+        machine = box.live.machine
+        await (machine.freeze() if verb == "freeze" else machine.thaw())
+        await core.save(box, event="sandbox.state", state=state)
+
+
+async def ping(core: Core, box: Box) -> float:
+    """Milliseconds."""
+    _, agent = await core.agent(box, "ping")
+    return await agent.ping() * 1000
+
+
+async def set_timeout(core: Core, box: Box, timeout: Timeout | None) -> None:
+    """Replaces the timeout; it counts from now."""
+    check_timeout(timeout)
+    require(box.record, "set_timeout")
+    box.touch()
+    await core.save(box, event="sandbox.timeout", timeout=timeout, expires_at=expiry(timeout))
+
+
+async def wait(box: Box, states: frozenset[SandboxState], timeout: float) -> Sandbox:
+    """Until the sandbox is in one of ``states``, or, without any, until it is gone."""
+    last = box.value
+    try:
+        async with asyncio.timeout(timeout):
+            while not box.gone:
+                last = box.value
+                if last.state in states:
+                    return last
+                await box.changed.wait()
+    except TimeoutError:
+        wanted = " or ".join(sorted(states)) or "destroyed"
+        raise DeadlineExceeded(
+            "wait_timeout",
+            f"{box.record.label} is {last.state.value} and did not become {wanted} within {timeout:g} s",
+            f"stoker inspect {box.id}",
+            details={"state": last.state.value},
+        ) from None
+    if states:
+        raise NotFound("sandbox_unknown", f"{box.record.label} was destroyed meanwhile", "stoker ls")
+    return last
