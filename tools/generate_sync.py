@@ -48,6 +48,7 @@ from stoker.api.models import (
     Quota,
     SignedOperation,
     SignedUrl,
+    StartProcess,
     Version,
     WatchEvent,
 )
@@ -128,6 +129,8 @@ def wrapped(returns: ast.expr | None, value: str) -> str:
     if listed:
         return f"[{sync_name(listed[1])}._wrap(item) for item in {value}]"
     name = text.split("[")[0]
+    if name == "AsyncIterator":
+        return f"iterate({value})"
     return f"{sync_name(name)}._wrap({value})" if name in NAMES else value
 
 
@@ -180,7 +183,7 @@ def attributes(node: ast.ClassDef) -> str:
         if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Attribute):
             continue
         attribute = statement.targets[0].attr
-        if attribute.startswith("_"):
+        if attribute.startswith("_") or attribute == "api":
             continue
         source = ast.unparse(statement.value)
         kind = sync_name(source.split("(")[0]) if source.split("(")[0] in NAMES else attribute.capitalize()

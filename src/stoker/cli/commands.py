@@ -18,8 +18,30 @@ __all__ = ["invoke"]
 COMMANDS: dict[str, tuple[str, str]] = {
     # word: (module:attribute, what help says without importing it)
     "run": ("stoker.cli.run:run", "Run a command in a new microVM."),
+    "create": ("stoker.cli.sandboxes:create", "Create a sandbox."),
+    "ls": ("stoker.cli.sandboxes:ls", "List sandboxes."),
+    "exec": ("stoker.cli.exec:exec_command", "Run a command in a sandbox."),
+    "attach": ("stoker.cli.exec:attach", "Join a process of a sandbox."),
+    "cp": ("stoker.cli.cp:cp", "Copy files between this host and sandboxes."),
+    "logs": ("stoker.cli.logs:logs", "Print a sandbox's console."),
+    "ps": ("stoker.cli.ps:ps", "List the processes of a sandbox."),
+    "kill": ("stoker.cli.ps:kill", "Send a signal to processes of a sandbox."),
+    "top": ("stoker.cli.top:top", "Show what sandboxes use."),
+    "stop": ("stoker.cli.sandboxes:stop", "Shut sandboxes down; their disks stay."),
+    "start": ("stoker.cli.sandboxes:start", "Boot stopped sandboxes again."),
+    "freeze": ("stoker.cli.sandboxes:freeze", "Stop the CPUs of sandboxes."),
+    "thaw": ("stoker.cli.sandboxes:thaw", "Let the CPUs go on."),
+    "timeout": ("stoker.cli.sandboxes:timeout", "Say when a sandbox ends by itself."),
+    "wait": ("stoker.cli.sandboxes:wait", "Wait for a sandbox or one of its processes."),
+    "inspect": ("stoker.cli.sandboxes:inspect", "Print all that is known of sandboxes."),
+    "rm": ("stoker.cli.sandboxes:rm", "Destroy sandboxes."),
+    "events": ("stoker.cli.events:events", "Print what happens, as it happens."),
+    "key": ("stoker.cli.key:key", "Make, list and revoke API keys."),
+    "daemon": ("stoker.cli.daemon:daemon", "Look after the daemon."),
+    "serve": ("stoker.cli.serve:serve", "Run the daemon in the foreground."),
     "doctor": ("stoker.cli.doctor:doctor", "Say what this host can do, and how to get the rest."),
     "bench": ("stoker.cli.bench:bench", "Measure; every figure of the README comes from here."),
+    "completion": ("stoker.cli.completion:completion", "Print a shell's completion script."),
 }
 
 

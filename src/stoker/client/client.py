@@ -17,12 +17,12 @@ from stoker.api.models import (
     CreatedKey,
     CreateKey,
     Event,
-    EventPage,
     Health,
     Operation,
     OperationPage,
     Quota,
     SandboxPage,
+    StartProcess,
     Version,
 )
 from stoker.api.models import Sandbox as SandboxInfo
@@ -34,6 +34,7 @@ from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from stoker.client.launch import DaemonProcess
+    from stoker.client.process import AsyncProcess
 
 __all__ = ["AsyncClient", "default_client"]
 
@@ -62,7 +63,7 @@ class AsyncClient:
             await start_daemon(settings)
 
         self.endpoint = endpoint
-        self._api = Api(
+        self.api = Api(
             Transport(
                 endpoint,
                 headers=headers,
@@ -79,14 +80,14 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes its connections. Sandboxes and processes go on."""
-        self._api.transport.close()
+        self.api.transport.close()
 
     async def version(self) -> Version:
         """The daemon's version, pid and facts."""
-        return await self._api.call("GET", path("version"), Version)
+        return await self.api.call("GET", path("version"), Version)
 
     async def health(self) -> Health:
-        return await self._api.call("GET", path("health"), Health)
+        return await self.api.call("GET", path("health"), Health)
 
     async def sandboxes(
         self,
@@ -103,7 +104,7 @@ class AsyncClient:
         while True:
             size = 500 if limit is None else min(500, limit - len(items))
             query: dict[str, object] = {"state": states, "label": wanted, "name": name, "limit": size, "cursor": cursor}
-            page = await self._api.call("GET", path("sandboxes"), SandboxPage, query=query)
+            page = await self.api.call("GET", path("sandboxes"), SandboxPage, query=query)
             items.extend(page.items)
             cursor = page.next
             if cursor is None or (limit is not None and len(items) >= limit):
@@ -111,29 +112,35 @@ class AsyncClient:
 
     async def operations(self) -> list[Operation]:
         """The long work that is going on, and what of it has ended lately."""
-        return (await self._api.call("GET", path("operations"), OperationPage, query={"limit": 500})).items
+        return (await self.api.call("GET", path("operations"), OperationPage, query={"limit": 500})).items
 
-    async def events(self, *, sandbox: str | None = None, after: int | None = None, limit: int = 100) -> list[Event]:
-        """What has happened, oldest first, after the event with the number ``after``."""
-        where = path("events") if sandbox is None else path("sandboxes", sandbox, "events")
-        return (await self._api.call("GET", where, EventPage, query={"after": after, "limit": limit})).items
-
-    async def follow_events(self, *, sandbox: str | None = None, after: int | None = None) -> AsyncFeed[Event]:
-        """What happens from now on (or after an event), as it happens."""
+    async def events(self, *, sandbox: str | None = None, after: int | None = None) -> AsyncFeed[Event]:
+        """What happens from now on, as it happens; with ``after`` first what is kept after that event (0: everything)."""
         where = path("events", "stream") if sandbox is None else path("sandboxes", sandbox, "events", "stream")
-        last = "" if after is None else str(after)
-        return await events_feed(self._api, where, lambda data: decode_answer(data, Event), last_id=last)
+        return await events_feed(self.api, where, lambda data: decode_answer(data, Event), query={"after": after})
 
     async def create_key(self, name: str = "", *, quota: Quota | None = None) -> CreatedKey:
         """Makes an API key. Its secret is in this answer and nowhere else."""
-        return await self._api.call("POST", path("keys"), CreatedKey, body=CreateKey(name=name, quota=quota or Quota()))
+        return await self.api.call("POST", path("keys"), CreatedKey, body=CreateKey(name=name, quota=quota or Quota()))
 
     async def keys(self) -> list[ApiKey]:
-        return (await self._api.call("GET", path("keys"), ApiKeyPage, query={"limit": 500})).items
+        return (await self.api.call("GET", path("keys"), ApiKeyPage, query={"limit": 500})).items
 
     async def revoke_key(self, key: str) -> ApiKey:
         """Makes a key worthless, at once."""
-        return await self._api.call("DELETE", path("keys", key), ApiKey)
+        return await self.api.call("DELETE", path("keys", key), ApiKey)
+
+    async def start_process(self, sandbox: str, request: StartProcess) -> AsyncProcess:
+        """Starts a process that is described by a whole request, in the background."""
+        from stoker.client.commands import start_process
+
+        return await start_process(self.api, sandbox, request)
+
+    async def open_process(self, sandbox: str, request: StartProcess) -> AsyncProcess:
+        """The same, attached to it from its first byte, in one round trip. It waits for its reader."""
+        from stoker.client.commands import open_process
+
+        return await open_process(self.api, sandbox, request)
 
     def daemon(self) -> DaemonProcess | None:
         """Who listens on this host's socket; None when nobody does, or when the daemon is elsewhere."""

@@ -15,7 +15,7 @@ from stoker.client.data import as_bytes
 from stoker.client.process import AsyncProcess
 from stoker.client.results import CommandResult, CommandTimeout, Data, OnOutput
 
-__all__ = ["AsyncCommands", "AsyncPty", "Command"]
+__all__ = ["AsyncCommands", "AsyncPty", "Command", "open_process", "start_process"]
 
 Command: TypeAlias = str | Sequence[str]
 """A line for ``/bin/sh -c``, or a program and its arguments."""
@@ -120,7 +120,7 @@ class AsyncCommands:
     async def _stream(
         self, request: StartProcess, input: Data | None, on_stdout: OnOutput | None, on_stderr: OnOutput | None, words: str
     ) -> CommandResult:
-        process = await self._open(request, words)
+        process = await open_process(self._api, self._sandbox, request, words)
         ended = False
         try:
             feeding = asyncio.create_task(process.feed(input)) if input is not None else None
@@ -140,12 +140,6 @@ class AsyncCommands:
                 await asyncio.shield(asyncio.wait_for(asyncio.gather(process.kill(), return_exceptions=True), 10.0))
             await process.disconnect()
 
-    async def _open(self, request: StartProcess, words: str) -> AsyncProcess:
-        """Starts a process and attaches to it in one round trip."""
-        offsets = Offsets(0, 0)
-        attachment = await Attachment.start(self._api, self._path("processes", "stream"), request, offsets)
-        return AsyncProcess(self._api, self._sandbox, attachment.process, offsets=offsets, command=words, attachment=attachment)
-
     async def start(
         self,
         command: Command,
@@ -162,8 +156,7 @@ class AsyncCommands:
         Its last MiB of output is kept for whoever reads it later. With ``stdin`` it can be written to; ``tag`` names it.
         """
         request = _start(command, env, cwd, user, timeout, tag, stdin=stdin)
-        info = await self._api.call("POST", self._path("processes"), ProcessInfo, body=request)
-        return AsyncProcess(self._api, self._sandbox, info, offsets=Offsets(0, 0), command=_words(command))
+        return await start_process(self._api, self._sandbox, request, _words(command))
 
     async def connect(self, process: int | str) -> AsyncProcess:
         """A handle on a process that is there, by its id or its tag. Its output begins with the oldest byte that is held."""
@@ -200,8 +193,7 @@ class AsyncPty:
     ) -> AsyncProcess:
         """Starts a command on a new terminal. Write to it with ``send_stdin``; all it writes is its ``stdout``."""
         request = _start(command, env, cwd, user, timeout, tag, stdin=True, terminal=Terminal(rows=rows, cols=cols))
-        info = await self._api.call("POST", path("sandboxes", self._sandbox, "processes"), ProcessInfo, body=request)
-        return AsyncProcess(self._api, self._sandbox, info, offsets=Offsets(0, 0), command=_words(command))
+        return await start_process(self._api, self._sandbox, request, _words(command))
 
     async def connect(self, process: int | str) -> AsyncProcess:
         """A terminal that is there, by its process's id or tag."""
@@ -226,3 +218,16 @@ def _start(
     return StartProcess(
         argv=_argv(command), env=dict(env or {}), cwd=cwd, user=user, timeout=timeout, tag=tag, stdin=stdin, terminal=terminal
     )
+
+
+async def start_process(api: Api, sandbox: str, request: StartProcess, words: str = "") -> AsyncProcess:
+    """Starts a process in the background."""
+    info = await api.call("POST", path("sandboxes", sandbox, "processes"), ProcessInfo, body=request)
+    return AsyncProcess(api, sandbox, info, offsets=Offsets(0, 0), command=words)
+
+
+async def open_process(api: Api, sandbox: str, request: StartProcess, words: str = "") -> AsyncProcess:
+    """Starts a process and attaches to it in one round trip; it waits for its reader."""
+    offsets = Offsets(0, 0)
+    attachment = await Attachment.start(api, path("sandboxes", sandbox, "processes", "stream"), request, offsets)
+    return AsyncProcess(api, sandbox, attachment.process, offsets=offsets, command=words, attachment=attachment)

@@ -3,7 +3,8 @@
 Starting: under the lock ``run_dir/start.lock`` (so that of two clients one starts it and the other waits and finds it) the client
 looks once more whether somebody listens, then starts ``python -m stoker.cli serve --auto --ready-fd N`` in a session of its own.
 The daemon binds its socket and then writes one line to that descriptor: ``ready``, or an error as JSON; if it dies first the
-pipe's end tells. Its words go to ``run_dir/daemon.log``. What a crash leaves: an unlocked lock file, and a socket nobody listens
+pipe's end tells. Its log is ``run_dir/daemon.log``; what else it says (a crash of the interpreter) ``run_dir/daemon.out``, emptied
+at each start. What a crash leaves: an unlocked lock file, and a socket nobody listens
 on, which the next daemon replaces.
 """
 
@@ -16,7 +17,6 @@ import signal
 import socket
 import stat
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,6 @@ __all__ = ["DaemonProcess", "listening", "start_daemon", "stop_daemon"]
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 30.0
-LOG_LIMIT = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,34 +77,33 @@ async def start_daemon(settings: Settings, *, timeout: float = START_TIMEOUT) ->
         _own_directory(settings.run_dir)
     except OSError as e:
         raise HostError("directory_refused", f"cannot make {settings.run_dir}: {e.strerror}", "set STOKER_RUN_DIR") from None
-    log = settings.run_dir / "daemon.log"
     try:
         async with asyncio.timeout(timeout), locked(settings.run_dir / "start.lock"):
             if listening(settings.socket) is None:
-                await _start(log)
+                await _start(settings.run_dir)
     except TimeoutError:
+        log = settings.run_dir / "daemon.log"
         raise DeadlineExceeded("daemon_start_timeout", f"the daemon was not ready after {timeout:g} s", f"see {log}") from None
 
 
-async def _start(log: Path) -> None:
-    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    os.set_blocking(write, True)
+async def _start(run_dir: Path) -> None:
+    read, write = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(read, False)
+    said = run_dir / "daemon.out"
     try:
-        with suppress(FileNotFoundError):
-            if log.stat().st_size > LOG_LIMIT:
-                log.replace(log.with_suffix(".log.1"))
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            _spawn(write, output)
+            output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                _spawn(write, output)
+            finally:
+                os.close(output)
         finally:
-            os.close(output)
             os.close(write)
         line = await _line(read)
     finally:
         os.close(read)
-    if line == "ready":
-        return
-    raise _failure(line, log)
+    if line != "ready":
+        raise _failure(line, said)
 
 
 def _spawn(ready: int, output: int) -> None:
@@ -138,18 +136,16 @@ async def _line(fd: int) -> str:
     return data.decode("utf-8", "replace").strip()
 
 
-def _failure(line: str, log: Path) -> StokerError:
+def _failure(line: str, said: Path) -> StokerError:
     import json
 
     try:
         wire = json.loads(line)
         return error_from_wire(503, wire if isinstance(wire, dict) else {})
     except ValueError:
-        last: list[str] = []
-        with suppress(OSError):
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        words = f": {last[0][:300]}" if last else ""
-        return HostError("daemon_start_failed", f"the daemon ended before it was ready{words}", f"see {log}, or run: stoker serve")
+        words = said.read_text(errors="replace").strip().rpartition("\n")[2][:300] if said.exists() else ""
+        message = "the daemon ended before it was ready" + (f": {words}" if words else "")
+        return HostError("daemon_start_failed", message, f"see {said.with_suffix('.log')}, or run: stoker serve")
 
 
 def stop_daemon(pid: int, *, timeout: float = STOP_TIMEOUT) -> bool:

@@ -80,19 +80,24 @@ async def _watch(api: Api, operation: Operation, on_progress: OnProgress) -> Ope
 async def _settled(api: Api, sandbox: str) -> None:
     states = (SandboxState.RUNNING, SandboxState.FAILED, SandboxState.STOPPED, SandboxState.LOST)
     info = await wait_for_state(api, sandbox, states, None)
-    if info.state != SandboxState.RUNNING:
+    if info is not None and info.state != SandboxState.RUNNING:
         raise failure_of(info.error) if info.error else GuestError("sandbox_failed", f"{sandbox} is {info.state.value}")
 
 
-async def wait_for_state(api: Api, sandbox: str, states: Sequence[str], timeout: float | None) -> Sandbox:
-    """Until the sandbox is in one of the states. Asks in slices, so that no connection is silent for long."""
+async def wait_for_state(api: Api, sandbox: str, states: Sequence[str], timeout: float | None) -> Sandbox | None:
+    """Until the sandbox is in one of the states; without any, until it is gone (None). Asks in slices: no silence for long."""
     loop = asyncio.get_running_loop()
     deadline = None if timeout is None else loop.time() + timeout
     while True:
         left = SLICE if deadline is None else min(SLICE, max(0.0, deadline - loop.time()))
         query: dict[str, object] = {"state": list(states), "timeout": left}
         try:
-            return await api.call("GET", path("sandboxes", sandbox, "wait"), Sandbox, query=query, timeout=left + 30)
+            answer = await api.send("GET", path("sandboxes", sandbox, "wait"), query=query, timeout=left + 30)
+            return decode_answer(answer.body, Sandbox) if answer.body else None
         except DeadlineExceeded:
             if deadline is not None and loop.time() >= deadline:
                 raise
+        except NotFound:
+            if states:
+                raise
+            return None

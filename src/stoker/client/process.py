@@ -145,9 +145,13 @@ class AsyncProcess:
         )
 
     def __aiter__(self) -> AsyncIterator[Output]:
-        return self._outputs()
+        return self._outputs(keep=True)
 
-    async def _outputs(self) -> AsyncIterator[Output]:
+    def pieces(self) -> AsyncIterator[Output]:
+        """Like iterating, but nothing is kept for :meth:`wait`: for output without end in constant memory."""
+        return self._outputs(keep=False)
+
+    async def _outputs(self, *, keep: bool) -> AsyncIterator[Output]:
         if self._reading:
             raise Conflict("already_reading", f"somebody reads {self!r} already", "connect to it again for a second reader")
         self._reading = True
@@ -156,7 +160,8 @@ class AsyncProcess:
                 attachment = await self._attached()
                 try:
                     async for output in attachment:
-                        self._kept[output.stream].add(output)
+                        if keep:
+                            self._kept[output.stream].add(output)
                         yield output
                 except HostError as e:
                     attachment.abort()
@@ -202,23 +207,31 @@ class AsyncProcess:
         body = WriteStdin(data=base64.b64encode(data).decode(), base64=True, close=close)
         await self._api.send("POST", self._path("stdin"), body=body, timeout=timeout)
 
-    async def feed(self, data: Data, *, on_progress: OnBytes | None = None) -> None:
-        """Writes everything of a source (bytes, a file, an iterable) and then the end of input.
+    async def write(self, data: bytes) -> bool:
+        """Writes to its stdin in step with the guest, over the connection that reads it. False: nobody reads it any more.
 
-        Somebody must read the process at the same time (:meth:`wait`), or both wait for each other.
+        Somebody must read the process at the same time, or both wait for each other; :meth:`send_stdin` needs nobody.
         """
+        return await (await self._attached()).write(data)
+
+    async def end_input(self) -> None:
+        """End of input, behind all that :meth:`write` wrote."""
+        attachment = await self._attached()
+        if not attachment.stdin_closed:
+            await attachment.close_stdin()
+
+    async def feed(self, data: Data, *, on_progress: OnBytes | None = None) -> None:
+        """Writes everything of a source (bytes, a file, an iterable) and then the end of input, as :meth:`write` does."""
         from stoker.client.data import chunks
 
-        attachment = await self._attached()
         written = 0
         async for piece in chunks(data):
-            if not await attachment.write(piece):
+            if not await self.write(piece):
                 return
             written += len(piece)
             if on_progress:
                 on_progress(written)
-        if not attachment.stdin_closed:
-            await attachment.close_stdin()
+        await self.end_input()
 
     async def signal(self, signal: str | int, *, group: bool = True) -> None:
         """Sends a signal to its process group, or to it alone."""

@@ -31,7 +31,7 @@ from stoker.client.client import AsyncClient, default_client
 from stoker.client.commands import AsyncCommands, AsyncPty
 from stoker.client.feed import AsyncFeed, events_feed
 from stoker.client.files import AsyncFiles
-from stoker.client.operations import OnProgress, finish_operation
+from stoker.client.operations import OnProgress, finish_operation, wait_for_state
 from stoker.errors import InvalidRequest, NotFound
 
 __all__ = ["AsyncSandbox"]
@@ -47,7 +47,7 @@ class AsyncSandbox:
 
     def __init__(self, client: AsyncClient, info: SandboxInfo) -> None:
         self._client = client
-        self._api = client._api
+        self._api = client.api
         self._info = info
         self.commands = AsyncCommands(self._api, info.id)
         self.files = AsyncFiles(self._api, info.id)
@@ -123,17 +123,17 @@ class AsyncSandbox:
         )
         # With the key the request can be sent again when a connection breaks: it makes one sandbox, not two.
         headers = [("Idempotency-Key", secrets.token_urlsafe(18))]
-        operation = await client._api.call(
+        operation = await client.api.call(
             "POST", path("sandboxes"), Operation, query={"wait": False}, body=request, headers=headers
         )
-        await finish_operation(client._api, operation, ready_timeout, on_progress)
+        await finish_operation(client.api, operation, ready_timeout, on_progress)
         return await cls.connect(str(operation.sandbox), client=client)
 
     @classmethod
     async def connect(cls, sandbox: str, *, client: AsyncClient | None = None) -> AsyncSandbox:
         """A handle on a sandbox that is there, by its id or its name."""
         client = client or await default_client()
-        return cls(client, await client._api.call("GET", path("sandboxes", sandbox), SandboxInfo))
+        return cls(client, await client.api.call("GET", path("sandboxes", sandbox), SandboxInfo))
 
     @classmethod
     async def list(
@@ -200,10 +200,9 @@ class AsyncSandbox:
         return self._keep(await self._api.call("PUT", self._path("timeout"), SandboxInfo, body=body))
 
     async def wait(self, *states: str, timeout: float | None = None) -> SandboxInfo:
-        """Until it is in one of the states. :class:`DeadlineExceeded` after ``timeout`` seconds."""
-        from stoker.client.operations import wait_for_state
-
-        return self._keep(await wait_for_state(self._api, self.id, states, timeout))
+        """Until it is in one of the states (none: until it is gone). :class:`DeadlineExceeded` after ``timeout`` seconds."""
+        info = await wait_for_state(self._api, self.id, states, timeout)
+        return self._info if info is None else self._keep(info)
 
     async def ping(self) -> float:
         """Seconds until the agent in the guest has answered."""
@@ -213,10 +212,13 @@ class AsyncSandbox:
         """CPU, memory, disk and network over the last so many seconds."""
         return await self._api.call("GET", self._path("metrics"), Metrics, query={"window": window})
 
-    async def logs(self, *, offset: int | None = None, limit: int | None = None) -> str:
-        """The end of the serial console, or a part of it from ``offset`` on."""
-        query: dict[str, object] = {"offset": offset, "limit": limit}
-        return (await self._api.call("GET", self._path("console"), ConsoleLog, query=query)).text
+    async def logs(self) -> str:
+        """The end of the serial console, at most 64 KiB."""
+        return (await self.console()).text
+
+    async def console(self, *, offset: int | None = None, limit: int | None = None) -> ConsoleLog:
+        """A part of the serial console from ``offset`` on, or its end."""
+        return await self._api.call("GET", self._path("console"), ConsoleLog, query={"offset": offset, "limit": limit})
 
     async def follow_logs(self, *, offset: int | None = None) -> AsyncFeed[ConsoleLog]:
         """The serial console as it grows."""
@@ -224,13 +226,9 @@ class AsyncSandbox:
         target = self._path("console", "stream")
         return await events_feed(self._api, target, lambda data: decode_answer(data, ConsoleLog), query=query)
 
-    async def events(self, *, after: int | None = None, limit: int = 100) -> builtins.list[Event]:
-        """What has happened to it."""
-        return await self._client.events(sandbox=self.id, after=after, limit=limit)
-
-    async def follow_events(self, *, after: int | None = None) -> AsyncFeed[Event]:
-        """What happens to it from now on."""
-        return await self._client.follow_events(sandbox=self.id, after=after)
+    async def events(self, *, after: int | None = None) -> AsyncFeed[Event]:
+        """What happens to it from now on; with ``after`` first what is kept after that event (0: everything)."""
+        return await self._client.events(sandbox=self.id, after=after)
 
     async def url_for(self, path: str, *, operation: str = "read", expires_in: int = 3600) -> str:
         """A whole URL that reads or writes one of its files without a key. Of use where the daemon listens on TCP."""

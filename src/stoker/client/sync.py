@@ -20,6 +20,7 @@ from stoker.api.models import (
     Quota,
     SignedOperation,
     SignedUrl,
+    StartProcess,
     Version,
     WatchEvent,
 )
@@ -119,6 +120,10 @@ class Process:
     def __iter__(self) -> Iterator[Output]:
         return iterate(self._async.__aiter__())
 
+    def pieces(self) -> Iterator[Output]:
+        """Like iterating, but nothing is kept for :meth:`wait`: for output without end in constant memory."""
+        return iterate(self._async.pieces())
+
     def send_stdin(self, data: str | bytes, *, timeout: float | None = 60.0) -> None:
         """Writes to its stdin (it was started with ``stdin=True`` or has a terminal). Waits while the guest has no room."""
         call(self._async.send_stdin(data, timeout=timeout))
@@ -127,11 +132,19 @@ class Process:
         """End of input."""
         call(self._async.close_stdin())
 
-    def feed(self, data: Data, *, on_progress: OnBytes | None = None) -> None:
-        """Writes everything of a source (bytes, a file, an iterable) and then the end of input.
+    def write(self, data: bytes) -> bool:
+        """Writes to its stdin in step with the guest, over the connection that reads it. False: nobody reads it any more.
 
-        Somebody must read the process at the same time (:meth:`wait`), or both wait for each other.
+        Somebody must read the process at the same time, or both wait for each other; :meth:`send_stdin` needs nobody.
         """
+        return call(self._async.write(data))
+
+    def end_input(self) -> None:
+        """End of input, behind all that :meth:`write` wrote."""
+        call(self._async.end_input())
+
+    def feed(self, data: Data, *, on_progress: OnBytes | None = None) -> None:
+        """Writes everything of a source (bytes, a file, an iterable) and then the end of input, as :meth:`write` does."""
         calling_back(self._async.feed, {"on_progress": on_progress}, data)
 
     def signal(self, signal: str | int, *, group: bool = True) -> None:
@@ -428,13 +441,9 @@ class Client:
         """The long work that is going on, and what of it has ended lately."""
         return call(self._async.operations())
 
-    def events(self, *, sandbox: str | None = None, after: int | None = None, limit: int = 100) -> list[Event]:
-        """What has happened, oldest first, after the event with the number ``after``."""
-        return call(self._async.events(sandbox=sandbox, after=after, limit=limit))
-
-    def follow_events(self, *, sandbox: str | None = None, after: int | None = None) -> Feed[Event]:
-        """What happens from now on (or after an event), as it happens."""
-        return Feed._wrap(call(self._async.follow_events(sandbox=sandbox, after=after)))
+    def events(self, *, sandbox: str | None = None, after: int | None = None) -> Feed[Event]:
+        """What happens from now on, as it happens; with ``after`` first what is kept after that event (0: everything)."""
+        return Feed._wrap(call(self._async.events(sandbox=sandbox, after=after)))
 
     def create_key(self, name: str = "", *, quota: Quota | None = None) -> CreatedKey:
         """Makes an API key. Its secret is in this answer and nowhere else."""
@@ -446,6 +455,14 @@ class Client:
     def revoke_key(self, key: str) -> ApiKey:
         """Makes a key worthless, at once."""
         return call(self._async.revoke_key(key))
+
+    def start_process(self, sandbox: str, request: StartProcess) -> Process:
+        """Starts a process that is described by a whole request, in the background."""
+        return Process._wrap(call(self._async.start_process(sandbox, request)))
+
+    def open_process(self, sandbox: str, request: StartProcess) -> Process:
+        """The same, attached to it from its first byte, in one round trip. It waits for its reader."""
+        return Process._wrap(call(self._async.open_process(sandbox, request)))
 
     def daemon(self) -> DaemonProcess | None:
         """Who listens on this host's socket; None when nobody does, or when the daemon is elsewhere."""
@@ -609,7 +626,7 @@ class Sandbox:
         return call(self._async.set_timeout(timeout, idle_timeout=idle_timeout))
 
     def wait(self, *states: str, timeout: float | None = None) -> SandboxInfo:
-        """Until it is in one of the states. :class:`DeadlineExceeded` after ``timeout`` seconds."""
+        """Until it is in one of the states (none: until it is gone). :class:`DeadlineExceeded` after ``timeout`` seconds."""
         return call(self._async.wait(*states, timeout=timeout))
 
     def ping(self) -> float:
@@ -620,21 +637,21 @@ class Sandbox:
         """CPU, memory, disk and network over the last so many seconds."""
         return call(self._async.metrics(window=window))
 
-    def logs(self, *, offset: int | None = None, limit: int | None = None) -> str:
-        """The end of the serial console, or a part of it from ``offset`` on."""
-        return call(self._async.logs(offset=offset, limit=limit))
+    def logs(self) -> str:
+        """The end of the serial console, at most 64 KiB."""
+        return call(self._async.logs())
+
+    def console(self, *, offset: int | None = None, limit: int | None = None) -> ConsoleLog:
+        """A part of the serial console from ``offset`` on, or its end."""
+        return call(self._async.console(offset=offset, limit=limit))
 
     def follow_logs(self, *, offset: int | None = None) -> Feed[ConsoleLog]:
         """The serial console as it grows."""
         return Feed._wrap(call(self._async.follow_logs(offset=offset)))
 
-    def events(self, *, after: int | None = None, limit: int = 100) -> builtins.list[Event]:
-        """What has happened to it."""
-        return call(self._async.events(after=after, limit=limit))
-
-    def follow_events(self, *, after: int | None = None) -> Feed[Event]:
-        """What happens to it from now on."""
-        return Feed._wrap(call(self._async.follow_events(after=after)))
+    def events(self, *, after: int | None = None) -> Feed[Event]:
+        """What happens to it from now on; with ``after`` first what is kept after that event (0: everything)."""
+        return Feed._wrap(call(self._async.events(after=after)))
 
     def url_for(self, path: str, *, operation: str = "read", expires_in: int = 3600) -> str:
         """A whole URL that reads or writes one of its files without a key. Of use where the daemon listens on TCP."""

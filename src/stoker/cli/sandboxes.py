@@ -1,0 +1,262 @@
+"""The words about sandboxes: create, ls, inspect, rm, stop, start, freeze, thaw, timeout, wait."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stoker.cli.options import DURATION, SIZE, environment, existing_file
+from stoker.cli.remote import SANDBOX, Following, each, json_option, labels_of, with_client
+from stoker.cli.table import Column, ago, show, show_json
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from stoker.api.models import Sandbox
+    from stoker.client.client import AsyncClient
+    from stoker.client.sandbox import AsyncSandbox
+
+__all__ = ["create", "freeze", "inspect", "ls", "rm", "start", "stop", "thaw", "timeout", "wait"]
+
+STATES = ("creating", "running", "frozen", "pausing", "paused", "resuming", "stopping", "stopped", "failed", "lost")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress.")
+
+
+@click.command()
+@click.option("--name", "-n", metavar="NAME", help="A name, unique among yours.")
+@click.option("--label", "-l", metavar="K=V", multiple=True, help="A label; ls and rm find it again.")
+@click.option("--timeout", type=DURATION, metavar="T", help="Destroy it after so long, such as 30m.")
+@click.option("--idle-timeout", type=DURATION, metavar="T", help="Destroy it when it has not been used for so long.")
+@click.option("--kernel", metavar="K", default="", help="debian:SUITE, a vmlinux or bzImage, or a digest.  [default: debian:12]")
+@click.option("--initrd", metavar="FILE", help="An initial RAM disk made elsewhere; the agent is added to it.")
+@click.option("--cpus", metavar="N", type=click.IntRange(1, 256), default=1, show_default=True, help="Virtual CPUs.")
+@click.option("--memory", "-m", type=SIZE, default="512M", show_default=True, help="Memory, such as 512M or 2G.")
+@click.option("--disk", type=SIZE, default=0, help="Size of the root file system.  [default: the image's own]")
+@click.option("--env", "-e", metavar="K=V", multiple=True, help="Set a variable; K alone passes yours on.")
+@click.option("--env-file", metavar="F", multiple=True, help="Read variables from a file, one K=V a line.")
+@click.option("--workdir", "-w", metavar="D", help="Default directory.  [default: the image's own]")
+@click.option("--user", "-u", metavar="U", help="Default user.  [default: the image's own]")
+@click.option("--hostname", metavar="NAME", help="The guest's host name.")
+@click.option("--network", type=click.Choice(["none", "user"]), default="user", show_default=True, help="The guest's network.")
+@click.option("--start", is_flag=True, help="Run the image's own command, as the process 'main'.")
+@click.option("--cold", is_flag=True, help="Boot, even where a put-away machine could be used.")
+@quiet_option
+@json_option
+@click.argument("image")
+def create(
+    *,
+    label: tuple[str, ...],
+    env: tuple[str, ...],
+    env_file: tuple[str, ...],
+    initrd: str | None,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Create a sandbox and print its name, or its id where it has none."""
+    variables, initial = dict(environment(env, env_file)), existing_file("--initrd", initrd)
+
+    async def work(client: AsyncClient) -> Sandbox:
+        from stoker.client.sandbox import AsyncSandbox
+
+        with Following(quiet) as following:
+            box = await AsyncSandbox.create(
+                client=client,
+                env=variables,
+                labels=labels_of(label),
+                initrd=str(initial or ""),
+                on_progress=following.step,
+                **options,
+            )
+        return box.info
+
+    info = with_client(work)
+    if as_json:
+        show_json(info)
+    else:
+        click.echo(info.name or info.id)
+
+
+def _limit(info: Sandbox) -> str:
+    if info.expires_at is None:
+        return "-"
+    from stoker.api.units import format_duration
+
+    return format_duration(max(0.0, info.expires_at - time.time()))
+
+
+def _size(value: int) -> str:
+    from stoker.api.units import format_size
+
+    return format_size(value)
+
+
+COLUMNS: tuple[Column[Sandbox], ...] = (
+    Column("NAME", lambda s: s.name or "-"),
+    Column("ID", lambda s: s.id, full=True),
+    Column("STATE", lambda s: s.state.value, full=True),
+    Column("IMAGE", lambda s: s.image),
+    Column("CPUS", lambda s: str(s.resources.cpus), right=True),
+    Column("MEMORY", lambda s: _size(s.resources.memory), right=True),
+    Column("AGE", lambda s: ago(s.created_at), right=True),
+    Column("LEFT", _limit, right=True),
+    Column("LABELS", lambda s: ",".join(f"{k}={v}" for k, v in sorted(s.labels.items()))),
+)
+
+
+@click.command()
+@click.option("--state", "-s", type=click.Choice(STATES), multiple=True, help="Only those in this state.")
+@click.option("--label", "-l", metavar="K[=V]", multiple=True, help="Only those with this label.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="At most so many.")
+@click.option("--quiet", "-q", is_flag=True, help="Ids only.")
+@json_option
+def ls(*, state: tuple[str, ...], label: tuple[str, ...], limit: int | None, quiet: bool, as_json: bool) -> None:
+    """List sandboxes, newest first."""
+    labels = labels_of(label, bare=True)
+
+    async def work(client: AsyncClient) -> list[Sandbox]:
+        return await client.sandboxes(states=state, labels=labels, limit=limit)
+
+    found = with_client(work)
+    if as_json:
+        show_json(found)
+    elif quiet:
+        click.echo("".join(f"{info.id}\n" for info in found), nl=False)
+    else:
+        show(COLUMNS, found, empty="no sandboxes; make one: stoker create debian:12")
+
+
+@click.command()
+@click.argument("sandboxes", nargs=-1, required=True, type=SANDBOX)
+def inspect(*, sandboxes: tuple[str, ...]) -> int:
+    """Print all that is known of sandboxes, as a JSON array."""
+    found: list[Sandbox] = []
+
+    async def work(client: AsyncClient) -> int:
+        from stoker.client.sandbox import AsyncSandbox
+
+        async def one(name: str) -> None:
+            found.append((await AsyncSandbox.connect(name, client=client)).info)
+
+        return await each(sandboxes, one)
+
+    code = with_client(work)
+    order = {name: i for i, name in enumerate(sandboxes)}
+    found.sort(key=lambda info: order.get(info.name or "", order.get(info.id, 0)))
+    show_json(found)
+    return code
+
+
+def _on_each(sandboxes: tuple[str, ...], act: Callable[[AsyncSandbox], Awaitable[Any]], *, echo: bool = True) -> int:
+    async def work(client: AsyncClient) -> int:
+        from stoker.client.sandbox import AsyncSandbox
+
+        async def one(name: str) -> None:
+            await act(await AsyncSandbox.connect(name, client=client))
+            if echo:
+                click.echo(name)
+
+        return await each(sandboxes, one)
+
+    return with_client(work)
+
+
+@click.command()
+@click.option("--force", "-f", is_flag=True, help="No error for what is not there.")
+@click.option("--all", "-a", "everything", is_flag=True, help="All of yours.")
+@click.option("--label", "-l", metavar="K[=V]", multiple=True, help="All with this label.")
+@click.argument("sandboxes", nargs=-1, type=SANDBOX)
+def rm(*, force: bool, everything: bool, label: tuple[str, ...], sandboxes: tuple[str, ...]) -> int:
+    """Destroy sandboxes: the machines, their disks, everything."""
+    from stoker.errors import NotFound
+
+    if not (sandboxes or everything or label):
+        raise click.UsageError("name sandboxes, or --label, or --all")
+
+    async def work(client: AsyncClient) -> int:
+        from stoker.client.sandbox import AsyncSandbox
+
+        names = list(sandboxes)
+        if everything or label:
+            names += [box.id for box in await AsyncSandbox.list(labels=labels_of(label, bare=True), client=client)]
+
+        async def one(name: str) -> None:
+            try:
+                if await (await AsyncSandbox.connect(name, client=client)).kill():
+                    click.echo(name)
+            except NotFound:
+                if not force:
+                    raise
+
+        return await each(names, one)
+
+    return with_client(work)
+
+
+@click.command()
+@click.option("--grace", "-g", type=DURATION, default="10s", show_default=True, help="Time its processes get to end.")
+@click.argument("sandboxes", nargs=-1, required=True, type=SANDBOX)
+def stop(*, grace: float, sandboxes: tuple[str, ...]) -> int:
+    """Shut sandboxes down; their disks stay."""
+    return _on_each(sandboxes, lambda box: box.stop(grace=grace))
+
+
+@click.command()
+@quiet_option
+@click.argument("sandboxes", nargs=-1, required=True, type=SANDBOX)
+def start(*, quiet: bool, sandboxes: tuple[str, ...]) -> int:
+    """Boot stopped sandboxes again."""
+    with Following(quiet) as following:
+        return _on_each(sandboxes, lambda box: box.start(on_progress=following.step))
+
+
+@click.command()
+@click.argument("sandboxes", nargs=-1, required=True, type=SANDBOX)
+def freeze(*, sandboxes: tuple[str, ...]) -> int:
+    """Stop the CPUs of sandboxes; their memory stays."""
+    return _on_each(sandboxes, lambda box: box.freeze())
+
+
+@click.command()
+@click.argument("sandboxes", nargs=-1, required=True, type=SANDBOX)
+def thaw(*, sandboxes: tuple[str, ...]) -> int:
+    """Let the CPUs of frozen sandboxes go on."""
+    return _on_each(sandboxes, lambda box: box.thaw())
+
+
+@click.command()
+@click.option("--idle", is_flag=True, help="Count from its last use, not from now.")
+@click.argument("sandbox", type=SANDBOX)
+@click.argument("duration", metavar="DURATION|none")
+def timeout(*, idle: bool, sandbox: str, duration: str) -> int:
+    """Destroy a sandbox after so long (30m, 2h), or with 'none' never by itself."""
+    if duration == "none":
+        return _on_each((sandbox,), lambda box: box.set_timeout(None), echo=False)
+    seconds: Any = DURATION.convert(duration, None, click.get_current_context())
+    if idle:
+        return _on_each((sandbox,), lambda box: box.set_timeout(idle_timeout=seconds), echo=False)
+    return _on_each((sandbox,), lambda box: box.set_timeout(seconds), echo=False)
+
+
+@click.command()
+@click.option("--state", "-s", type=click.Choice(STATES), multiple=True, help="Wait for this state.  [default: until it is gone]")
+@click.option("--process", "-p", metavar="P", help="Wait for a process, by id or tag, and exit with its code.")
+@click.option("--timeout", type=DURATION, metavar="T", help="Give up after so long, with exit code 124.")
+@click.argument("sandbox", type=SANDBOX)
+def wait(*, state: tuple[str, ...], process: str | None, timeout: float | None, sandbox: str) -> int:
+    """Wait until a sandbox is in a state (or gone), or one of its processes has ended."""
+
+    async def work(client: AsyncClient) -> int:
+        from stoker.client.sandbox import AsyncSandbox
+
+        box = await AsyncSandbox.connect(sandbox, client=client)
+        if process is not None:
+            return (await (await box.commands.connect(process)).wait(timeout=timeout)).exit_code
+        info = await box.wait(*state, timeout=timeout)
+        if state:
+            click.echo(info.state.value)
+        return 0
+
+    return with_client(work)
