@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Protocol
 
-__all__ = ["Accelerator", "Disk", "MachineExit", "MachineSpec", "UserNetwork"]
+__all__ = ["Accelerator", "Channel", "Disk", "MachineExit", "MachineSpec", "UserNetwork"]
 
 
 class Accelerator(StrEnum):
@@ -17,9 +18,22 @@ class Accelerator(StrEnum):
     TCG = "tcg"
 
 
+class Channel(StrEnum):
+    """How the host reaches the agent. vsock needs ``/dev/vhost-vsock`` and a context id (``vsock_cid``)."""
+
+    VIRTIO_SERIAL = "virtio-serial"
+    VSOCK = "vsock"
+
+
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A block device of the guest. ``backing`` is named outright: a qcow2 header's own word is never trusted."""
+    """A block device of the guest, ``vda``, ``vdb``... in the order given; ``name`` is its serial number in the guest
+    (letters, digits, ``-`` and ``_``, at most 20).
+
+    ``backing`` is named outright: a qcow2 header's own word is never trusted. ``format`` is ``raw`` or ``qcow2``.
+    ``flush``: the guest's flushes reach the host's disk. False is right for a throw-away overlay, and makes it fast; the
+    content survives the VMM's death all the same, only not the host's.
+    """
 
     name: str
     path: Path
@@ -27,20 +41,26 @@ class Disk:
     read_only: bool = False
     backing: Path | None = None
     backing_format: str = "raw"
+    flush: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class UserNetwork:
+class UserNetwork(Protocol):
     """User-mode network, filtered so that the host's own and private networks cannot be reached.
 
-    Addresses are the guest's view; ``denied`` are IPv4 networks (CIDR) whose packets are dropped.
+    Addresses are the guest's view (``address`` with its prefix length); ``denied`` are IPv4 networks (CIDR) whose packets are
+    dropped, but for the nameserver's port 53.
     """
 
-    mac: str
-    address: str
-    gateway: str
-    nameserver: str
-    denied: tuple[str, ...]
+    @property
+    def mac(self) -> str: ...
+    @property
+    def address(self) -> str: ...
+    @property
+    def gateway(self) -> str: ...
+    @property
+    def nameserver(self) -> str: ...
+    @property
+    def denied(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +80,22 @@ class MachineSpec:
     console_bytes: int = 4 << 20
     detached: bool = False
     """True: the machine outlives the process that started it. False: it ends when that process does, however it ends."""
+    cpu: str = ""
+    """The VMM's word for the CPU model; empty: what suits accelerator and version."""
+    channel: Channel = Channel.VIRTIO_SERIAL
+    vsock_cid: int = 0
+    cgroup: Path | None = None
+    """A cgroup v2 directory the VMM starts in."""
 
 
 @dataclass(frozen=True, slots=True)
 class MachineExit:
-    """How a VMM ended: its exit code, or the signal; ``requested`` when we asked for it."""
+    """How a VMM ended: its exit code, or the signal; ``requested`` when we (or its owner's end) asked for it.
+
+    ``out_of_memory``: the host's kernel killed it for lack of memory. Both ``None``: it is gone and nobody saw how.
+    """
 
     code: int | None
     signal: int | None
     requested: bool = False
+    out_of_memory: bool = False

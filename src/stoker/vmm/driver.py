@@ -1,0 +1,56 @@
+"""What every driver gives: one running machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from stoker.host.process import ProcessIdentity
+from stoker.vmm.machine import MachineExit
+
+__all__ = ["Machine"]
+
+
+class Machine(Protocol):
+    """One running VMM. Errors: :class:`~stoker.errors.GuestError` when the machine is gone or does not answer."""
+
+    @property
+    def spec_name(self) -> str: ...
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def vmm(self) -> ProcessIdentity: ...
+
+    def channel(self) -> Path:
+        """The Unix socket behind which the agent's port is. It listens from before the VMM starts."""
+        ...
+
+    async def wait(self) -> MachineExit:
+        """How the VMM ended; returns once it has, also for adopted machines, and any number may wait."""
+        ...
+
+    async def console_tail(self, lines: int = 20) -> tuple[str, ...]:
+        """The last lines of the guest's console, cleaned of control characters."""
+        ...
+
+    async def vmm_tail(self, lines: int = 20) -> tuple[str, ...]:
+        """The last lines the VMM itself said."""
+        ...
+
+    async def freeze(self) -> None:
+        """Stops the vCPUs."""
+        ...
+
+    async def thaw(self) -> None: ...
+
+    async def status(self) -> str:
+        """The VMM's own word: ``running``, ``paused``..."""
+        ...
+
+    async def kill(self) -> MachineExit:
+        """SIGKILL, and returns when it is gone. May be called again. Removes nothing on disk."""
+        ...
+
+    async def close(self) -> None:
+        """Lets go of the descriptors. A detached machine lives on, an attached one ends."""
+        ...

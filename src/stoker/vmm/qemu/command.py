@@ -1,0 +1,199 @@
+"""From a :class:`MachineSpec` to QEMU's command line: values in, words out, nothing asked of the host.
+
+Every file and socket is a descriptor that the VMM inherits (:class:`Handles`), so the VMM needs no right to any path, and no
+name has to be quoted for QEMU's option parsers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from stoker.errors import InvalidRequest
+from stoker.vmm.machine import Accelerator, Channel, Disk, MachineSpec
+from stoker.vmm.qemu.facts import QemuFacts
+
+__all__ = ["DiskHandles", "Handles", "command", "kernel_cmdline"]
+
+MIB = 1 << 20
+MAX_CMDLINE = 2047  # the kernel's COMMAND_LINE_SIZE on x86, less its NUL
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+QUIET = ("console=ttyS0", "quiet", "loglevel=1", "panic=-1", "reboot=t")
+"""A console that says what matters only, and a panic that ends the machine (triple fault, ``-no-reboot``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskHandles:
+    image: int
+    backing: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Handles:
+    """Descriptors of the VMM: listening sockets, the console's pipe, open images; and the names it opens kernel and initrd by."""
+
+    monitor: int
+    console: int
+    kernel: str
+    initrd: str
+    agent: int | None = None
+    vsock: int | None = None
+    disks: tuple[DiskHandles, ...] = ()
+    net_out: int | None = None
+    net_in: int | None = None
+
+    def descriptors(self) -> tuple[int, ...]:
+        """All of them, each once, to be passed on."""
+        single = (self.monitor, self.console, self.agent, self.vsock, self.net_out, self.net_in)
+        both = [fd for disk in self.disks for fd in (disk.image, disk.backing)]
+        return tuple(fd for fd in (*single, *both) if fd is not None)
+
+
+def kernel_cmdline(spec: MachineSpec, qemu: QemuFacts) -> str:
+    """The driver's own words first, so that the caller's, which come later, win."""
+    words = list(QUIET)
+    if spec.accelerator is Accelerator.TCG:
+        words += TCG_WORDS
+        if qemu.tsc_khz:
+            words.append(f"tsc_early_khz={qemu.tsc_khz}")
+    if spec.channel is Channel.VSOCK:
+        words.append("stoker.channel=vsock")
+    line = " ".join([*words, *spec.cmdline])
+    if len(line.encode()) > MAX_CMDLINE:
+        raise InvalidRequest("cmdline_too_long", f"the kernel's command line has {len(line.encode())} bytes, {MAX_CMDLINE} at most")
+    return line
+
+
+# Under TCG the guest reads the host's time stamp counter and has nothing steady to measure it against: on a busy host the
+# calibration fails, the kernel gives the counter up, and hangs, as this machine type has no other timer for it. It is told instead.
+TCG_WORDS = ("tsc=reliable",)
+
+
+def command(spec: MachineSpec, qemu: QemuFacts, handles: Handles) -> list[str]:
+    """QEMU's whole command line, the program first."""
+    _check(spec)
+    argv = [qemu.path, "-name", spec.name, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
+    argv += ["-sandbox", SANDBOX]
+    argv += _machine(spec, qemu)
+    argv += ["-kernel", handles.kernel, "-initrd", handles.initrd, "-append", kernel_cmdline(spec, qemu)]
+    fdsets = _FdSets()
+    argv += _console(handles, fdsets)
+    argv += ["-chardev", f"socket,id=monitor,fd={handles.monitor},server=on,wait=off", "-mon", "chardev=monitor,mode=control"]
+    # Transports are numbered, and the guest finds them in this order: disks first, so that vda is the first one.
+    devices = [_disk_device(index, disk) for index, disk in enumerate(spec.disks)]
+    for index, (disk, opened) in enumerate(zip(spec.disks, handles.disks, strict=True)):
+        argv += ["-blockdev", json.dumps(_blockdev(index, disk, opened, fdsets), separators=(",", ":"))]
+    channel, device = _channel(spec, handles)
+    argv += channel
+    devices += [device, "virtio-rng-device,rng=rng"]
+    argv += ["-object", "rng-builtin,id=rng"]
+    if spec.network is not None:
+        network, device = _network(spec, handles)
+        argv += network
+        devices.append(device)
+    for slot, text in enumerate(devices):
+        argv += ["-device", f"{text},bus=virtio-mmio-bus.{slot}"]
+    if spec.channel is Channel.VIRTIO_SERIAL:
+        argv += ["-device", "virtserialport,chardev=agent,name=stoker.agent"]
+    return [*argv[:1], *fdsets.options, *argv[1:]]
+
+
+def _check(spec: MachineSpec) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", spec.name):
+        raise InvalidRequest("bad_name", f"{spec.name!r} is not a name for a machine")
+    if spec.memory <= 0 or spec.memory % MIB:
+        raise InvalidRequest("bad_memory", f"memory is whole MiB, not {spec.memory} bytes")
+    if not 1 <= spec.cpus <= 255:
+        raise InvalidRequest("bad_cpus", f"{spec.cpus} vCPUs cannot be had: 1 to 255")
+    for disk in spec.disks:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,20}", disk.name):
+            raise InvalidRequest("bad_disk", f"{disk.name!r} is not a name for a disk")
+        if disk.format not in ("raw", "qcow2") or disk.backing_format not in ("raw", "qcow2"):
+            raise InvalidRequest("bad_disk", f"disk {disk.name}: the format is raw or qcow2")
+    if len(spec.disks) > 5:
+        raise InvalidRequest("too_many_disks", f"{len(spec.disks)} disks: this machine type has room for 5")
+
+
+class _FdSets:
+    """``-add-fd`` options: the way an inherited descriptor becomes a file name (``/dev/fdset/N``) for QEMU."""
+
+    def __init__(self) -> None:
+        self.options: list[str] = []
+        self.count = 0
+
+    def add(self, fd: int) -> str:
+        self.count += 1
+        self.options += ["-add-fd", f"fd={fd},set={self.count}"]
+        return f"/dev/fdset/{self.count}"
+
+
+def _machine(spec: MachineSpec, qemu: QemuFacts) -> list[str]:
+    tcg = spec.accelerator is Accelerator.TCG
+    # QEMU before 9 emulates cmpxchg16b wrongly (the flags): kernels that find it in the CPU use it in the allocator, and oops.
+    cpu = spec.cpu or ("max,-cx16" if tcg and qemu.version < (9, 0, 0) else "max")
+    return [
+        "-M", "microvm,acpi=on,pcie=off,usb=off,rtc=on",
+        "-accel", "tcg" if tcg else "kvm",
+        "-cpu", cpu,
+        "-smp", str(spec.cpus),
+        "-m", f"{spec.memory // MIB}M",
+        "-global", "virtio-mmio.force-legacy=off",
+    ]  # fmt: skip
+
+
+def _console(handles: Handles, fdsets: _FdSets) -> list[str]:
+    path = fdsets.add(handles.console)
+    return ["-chardev", f"file,id=console,path={path},append=on", "-serial", "chardev:console"]
+
+
+def _blockdev(index: int, disk: Disk, opened: DiskHandles, fdsets: _FdSets) -> dict[str, Any]:
+    cache = {"direct": False, "no-flush": not disk.flush}
+
+    def layer(kind: str, fd: int, name: str, read_only: bool) -> dict[str, Any]:
+        file = {
+            "driver": "file",
+            "filename": fdsets.add(fd),
+            "aio": "threads",
+            "read-only": read_only,
+            "cache": cache,
+            "discard": "unmap",
+        }
+        return {"driver": kind, "node-name": name, "read-only": read_only, "cache": cache, "discard": "unmap", "file": file}
+
+    node = layer(disk.format, opened.image, f"disk{index}", disk.read_only)
+    if disk.format == "qcow2":
+        # Never absent: without this word QEMU opens whatever file the header names.
+        node["backing"] = None
+        if opened.backing is not None:
+            node["backing"] = layer(disk.backing_format, opened.backing, f"disk{index}-base", True)
+            if disk.backing_format == "qcow2":
+                node["backing"]["backing"] = None
+    return node
+
+
+def _disk_device(index: int, disk: Disk) -> str:
+    return f"virtio-blk-device,drive=disk{index},serial={disk.name}"
+
+
+def _channel(spec: MachineSpec, handles: Handles) -> tuple[list[str], str]:
+    if spec.channel is Channel.VSOCK:
+        return [], f"vhost-vsock-device,guest-cid={spec.vsock_cid},vhostfd={handles.vsock}"
+    return ["-chardev", f"socket,id=agent,fd={handles.agent},server=on,wait=off"], "virtio-serial-device"
+
+
+def _network(spec: MachineSpec, handles: Handles) -> tuple[list[str], str]:
+    assert spec.network is not None
+    plan = spec.network
+    prefix = plan.address.rpartition("/")[2]
+    # The redirector takes every frame off the guest's queue to the shim's filter; only what comes back on netin goes on to slirp.
+    # No vnet header: the user network offers no offloads, so there is none on this wire.
+    return [
+        "-netdev", f"user,id=net0,net={plan.gateway}/{prefix},host={plan.gateway},dns={plan.nameserver},ipv6=off",
+        "-chardev", f"socket,id=netout,fd={handles.net_out}",
+        "-chardev", f"socket,id=netin,fd={handles.net_in}",
+        "-object", "filter-redirector,id=netfilter,netdev=net0,queue=rx,outdev=netout,indev=netin",
+    ], f"virtio-net-device,netdev=net0,mac={plan.mac}"  # fmt: skip

@@ -1,0 +1,173 @@
+"""Starting QEMU, and finding it again after a restart.
+
+Beside the shim's files (``stoker.vmm.shim``) a machine's directory holds ``qmp.sock`` and ``agent.sock``, bound by us before QEMU
+starts, so whoever connects waits for an answer and never for a name, and ``machine.json`` (its name). The directory's owner
+removes them all with it.
+
+As root the VMM runs under a user and group number of its own, which own nothing: disks, kernel and sockets are descriptors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+from stoker.errors import Conflict, GuestError, HostError
+from stoker.host.binaries import shim_path
+from stoker.host.process import ProcessIdentity, send_signal, wait_pidfd
+from stoker.settings import Settings
+from stoker.vmm import shim
+from stoker.vmm.console import tail
+from stoker.vmm.machine import MachineExit, MachineSpec
+from stoker.vmm.qemu.command import command
+from stoker.vmm.qemu.facts import qemu_facts
+from stoker.vmm.qemu.handles import open_handles
+from stoker.vmm.qemu.qmp import Qmp
+
+__all__ = ["QemuMachine", "adopt", "launch"]
+
+STALE = ("shim.json", "exit.json", "console.log", "console.log.1", "vmm.log", "vmm.log.1", "qmp.sock", "agent.sock", "net.deny")
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+
+
+class QemuMachine:
+    """A running QEMU (:class:`stoker.vmm.driver.Machine`)."""
+
+    def __init__(self, name: str, directory: Path, pair: shim.Supervised, owner: int | None) -> None:
+        self.spec_name = name
+        self.directory = directory
+        self.vmm: ProcessIdentity = pair.vmm
+        self._owner = owner
+        self._exit: MachineExit | None = None
+        self._requested = False
+        self._qmp: Qmp | None = None
+        self._qmp_lock = asyncio.Lock()
+        self._shim_pid = pair.shim.pid
+        with ExitStack() as undo:
+            self._shim_fd = pair.shim.open_pidfd()
+            undo.callback(os.close, self._shim_fd)
+            self._vmm_fd = pair.vmm.open_pidfd()
+            undo.pop_all()
+        self._closed = False
+
+    def channel(self) -> Path:
+        return self.directory / "agent.sock"
+
+    async def wait(self) -> MachineExit:
+        if self._exit is None:
+            self._check_open()
+            # The shim ends after it has written how the VMM did; if it was killed, its end takes the VMM along.
+            vmm_fd = os.dup(self._vmm_fd)
+            try:
+                await wait_pidfd(self._shim_fd)
+                await wait_pidfd(vmm_fd)
+            finally:
+                os.close(vmm_fd)
+            self._reap()
+            if self._exit is None:
+                self._exit = shim.exit_of(shim.read_exit(self.directory), self._requested)
+        return self._exit
+
+    def _reap(self) -> None:
+        try:
+            os.waitpid(self._shim_pid, os.WNOHANG)
+        except ChildProcessError:
+            pass  # adopted: not our child; or waited for already
+
+    async def console_tail(self, lines: int = 20) -> tuple[str, ...]:
+        return await asyncio.to_thread(tail, self.directory / "console.log", lines)
+
+    async def vmm_tail(self, lines: int = 20) -> tuple[str, ...]:
+        return await asyncio.to_thread(tail, self.directory / "vmm.log", lines)
+
+    async def qmp(self) -> Qmp:
+        """The monitor, connected when it is first wanted."""
+        self._check_open()
+        async with self._qmp_lock:
+            if self._qmp is None or self._qmp.broken:
+                self._qmp = await Qmp.connect(self.directory / "qmp.sock", self.spec_name)
+            return self._qmp
+
+    async def freeze(self) -> None:
+        await (await self.qmp()).execute("stop")
+
+    async def thaw(self) -> None:
+        await (await self.qmp()).execute("cont")
+
+    async def status(self) -> str:
+        answer = await (await self.qmp()).execute("query-status")
+        return str(answer.get("status", "")) if isinstance(answer, dict) else ""
+
+    async def kill(self) -> MachineExit:
+        if self._exit is None:
+            self._check_open()
+            self._requested = True
+            send_signal(self._shim_fd, 15)  # so that exit.json says it was asked for
+            send_signal(self._vmm_fd, 9)
+        return await self.wait()
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for fd in (self._shim_fd, self._vmm_fd, self._owner):
+            if fd is not None:
+                os.close(fd)
+        qmp, self._qmp = self._qmp, None
+        if qmp is not None:
+            await qmp.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise GuestError("machine_closed", f"machine {self.spec_name} has been let go of")
+
+
+async def launch(spec: MachineSpec, settings: Settings) -> QemuMachine:
+    """Starts the machine and returns when QEMU's program runs; its devices and the guest come up after that.
+
+    What QEMU then finds wrong ends it: ``wait`` tells, and :func:`stoker.vmm.diagnose.diagnose` puts it into words.
+    """
+    qemu = await qemu_facts(settings)
+    directory = spec.directory
+    if shim.find(directory) is not None:
+        raise Conflict("machine_running", f"a machine runs in {directory} already")
+    for name in STALE:
+        (directory / name).unlink(missing_ok=True)
+    with ExitStack() as keep:
+        with ExitStack() as close:
+            opened = open_handles(spec, close, keep)
+            argv = command(spec, qemu, opened.handles)
+            (directory / "machine.json").write_text(json.dumps({"name": spec.name}))
+            pair = await shim.start(shim_path(), opened.options, argv, ENVIRONMENT)
+        machine = _machine(spec.name, directory, pair, opened.owner)
+        keep.pop_all()
+        return machine
+
+
+async def adopt(directory: Path) -> QemuMachine | None:
+    """The machine that runs in this directory, after a restart of ours. ``None`` when its VMM is gone; ``exit.json`` may say how
+    (:func:`stoker.vmm.shim.read_exit`)."""
+    pair = shim.find(directory)
+    if pair is None:
+        return None
+    try:
+        name = str(json.loads((directory / "machine.json").read_bytes())["name"])
+        return _machine(name, directory, pair, None)
+    except ProcessLookupError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise HostError("machine_unreadable", f"{directory}/machine.json: {e}") from None
+
+
+def _machine(name: str, directory: Path, pair: shim.Supervised, owner: int | None) -> QemuMachine:
+    try:
+        return QemuMachine(name, directory, pair, owner)
+    except ProcessLookupError:
+        if owner is None:
+            raise
+        raise HostError(
+            "vmm_gone", f"machine {name}: QEMU ended at once", details={"log": list(tail(directory / "vmm.log"))}
+        ) from None

@@ -1,0 +1,204 @@
+"""Starting a VMM under its supervisor, and finding it again.
+
+``stoker-shim`` (``agent/shim.c``) is the parent of every VMM. Files in the machine's directory:
+
+==================  ==============================================================================================
+``shim.json``       who runs: boot id, pid and start time of shim and VMM. Written by rename when the VMM has started
+``exit.json``       how the VMM ended. Written by rename; absent while it runs, and when the shim was killed
+``console.log``     the serial console; ``console.log.1`` is the older half of what is kept
+``vmm.log``         the VMM's own output, with ``vmm.log.1``
+``net.deny``        the rules of the network filter
+==================  ==============================================================================================
+
+A crash of ours leaves either a running pair, which the owner's pipe ends (attached) or :func:`find` finds (detached), or the
+files above and no process. Nothing else exists outside the directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stoker.errors import HostError
+from stoker.host.process import ProcessIdentity, boot_id
+from stoker.vmm.machine import MachineExit, UserNetwork
+
+__all__ = ["ShimOptions", "Supervised", "exit_of", "filter_rules", "find", "read_exit", "shim_command", "start"]
+
+START_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ShimOptions:
+    """What the shim is told. Descriptors are those of this process; ``passed`` go on to the VMM."""
+
+    directory: Path
+    console: int
+    console_bytes: int
+    owner: int | None = None
+    passed: tuple[int, ...] = ()
+    user: int | None = None
+    groups: tuple[int, ...] = ()
+    cgroup: Path | None = None
+    net_out: int | None = None
+    net_in: int | None = None
+    net_deny: Path | None = None
+
+    def descriptors(self) -> tuple[int, ...]:
+        named = (self.console, self.owner, self.net_out, self.net_in)
+        return (*(fd for fd in named if fd is not None), *self.passed)
+
+
+@dataclass(frozen=True, slots=True)
+class Supervised:
+    """A shim and its VMM."""
+
+    shim: ProcessIdentity
+    vmm: ProcessIdentity
+
+
+def shim_command(shim: Path, options: ShimOptions, status: int, vmm: Sequence[str]) -> list[str]:
+    """The supervisor's command line; ``vmm`` is the VMM's, with the full path of the program first."""
+    argv = [str(shim), "--dir", str(options.directory), "--status-fd", str(status)]
+    argv += ["--console-fd", str(options.console), "--console-bytes", str(options.console_bytes)]
+    if options.owner is not None:
+        argv += ["--owner-fd", str(options.owner)]
+    if options.user is not None:
+        argv += ["--uid", str(options.user), "--gid", str(options.user)]
+        if options.groups:
+            argv += ["--groups", ",".join(map(str, options.groups))]
+    if options.cgroup is not None:
+        argv += ["--cgroup", str(options.cgroup / "cgroup.procs")]
+    if options.net_deny is not None:
+        argv += ["--net-out", str(options.net_out), "--net-in", str(options.net_in), "--net-deny", str(options.net_deny)]
+    for fd in options.passed:
+        argv += ["--pass-fd", str(fd)]
+    return [*argv, "--", *vmm]
+
+
+def filter_rules(network: UserNetwork) -> str:
+    """The network filter's rules, as the shim reads them."""
+    return "".join([f"nameserver {network.nameserver}\n", *(f"deny {cidr}\n" for cidr in network.denied)])
+
+
+async def start(shim: Path, options: ShimOptions, vmm: Sequence[str], environment: Mapping[str, str]) -> Supervised:
+    """Starts the pair and returns when the VMM's program runs. The caller closes its copies of the descriptors.
+
+    A VMM that cannot be executed is :class:`HostError` ``vmm_not_started``. On any failure the pair is ended before this returns.
+    """
+    status, theirs = os.pipe2(os.O_CLOEXEC)
+    with ExitStack() as undo:
+        undo.callback(os.close, status)
+        try:
+            # dup2 onto itself is posix_spawn's way to let a descriptor through; nothing becomes inheritable in this process.
+            actions = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (theirs, *options.descriptors())]
+            words = shim_command(shim, options, theirs, vmm)
+            pid = os.posix_spawn(shim, words, environment, file_actions=actions)  # noqa: ASYNC221 - a vfork, no waiting
+        finally:
+            os.close(theirs)
+        with ExitStack() as failed:
+            failed.callback(_end_child, pid)
+            try:
+                async with asyncio.timeout(START_TIMEOUT):
+                    line = await _read_line(status)
+            except TimeoutError:
+                raise HostError("vmm_not_started", f"stoker-shim did not start {vmm[0]} within {START_TIMEOUT:g} s") from None
+            supervised = _parse_status(line, vmm[0])
+            failed.pop_all()
+        return supervised
+
+
+def _parse_status(line: bytes, program: str) -> Supervised:
+    try:
+        status = json.loads(line)
+        if "error" not in status:
+            return _supervised(status)
+        code, what = int(status["errno"]), str(status["error"])
+    except (ValueError, TypeError, KeyError, ProcessLookupError):
+        raise HostError("vmm_not_started", f"{program} ended, or its supervisor did, before it ran") from None
+    reason = os.strerror(code) if code else "bad argument"
+    raise HostError("vmm_not_started", f"{program} was not started: {what}: {reason}", details={"step": what, "errno": code})
+
+
+def _end_child(pid: int) -> None:
+    """Takes a shim that failed to start out of the process table; SIGKILL takes its VMM along."""
+    try:
+        os.kill(pid, 9)  # our own child, not waited for yet: the number cannot mean another
+        os.waitpid(pid, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass
+
+
+async def _read_line(fd: int) -> bytes:
+    """Everything up to the end of the pipe (the shim closes it after one line), at most 4 KiB."""
+    loop = asyncio.get_running_loop()
+    os.set_blocking(fd, False)
+    done: asyncio.Future[bytes] = loop.create_future()
+    line = bytearray()
+
+    def readable() -> None:
+        try:
+            chunk = os.read(fd, 4096)
+        except BlockingIOError:
+            return
+        line.extend(chunk)
+        if (not chunk or chunk.endswith(b"\n") or len(line) > 4096) and not done.done():
+            loop.remove_reader(fd)
+            done.set_result(bytes(line))
+
+    loop.add_reader(fd, readable)
+    try:
+        return await done
+    finally:
+        loop.remove_reader(fd)
+
+
+def _supervised(record: dict[str, Any]) -> Supervised:
+    found = []
+    for name in ("shim", "vmm"):
+        identity = ProcessIdentity(int(record[name]["pid"]), int(record[name]["start"]))
+        now = ProcessIdentity.of(identity.pid)
+        if now.start != identity.start:
+            raise ProcessLookupError(f"{name} is gone")
+        found.append(now)
+    return Supervised(found[0], found[1])
+
+
+def find(directory: Path) -> Supervised | None:
+    """The pair that runs in this directory; ``None`` when there is none (any more)."""
+    try:
+        record = json.loads((directory / "shim.json").read_bytes())
+        if record["boot"] != boot_id():
+            return None
+        supervised = _supervised(record)
+    except (FileNotFoundError, ProcessLookupError, ValueError, TypeError, KeyError):
+        return None
+    return supervised if supervised.vmm.alive() and supervised.shim.alive() else None
+
+
+def read_exit(directory: Path) -> dict[str, Any] | None:
+    """``exit.json``; ``None`` when there is none, as after the shim itself was killed."""
+    try:
+        record = json.loads((directory / "exit.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def exit_of(record: dict[str, Any] | None, requested: bool) -> MachineExit:
+    """The exit a record tells of. Without one the shim was killed, and SIGKILL came to the VMM with its death."""
+    if record is None:
+        return MachineExit(None, 9, requested)
+    code, signal = record.get("code"), record.get("signal")
+    return MachineExit(
+        code if isinstance(code, int) else None,
+        signal if isinstance(signal, int) else None,
+        requested or record.get("cause") in ("owner", "term"),
+        record.get("oom") is True,
+    )
