@@ -29,6 +29,13 @@ uint64_t now_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
+uint64_t since_boot_us(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_BOOTTIME, &t);
+	return (uint64_t)t.tv_sec * 1000000u + (uint64_t)t.tv_nsec / 1000;
+}
+
 bool watch_add(struct watch *w, uint32_t events)
 {
 	struct epoll_event e = {.events = events | EPOLLET, .data.ptr = w};
@@ -198,7 +205,7 @@ static int usage(void)
 
 int main(int argc, char **argv)
 {
-	agent.started_ns = now_ns();
+	agent.started_us = since_boot_us();
 	agent.mode = MODE_INIT;
 	const char *path = NULL;
 	if (argc == 3 && !strcmp(argv[1], "--socket")) {
@@ -220,6 +227,7 @@ int main(int argc, char **argv)
 		prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
 		agent.debug = getenv("STOKER_DEBUG") != NULL;
 	}
+	agent.ready_us = since_boot_us();
 	own_limits();
 	watch_signals();
 	if (agent.mode == MODE_SOCKET) {

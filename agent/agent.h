@@ -48,11 +48,12 @@ struct agent {
 	bool debug;
 	bool configured;
 	bool leaving; /* the loop ends (never as PID 1) */
-	uint64_t started_ns;
+	uint64_t started_us, ready_us; /* since the boot */
 };
 extern struct agent agent;
 
 uint64_t now_ns(void);
+uint64_t since_boot_us(void);
 bool watch_add(struct watch *w, uint32_t events);
 void watch_close(struct watch *w); /* closes the descriptor, which also leaves the epoll set */
 void wake_at(uint64_t ns);         /* the loop runs again at the latest then */

@@ -286,6 +286,4 @@ void boot(void)
 		open_vsock();
 	else
 		open_port();
-	if (agent.debug)
-		dprintf(2, "stoker-agent: channel open after %llu us\n", (unsigned long long)(now_ns() - agent.started_ns) / 1000);
 }

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/utsname.h>
+#include <unistd.h>
 
 static bool utf8(const uint8_t *s, size_t n)
 {
@@ -101,13 +102,15 @@ void describe_agent(struct mp_writer *w, uint32_t version)
 	if (n && boot_id[n - 1] == '\n')
 		boot_id[n - 1] = 0;
 	uname(&u);
-	mpw_map(w, 9);
+	mpw_map(w, 11);
 	mpw_key_uint(w, "version", version);
 	mpw_key_str(w, "agent", AGENT_VERSION);
 	mpw_key_str(w, "state", agent.configured ? "ready" : "initramfs");
 	mpw_key_str(w, "kernel", u.release);
 	mpw_key_str(w, "boot_id", boot_id);
-	mpw_key_uint(w, "pid", (uint64_t)1);
+	mpw_key_uint(w, "pid", (uint64_t)getpid());
+	mpw_key_uint(w, "started_us", agent.started_us);
+	mpw_key_uint(w, "ready_us", agent.ready_us);
 	mpw_key_uint(w, "generation", channel_generation);
 	mpw_str(w, "processes");
 	bool more = describe_page(w, 0);

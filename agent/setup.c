@@ -11,8 +11,15 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
+
+/* linux/fs.h does not go together with sys/mount.h. */
+#ifndef BLKGETSIZE64
+#define BLKGETSIZE64 _IOR(0x12, 114, size_t)
+#endif
+#define EXT4_IOC_RESIZE_FS _IOW('f', 16, uint64_t)
 
 struct mp configured_env = {.type = MP_MISSING};
 char configured_user[2 * NAME_ROOM], configured_workdir[PATH_ROOM];
@@ -215,6 +222,24 @@ static bool switch_root(struct failure *f)
 	return true;
 }
 
+/* The overlay may be larger than the image. Growing is done by the kernel, on the mounted file system; where it cannot be
+ * (another type, no resize inode), the machine works all the same. */
+static void grow(const char *device)
+{
+	uint64_t bytes = 0, blocks;
+	struct statfs st;
+	int disk = open(device, O_RDONLY | O_CLOEXEC), root = open("/newroot", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (disk >= 0 && root >= 0 && ioctl(disk, (int)BLKGETSIZE64, &bytes) == 0 && fstatfs(root, &st) == 0 && st.f_bsize > 0) {
+		blocks = bytes / (uint64_t)st.f_bsize;
+		if (ioctl(root, EXT4_IOC_RESIZE_FS, &blocks) && errno != EINVAL)
+			logf_host("warning", "cannot grow the root file system: %s", strerror(errno));
+	}
+	if (disk >= 0)
+		close(disk);
+	if (root >= 0)
+		close(root);
+}
+
 static bool mount_root(const struct mp *root, struct failure *f)
 {
 	char device[256], type[32] = "ext4", options[512] = "";
@@ -228,6 +253,8 @@ static bool mount_root(const struct mp *root, struct failure *f)
 	/* The image's own devices and set-uid programs work: the machine is the boundary. */
 	if (mount(device, "/newroot", type, mount_flags(&flags), options))
 		return fail(f, "mount_failed", errno, "cannot mount %s as %s: %s", device, type, strerror(errno));
+	if (mp_bool_or(root, "grow", false))
+		grow(device);
 	return switch_root(f);
 }
 
