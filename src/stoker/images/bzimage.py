@@ -78,7 +78,7 @@ def unpack_bzimage(data: bytes, name: str = "the kernel") -> bytes:
     payload = memoryview(data)[setup * 512 + offset : setup * 512 + offset + length]
     if not length or len(payload) != length:
         raise _invalid(name, "truncated: the compressed kernel is not all there", "copy or build it again")
-    if payload[:4] == b"\x7fELF":
+    if bytes(payload[:4]) == b"\x7fELF":
         return bytes(payload)
     expected = struct.unpack("<I", payload[-4:])[0]
     if expected > MAX_VMLINUX:
@@ -119,7 +119,7 @@ def _decompress(payload: memoryview, expected: int, name: str) -> bytes:
 
 def _lz4_legacy(payload: memoryview, expected: int) -> bytes:
     """The legacy frame that the kernel uses: blocks of 8 MiB, each behind its compressed length; the last 4 bytes are ours."""
-    from lz4 import block
+    from lz4 import block  # type: ignore[import-untyped]
 
     out, at, end = bytearray(), 4, len(payload) - 4
     while at < end and len(out) <= expected:

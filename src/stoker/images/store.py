@@ -224,7 +224,7 @@ class Store:
                 return ["SUMS has changed"]
         except (OSError, msgspec.DecodeError) as e:
             return [f"manifest.json or SUMS cannot be read: {e}"]
-        wanted = dict(reversed(line.split("  ", 1)) for line in sums.decode().splitlines())
+        wanted = {line[66:]: line[:64] for line in sums.decode().splitlines()}
         found = dict(_sums(place))
         return [
             *(f"{file} is missing" for file in wanted if file not in found),
