@@ -14,7 +14,7 @@ import msgspec
 
 from stoker.errors import InternalError, InvalidRequest
 
-__all__ = ["decode_answer", "decode_request", "encode"]
+__all__ = ["decode_answer", "decode_request", "encode", "plain_message"]
 
 T = TypeVar("T")
 
@@ -33,11 +33,16 @@ def decode_request(data: bytes | memoryview, model: type[T]) -> T:
         value: T = _decoder(cast(Hashable, model)).decode(data)
     except msgspec.ValidationError as e:
         raise InvalidRequest(
-            "invalid_field", f"the request is not right: {e}", "see /v1/openapi.json for what it may hold"
+            "invalid_field", f"the request is not right: {plain_message(e)}", "see /v1/openapi.json for what it may hold"
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise InvalidRequest("invalid_json", f"the body is not JSON: {e}", "send UTF-8 JSON") from None
     return value
+
+
+def plain_message(error: msgspec.ValidationError) -> str:
+    """What is wrong and where, without what only Python's regular expressions need (:data:`stoker.api.types.END`)."""
+    return str(error).replace("(?!\\\\n)", "").replace("(?!\\n)", "")
 
 
 def decode_answer(data: bytes, model: type[T]) -> T:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any
 
 import anyio
 import structlog
-from litestar import Litestar, Request, WebSocket
+from litestar import Litestar, Request, Response, WebSocket
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.handlers import WebsocketRouteHandler
-from litestar.types import ASGIApp
 
 from stoker.api.models import Principal
 from stoker.errors import InvalidRequest, NotFound
@@ -84,36 +85,52 @@ def _socket_handler(path: str, handler: SocketHandler, services: Services) -> We
     return WebsocketRouteHandler(path, name=f"WS {path}")(handle)
 
 
-def _framework_error(request: Request[Any, Any, Any], error: Exception) -> ASGIApp:
+def _methods(path: str) -> list[str]:
+    """What a path does take, for ``Allow``."""
+    found = {e.method for e in all_endpoints() if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", e.path), path.rstrip("/"))}
+    return sorted(found | {"OPTIONS"})
+
+
+def _response(reply: Reply) -> Response[bytes]:
+    headers = {name.decode(): value.decode() for name, value in reply.headers}
+    return Response(reply.body, status_code=reply.status, media_type="application/json", headers=headers)
+
+
+def _framework_error(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """What fails before a handler runs (routing), or after it in a stream's own code."""
     if isinstance(error, MethodNotAllowedException):
         reply = error_reply(InvalidRequest("method_not_allowed", f"{request.method} is not for {request.url.path}", "see /docs"))
-        allow = (error.headers or {}).get("Allow", "")
-        return cast(ASGIApp, Reply(405, reply.body, headers=[(b"allow", allow.encode())]))
+        allow = ", ".join(_methods(request.url.path))
+        return _response(Reply(405, reply.body, headers=[(b"allow", allow.encode())]))
     if isinstance(error, NotFoundException):
-        return cast(ASGIApp, error_reply(NotFound("no_such_route", f"there is no {request.url.path[:200]}", "see /docs")))
+        return _response(error_reply(NotFound("no_such_route", f"there is no {request.url.path[:200]}", "see /docs")))
     if isinstance(error, HTTPException):
-        return cast(ASGIApp, error_reply(InvalidRequest("bad_request", error.detail or "the request is not right")))
-    return cast(ASGIApp, error_reply(failure(error, f"{request.method} {request.url.path[:200]}")))
+        return _response(error_reply(InvalidRequest("bad_request", error.detail or "the request is not right")))
+    return _response(error_reply(failure(error, f"{request.method} {request.url.path[:200]}")))
+
+
+@lru_cache(maxsize=1)
+def _documents() -> dict[str, bytes]:
+    document = build_document(all_endpoints())
+    return {"openapi": json.dumps(document).encode(), "docs": render_docs(document)}
 
 
 def create_app(engine: EngineProtocol, *, secret: bytes, group: int | None = None, auto_started: bool = False) -> Litestar:
     """``secret`` signs URLs; ``group`` may use the Unix socket besides the owner (default: the group ``stoker``)."""
     endpoints = all_endpoints()
-    document = build_document(endpoints)
     services = Services(
         engine=engine,
         signer=Signer(secret),
         group=group_id() if group is None else group,
         auto_started=auto_started,
-        documents={"openapi": json.dumps(document).encode(), "docs": render_docs(document)},
+        documents=_documents(),
     )
     handlers: list[Any] = [build_handler(endpoint, services) for endpoint in endpoints]
     handlers += [_socket_handler(path, handler, services) for path, handler in SOCKETS.items()]
     return Litestar(
         route_handlers=handlers,
         openapi_config=None,
-        exception_handlers={Exception: _framework_error},  # type: ignore[dict-item]
+        exception_handlers={Exception: _framework_error},
         request_max_body_size=None,
         logging_config=None,
         debug=False,

@@ -9,6 +9,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from stoker.api.codec import plain_message
 from stoker.errors import InvalidRequest
 
 __all__ = ["Query", "decode_query"]
@@ -49,5 +50,5 @@ def decode_query(raw: bytes, model: type[T]) -> T:
     try:
         return msgspec.convert(values, model, strict=False)
     except msgspec.ValidationError as e:
-        message = str(e).replace("(?!\\n)", "")
+        message = plain_message(e)
         raise InvalidRequest("bad_query", f"the query string is not right: {message}", "see /v1/openapi.json") from None

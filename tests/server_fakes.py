@@ -1,4 +1,4 @@
-"""An engine in memory for the server's own tests: sandboxes are rows, their processes are programs of this host, their files a directory.
+"""An engine in memory for the server's own tests: a sandbox is a row, its processes are programs of this host, its files are too.
 
 It keeps the promises of ``stoker.server.ports`` as far as the server relies on them, and fails on demand (``fail``).
 """
@@ -193,7 +193,9 @@ class FakeProcesses:
     async def open(self, who: Principal, sandbox: str, request: StartProcess) -> FakeAttachment:
         return FakeAttachment(await self._spawn(who, sandbox, request), 0, 0)
 
-    async def attach(self, who: Principal, sandbox: str, process: int | str, stdout: int | None, stderr: int | None) -> FakeAttachment:
+    async def attach(
+        self, who: Principal, sandbox: str, process: int | str, stdout: int | None, stderr: int | None
+    ) -> FakeAttachment:
         return FakeAttachment(self.find(who, sandbox, process), stdout, stderr)
 
     async def list(self, who: Principal, sandbox: str, *, tag: str | None = None) -> Sequence[ProcessInfo]:
@@ -289,7 +291,15 @@ class FakeFiles:
         yield pieces()
 
     async def write(
-        self, who: Principal, sandbox: str, path: str, source: AsyncIterator[bytes], *, append: bool, mode: int | None, user: str | None
+        self,
+        who: Principal,
+        sandbox: str,
+        path: str,
+        source: AsyncIterator[bytes],
+        *,
+        append: bool,
+        mode: int | None,
+        user: str | None,
     ) -> FileInfo:
         found = self._path(who, sandbox, path)
         found.parent.mkdir(parents=True, exist_ok=True)
