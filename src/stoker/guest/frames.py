@@ -110,7 +110,7 @@ def encode_parts(type: int, channel: int, offset: int, length: int) -> tuple[byt
         raise ValueError(f"a payload has at most {MAX_PAYLOAD} bytes, not {length}")
     head = _UNSUMMED.pack(MAGIC, type, 0, channel, offset, length)
     crc = crc32(head)
-    return head + _WORD.pack(crc), _WORD.pack((crc ^ 0xA5A5A5A5) or 1)
+    return head + _WORD.pack(crc), _WORD.pack((crc ^ 0xA5A5A5A5) | 1)
 
 
 def encode(type: int, channel: int, offset: int = 0, payload: bytes = b"") -> bytes:
@@ -200,7 +200,7 @@ class FrameParser:
             after = body + length
             if after + TRAILER_SIZE > end:
                 break
-            if _WORD.unpack_from(view, after)[0] != ((crc ^ 0xA5A5A5A5) or 1):
+            if _WORD.unpack_from(view, after)[0] != ((crc ^ 0xA5A5A5A5) | 1):
                 self.failure = protocol_error("a frame was torn")
                 break
             found.append(Frame(type, channel, offset, bytes(view[body:after])))

@@ -208,18 +208,81 @@ class Nothing(Struct, frozen=True):
 
 
 class Memory(Struct, frozen=True):
+    """Bytes."""
+
     total: Count = 0
+    free: Count = 0
     available: Count = 0
+    buffers: Count = 0
+    cached: Count = 0
+    swap_total: Count = 0
+    swap_free: Count = 0
+
+
+class CpuCounters(Struct, frozen=True):
+    """Ticks of 10 ms since the boot, all CPUs together."""
+
+    user: Count = 0
+    nice: Count = 0
+    system: Count = 0
+    idle: Count = 0
+    iowait: Count = 0
+    irq: Count = 0
+    softirq: Count = 0
+    steal: Count = 0
+    cpus: Count = 0
+
+    @property
+    def busy(self) -> int:
+        """Ticks in which something ran."""
+        return self.user + self.nice + self.system + self.irq + self.softirq
+
+
+class DiskCounters(Struct, frozen=True):
+    name: Short
+    reads: Count = 0
+    read_bytes: Count = 0
+    read_ms: Count = 0
+    writes: Count = 0
+    written_bytes: Count = 0
+    write_ms: Count = 0
+
+
+class NetworkCounters(Struct, frozen=True):
+    name: Short
+    rx_bytes: Count = 0
+    rx_packets: Count = 0
+    rx_errors: Count = 0
+    rx_drops: Count = 0
+    tx_bytes: Count = 0
+    tx_packets: Count = 0
+    tx_errors: Count = 0
+    tx_drops: Count = 0
+
+
+class AgentCounters(Struct, frozen=True):
+    """The agent itself: resident bytes, processes that run, and all it remembers."""
+
+    resident: Count = 0
+    running: Count = 0
+    remembered: Count = 0
 
 
 class GuestInfo(Struct, frozen=True):
-    """Counters for metrics; disks and networks as the agent names them."""
+    """Counters for metrics. ``load`` is in hundredths: the protocol has no fractions."""
 
-    uptime: float = 0.0
-    load: Annotated[list[float], Meta(max_length=3)] = []
+    uptime_ms: Count = 0
+    load: Annotated[list[Count], Meta(max_length=3)] = []
+    cpu: CpuCounters = CpuCounters()
     memory: Memory = Memory()
-    disks: Annotated[list[dict[str, Any]], Meta(max_length=256)] = []
-    networks: Annotated[list[dict[str, Any]], Meta(max_length=256)] = []
+    disks: Annotated[list[DiskCounters], Meta(max_length=256)] = []
+    networks: Annotated[list[NetworkCounters], Meta(max_length=256)] = []
+    agent: AgentCounters = AgentCounters()
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the boot."""
+        return self.uptime_ms / 1000
 
 
 class Event(Struct, frozen=True):

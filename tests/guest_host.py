@@ -1,0 +1,143 @@
+"""The real agent as an ordinary program of this host, and a proxy that loses bytes as a virtio port does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from stoker.host.binaries import agent_path
+
+
+def agent_program() -> Path:
+    """The agent as it was built, or another build (with sanitizers) that ``STOKER_TEST_AGENT`` names."""
+    return Path(os.environ.get("STOKER_TEST_AGENT") or agent_path())
+
+
+def children(pid: int) -> list[int]:
+    """All descendants of a process, the nearest first."""
+    try:
+        found = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return found + [deeper for child in found for deeper in children(child)]
+
+
+@asynccontextmanager
+async def running_agent(path: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """``stoker-agent --socket PATH``; it and everything it started is gone afterwards."""
+    process = await asyncio.create_subprocess_exec(agent_program(), "--socket", path, stdin=asyncio.subprocess.DEVNULL)
+    try:
+        async with asyncio.timeout(10):
+            while not path.exists():
+                assert process.returncode is None, "the agent ended at once"
+                await asyncio.sleep(0.005)
+        yield process
+        assert process.returncode is None, f"the agent ended with {process.returncode}"
+    finally:
+        for pid in children(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+class LossyProxy:
+    """Between the host and the agent: cuts connections and loses what is on its way.
+
+    With ``keep`` the agent's end stays open across the host's connections, as a virtio port does: the agent hears of a new host by
+    its preamble only, behind whatever was left of a frame. Without, it sees a connection end and the next one begin.
+    """
+
+    def __init__(self, listen: Path, agent: Path, *, keep: bool, seed: int) -> None:
+        self.listen, self.agent, self.keep = listen, agent, keep
+        self.random = random.Random(seed)
+        self.budget: int | None = None
+        """Bytes until the next cut, both directions together; None: no cut."""
+        self.cuts = 0
+        self._upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._host: asyncio.StreamWriter | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        server = await asyncio.start_unix_server(self._serve, self.listen, limit=1 << 18)
+        try:
+            yield
+        finally:
+            server.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for writer in (self._host, self._upstream[1] if self._upstream else None):
+                if writer is not None:
+                    writer.close()
+                    with contextlib.suppress(OSError):
+                        await writer.wait_closed()
+            await server.wait_closed()
+
+    def cut(self) -> None:
+        """The host's connection ends now."""
+        if self._host is not None:
+            self.cuts += 1
+            host, self._host = self._host, None
+            host.transport.abort()
+            if not self.keep and self._upstream is not None:
+                self._upstream[1].transport.abort()
+                self._upstream = None
+
+    def _passes(self, data: bytes) -> bytes:
+        """What still gets through before the next cut."""
+        if self.budget is None:
+            return data
+        passed = data[: self.budget]
+        self.budget -= len(passed)
+        return passed
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            if self._upstream is None:
+                self._upstream = await asyncio.open_unix_connection(self.agent, limit=1 << 18)
+                pump = asyncio.create_task(self._out(self._upstream[0]))
+                self._tasks.add(pump)
+                pump.add_done_callback(self._tasks.discard)
+            upstream = self._upstream[1]
+            self._host = writer
+            while data := await reader.read(1 << 17):
+                passed = self._passes(data)
+                upstream.write(passed)
+                if len(passed) < len(data):
+                    self.cut()
+                    return
+                await upstream.drain()
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            if self._host is writer:
+                self._host = None
+            writer.close()
+            self._tasks.discard(task)
+
+    async def _out(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 17):
+                host = self._host
+                if host is None:
+                    continue  # lost: nobody is there
+                passed = self._passes(data)
+                host.write(passed)
+                if len(passed) < len(data):
+                    # Some of what the socket took is lost as well.
+                    self.cut()
+                else:
+                    with contextlib.suppress(ConnectionError):
+                        await host.drain()
