@@ -22,7 +22,7 @@ from stoker.images.progress import Progress
 from stoker.images.store import Store
 from stoker.settings import Settings
 
-__all__ = ["Mirrors", "fetch_package", "find_mirrors", "keyring", "render_sources", "tied"]
+__all__ = ["Mirrors", "fetch_packages", "find_mirrors", "keyring", "render_sources", "tied"]
 
 WITHOUT_UPDATES = frozenset({"sid"})
 KEYRINGS = ("/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/debian-archive-keyring.pgp")
@@ -203,51 +203,83 @@ def _fetch_error(e: HostError, what: str) -> HostError:
     return HostError("fetch_failed", f"{what} cannot be fetched: {reason}", hint, details=e.details)
 
 
-async def fetch_package(suite: str, meta: str, pattern: str, settings: Settings, store: Store, progress: Progress) -> Path:
-    """Fetches the package that ``meta`` depends on and whose name matches ``pattern``; returns the verified .deb.
+@dataclass(frozen=True, slots=True)
+class _Address:
+    package: str
+    uri: str
+    size: int
+    digest: str
 
-    The file stays in the cache until :func:`forget_packages`; apt goes on with a partial one. Whatever is there is hashed against
-    apt's signed index before it is returned.
+
+async def fetch_packages(suite: str, meta: str, pattern: str, settings: Settings, store: Store, progress: Progress) -> list[Path]:
+    """Fetches the packages behind ``meta``: those it needs, and they need, whose names match ``pattern``. Returns verified .debs.
+
+    (Up to trixie a kernel is one package; later the image, the modules and the configuration are packages of their own.) The files
+    stay in the cache until the caller removes them; apt goes on with a partial one. Whatever is there is hashed against apt's
+    signed index before it is returned.
     """
-    for tool in ("apt-get", "dpkg-deb", "setpriv"):
+    for tool, package in (("apt-get", "apt"), ("dpkg-deb", "dpkg"), ("setpriv", "util-linux")):
         if not shutil.which(tool, path=tool_environment()["PATH"]):
-            raise _missing({"apt-get": "apt", "dpkg-deb": "dpkg", "setpriv": "util-linux"}[tool], "packages cannot be fetched")
+            raise _missing(package, "packages cannot be fetched")
     apt = PrivateApt(store.directory("cache", "apt", suite))
     apt.prepare(render_sources(suite, await find_mirrors(settings, suite), keyring(), only_packages=True))
     await _update(apt, suite, progress)
-    shown = (await apt("apt-cache", "show", "--no-all-versions", meta)).stdout.decode()
-    depends = re.search(rf"^Depends:.*?\b({pattern})", shown, re.MULTILINE)
-    if depends is None:
-        raise HostError("package_unknown", f"Debian {suite} has no {meta} that depends on {pattern}", "try another suite")
-    package = depends[1]
-    # Only the address and the hash are asked for here: `apt-get download` neither resumes nor hashes what is there already.
-    printed = (await apt("apt-get", "download", "--print-uris", package)).stdout.decode()
-    listed = re.search(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})", printed, re.MULTILINE)
-    if listed is None:
-        (apt.root / "packages" / f"{package}.deb").unlink(missing_ok=True)
-        raise HostError("package_unknown", f"apt names no address for {package}", "try again")
-    uri, _, size, digest = listed.groups()
-    deb = apt.root / "packages" / f"{package}.deb"
-    for stale in deb.parent.iterdir():
-        if stale != deb:
+    addresses = await _addresses(apt, await _closure(apt, suite, meta, pattern))
+    kept = {f"{address.package}.deb" for address in addresses}
+    for stale in (apt.root / "packages").iterdir():
+        if stale.name not in kept:
             stale.unlink(missing_ok=True)
-    name = f"fetching {package}"
-    for attempt in (1, 2):
-        progress.step(name, 0.0, 100.0, f"{int(size) / 1e6:.0f} MB")
+    return [await _download(apt, address, progress) for address in addresses]
+
+
+async def _closure(apt: PrivateApt, suite: str, meta: str, pattern: str) -> list[str]:
+    found: list[str] = []
+    pending = [meta]
+    while pending:
         try:
-            words = ("-o", "APT::Status-Fd=1", "download-file", uri, str(deb), f"SHA256:{digest}")
+            shown = (await apt("apt-cache", "show", "--no-all-versions", *pending)).stdout.decode(errors="replace")
+        except HostError as e:
+            raise HostError("package_unknown", f"Debian {suite} has no {' or '.join(pending)}", "try another suite") from e
+        depends = " ".join(re.findall(r"^(?:Pre-)?Depends: (.*)$", shown, re.MULTILINE))
+        pending = [name for name in dict.fromkeys(re.findall(rf"(?<![\w.+-])({pattern})(?![\w.+-])", depends)) if name not in found]
+        found += pending
+    if not found:
+        raise HostError("package_unknown", f"Debian {suite}'s {meta} depends on no {pattern}", "try another suite")
+    return found
+
+
+async def _addresses(apt: PrivateApt, packages: list[str]) -> list[_Address]:
+    # Only addresses and hashes are asked for here: `apt-get download` itself neither resumes nor hashes what is there already.
+    printed = (await apt("apt-get", "download", "--print-uris", *packages)).stdout.decode(errors="replace")
+    addresses = []
+    for uri, file, size, digest in re.findall(r"^'([^']+)' (\S+) (\d+) SHA256:([0-9a-f]{64})", printed, re.MULTILINE):
+        addresses.append(_Address(file.split("_")[0], uri, int(size), digest))
+    if len(addresses) != len(packages):
+        raise HostError("package_unknown", f"apt names no address for one of {', '.join(packages)}", "try again")
+    return addresses
+
+
+async def _download(apt: PrivateApt, address: _Address, progress: Progress) -> Path:
+    deb = apt.root / "packages" / f"{address.package}.deb"
+    name = f"fetching {address.package}"
+    for attempt in (1, 2):
+        progress.step(name, 0.0, 100.0, f"{address.size / 1e6:.1f} MB")
+        if await asyncio.to_thread(_is_intact, deb, address.digest):
+            progress.step(name, 100.0, 100.0)
+            return deb  # an earlier run was ended after it had fetched this
+        try:
+            words = ("-o", "APT::Status-Fd=1", "download-file", address.uri, str(deb), f"SHA256:{address.digest}")
             await apt(APT_HELPER, *words, on_line=_report(progress, name))
         except HostError as e:
-            # A partial file that turned out to be of another package version makes apt refuse the sum: begin again without it.
-            if attempt == 2 or not re.search(r"[Hh]ash [Ss]um mismatch|unexpected size", " ".join(e.details.get("stderr", ()))):
-                raise _fetch_error(e, package) from None
-        if await asyncio.to_thread(_is_intact, deb, digest):
+            # What was there may be no beginning of this file: once more without it.
+            if attempt == 2 or not re.search(r"[Hh]ash [Ss]um mismatch|[Uu]nexpected size", " ".join(e.details.get("stderr", ()))):
+                raise _fetch_error(e, address.package) from None
+        if await asyncio.to_thread(_is_intact, deb, address.digest):
             progress.step(name, 100.0, 100.0)
             return deb
         deb.unlink(missing_ok=True)
-    raise HostError(
-        "package_corrupt", f"{package} arrives damaged: its SHA-256 is not the signed index's", "try again, or another mirror"
-    )
+    hint = "try again, or another mirror"
+    raise HostError("package_corrupt", f"{address.package} arrives damaged: its SHA-256 is not the signed index's", hint)
 
 
 def _is_intact(path: Path, digest: str) -> bool:

@@ -22,7 +22,7 @@ __all__ = ["Kernel", "resolve_kernel"]
 
 KIND = "kernels"
 META_PACKAGE = "linux-image-cloud-amd64"
-PACKAGE_PATTERN = r"linux-image-[0-9][A-Za-z0-9.+~-]*-cloud-amd64(?:-unsigned)?"
+PACKAGE_PATTERN = r"linux-(?:image|binary|modules|base)-[0-9][A-Za-z0-9.+~-]*-cloud-amd64"
 SPACE = 400 << 20
 """The package, its content and the copy in the store, with a margin (bookworm: 27 + 106 + 150 MiB)."""
 
@@ -110,57 +110,62 @@ async def _fetch(store: Store, settings: Settings, version: str, name: str, prog
         await store.sweep()
         store.require_space(SPACE, f"the kernel {name}")
         with store.writing(f"the kernel {name}"):
-            deb = await debian.fetch_package(suite, META_PACKAGE, PACKAGE_PATTERN, settings, store, progress)
+            packages = await debian.fetch_packages(suite, META_PACKAGE, PACKAGE_PATTERN, settings, store, progress)
             with store.stage() as stage:
-                digest = await _unpack(store, stage, deb, f"debian:{suite}", progress)
+                digest = await _unpack(store, stage, packages, f"debian:{suite}", progress)
         store.point(KIND, f"debian-{suite}", digest)
-        deb.unlink(missing_ok=True)
+        for deb in packages:
+            deb.unlink(missing_ok=True)
     kernel = _stored(store, f"debian-{suite}", name)
     if kernel is None:
         raise HostError("image_corrupt", f"{store.entry(KIND, digest)} vanished right after it was made", "try again")
     return kernel
 
 
-async def _unpack(store: Store, stage: Stage, deb: Path, name: str, progress: Progress) -> str:
+async def _unpack(store: Store, stage: Stage, packages: list[Path], name: str, progress: Progress) -> str:
     from stoker.host.run import run
     from stoker.images.debian import tied
 
     step = "unpacking the kernel"
-    progress.step(step, 0, 3, deb.name)
-    package, tree = stage.path / "package", stage.path / "kernel"
-    try:
-        await run(tied(["dpkg-deb", "-x", deb, package]), pass_fds=(stage.lock_fd,))
-    except HostError as e:
-        if e.code == "tool_failed" and "No space left" not in e.message:
-            deb.unlink(missing_ok=True)
-            raise HostError("package_corrupt", f"{deb.name} cannot be unpacked: {e.message}", "try again") from None
-        raise
-    progress.step(step, 1, 3, "vmlinux")
-
-    def assemble() -> str:
-        from stoker.images.bzimage import read_kernel
-
-        images = sorted((package / "boot").glob("vmlinuz-*"))
-        if not images:
-            raise HostError("package_corrupt", f"{deb.name} holds no kernel image", "try another suite")
-        release = images[0].name.removeprefix("vmlinuz-")
-        kernel = read_kernel(images[0])
-        tree.mkdir()
-        _write(tree / "vmlinux", kernel.vmlinux)
-        for base in (package / "usr/lib/modules", package / "lib/modules"):
-            if (base / release).is_dir():
-                os.rename(base / release, tree / "modules")
-                break
-        configuration = package / "boot" / f"config-{release}"
-        if configuration.is_file():
-            os.rename(configuration, tree / "config")
-        facts = _facts(kernel.release, kernel.drivers, len(kernel.vmlinux), tree / "config")
-        progress.step(step, 2, 3, "checksums")
-        return store.publish(stage, tree, KIND, name, {**facts, "modules": (tree / "modules").is_dir(), "package": deb.stem})
-
-    digest = await asyncio.to_thread(assemble)
-    progress.step(step, 3, 3)
+    content = stage.path / "package"
+    for index, deb in enumerate(packages):
+        progress.step(step, index, len(packages) + 2, deb.name)
+        try:
+            await run(tied(["dpkg-deb", "-x", deb, content]), pass_fds=(stage.lock_fd,))
+        except HostError as e:
+            if e.code == "tool_failed" and "No space left" not in e.message:
+                deb.unlink(missing_ok=True)
+                raise HostError("package_corrupt", f"{deb.name} cannot be unpacked: {e.message}", "try again") from None
+            raise
+    progress.step(step, len(packages), len(packages) + 2, "vmlinux")
+    tree, facts = await asyncio.to_thread(_assemble, stage, content, name)
+    progress.step(step, len(packages) + 1, len(packages) + 2, "checksums")
+    digest = await asyncio.to_thread(store.publish, stage, tree, KIND, name, facts)
+    progress.step(step, len(packages) + 2, len(packages) + 2)
     return digest
+
+
+def _assemble(stage: Stage, content: Path, name: str) -> tuple[Path, dict[str, object]]:
+    """The entry's tree from the unpacked packages, and what is to be known of it."""
+    from stoker.images.bzimage import read_kernel
+
+    images = sorted([*content.glob("boot/vmlinuz-*"), *content.glob("usr/lib/modules/*/vmlinuz")])
+    if not images:
+        raise HostError("package_corrupt", f"the packages of {name} hold no kernel image", "try another suite")
+    kernel = read_kernel(images[0])
+    tree = stage.path / "kernel"
+    tree.mkdir()
+    _write(tree / "vmlinux", kernel.vmlinux)
+    for base in (content / "usr/lib/modules", content / "lib/modules"):
+        if (base / kernel.release).is_dir():
+            os.rename(base / kernel.release, tree / "modules")
+            break
+    candidates = (content / "boot" / f"config-{kernel.release}", tree / "modules" / "config")
+    configuration = next((path for path in candidates if path.is_file()), None)
+    if configuration is not None:
+        os.rename(configuration, tree / "config")
+    facts = _facts(kernel.release, kernel.drivers, len(kernel.vmlinux), tree / "config")
+    return tree, {**facts, "modules": (tree / "modules").is_dir()}
 
 
 def _facts(release: str, drivers: tuple[str, ...], size: int, configuration: Path | None) -> dict[str, object]:
