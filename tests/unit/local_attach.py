@@ -87,7 +87,7 @@ class LocalProcess:
 
     async def wait(self) -> Status:
         # asyncio's own wait() waits for the pipes too, which is what must not be waited for here.
-        while (code := self.process.returncode) is None:  # noqa: ASYNC110
+        while (code := self.process.returncode) is None:
             await asyncio.sleep(0.01)
         return Status(code, None) if code >= 0 else Status(None, -code)
 

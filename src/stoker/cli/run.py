@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import click
 
 from stoker.cli.options import DURATION, SIZE, command_words, environment, existing_file
+from stoker.settings import load_settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from stoker.cli.attach import Signals
     from stoker.engine.boot import LiveMachine, MachineRequest
+    from stoker.settings import Settings
 
 __all__ = ["run"]
 
@@ -95,11 +97,10 @@ async def _command(live: LiveMachine, words: tuple[str, ...], streams: Streams, 
     return code
 
 
-async def _run(request: MachineRequest, words: tuple[str, ...], streams: Streams, marks: Marks) -> int:
+async def _run(request: MachineRequest, settings: Settings, words: tuple[str, ...], streams: Streams, marks: Marks) -> int:
     from stoker.cli.attach import Signals
     from stoker.cli.progress import progress_for
     from stoker.engine.run import running
-    from stoker.settings import load_settings
 
     task = asyncio.current_task()
     caught: list[int] = []
@@ -114,7 +115,7 @@ async def _run(request: MachineRequest, words: tuple[str, ...], streams: Streams
     marks.now("imported")
     with Signals(early) as signals:
         try:
-            async with running(request, load_settings(), progress) as live:
+            async with running(request, settings, progress) as live:
                 progress.close()
                 marks.now("booted")
                 return await _command(live, words, streams, signals, marks)
@@ -176,6 +177,7 @@ def run(
     """
     marks = Marks()
     marks.now("parsed")
+    settings = load_settings()
     variables, initial = environment(env, env_file), existing_file("--initrd", initrd)
     from stoker.cli.errors import report
     from stoker.engine.boot import MachineRequest
@@ -198,7 +200,7 @@ def run(
     )
     streams = Streams(interactive, tty, timeout, quiet, timings)
     try:
-        return asyncio.run(_run(request, command_words(command), streams, marks))
+        return asyncio.run(_run(request, settings, command_words(command), streams, marks))
     except DeadlineExceeded as e:
         # 124 says that the command's own time was up; a machine that did not come up in time is a failure of ours.
         report(e)
