@@ -419,6 +419,7 @@ class FakeEngine:
         self.processes = FakeProcesses(self)
         self.files = FakeFiles(self, root)
         self.boot_seconds = 0.0
+        self.retired = False
         self.tasks: set[asyncio.Task[None]] = set()
 
     # helpers
@@ -586,7 +587,7 @@ class FakeEngine:
             yield
         finally:
             self.leases[box.id] -= 1
-            if not self.leases[box.id]:
+            if not self.leases[box.id] and not self.retired:
                 await self.destroy(Principal(), box.id)
 
     # operations, events, metrics
@@ -665,6 +666,9 @@ class FakeEngine:
 
     def busy(self) -> bool:
         return bool(self.boxes)
+
+    def retire(self) -> None:
+        self.retired = True
 
     async def aclose(self) -> None:
         await self.processes.aclose()

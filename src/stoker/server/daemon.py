@@ -17,7 +17,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from uvicorn import Config, Server
@@ -53,14 +53,16 @@ class _Server(Server):
         super().__init__(config)
         self.server_state: Connections = Connections()
         self._end = asyncio.Event()
+        self.started_event = asyncio.Event()
+        self.retire: Callable[[], None] = lambda: None
 
     async def main_loop(self) -> None:
         self.started_event.set()
         await self._end.wait()
 
-    started_event: asyncio.Event
-
     def stop(self) -> None:
+        # First the engine is told: connections that close now (leases) are ours to close, not their clients'.
+        self.retire()
         self.should_exit = True
         self._end.set()
 
@@ -89,9 +91,7 @@ def _make_server(app: Any) -> _Server:
         ws_ping_interval=PING_EVERY,
         ws_ping_timeout=PING_TIMEOUT,
     )
-    server = _Server(config)
-    server.started_event = asyncio.Event()
-    return server
+    return _Server(config)
 
 
 async def _end_when_idle(server: _Server, engine: EngineProtocol, seconds: float) -> None:
@@ -109,7 +109,7 @@ async def _end_when_idle(server: _Server, engine: EngineProtocol, seconds: float
 def _open_real(settings: Settings) -> AbstractAsyncContextManager[EngineProtocol]:
     from stoker.engine.engine import Engine
 
-    return Engine.open(settings)  # type: ignore[return-value]
+    return cast("AbstractAsyncContextManager[EngineProtocol]", Engine.open(settings))
 
 
 def _sockets(settings: Settings, group: int | None, stack: AsyncExitStack) -> list[socket.socket]:
@@ -158,6 +158,7 @@ async def serve(
         engine = await stack.enter_async_context(open_engine(settings))
         secret = await asyncio.to_thread(load_secret, settings.data_dir / "url-secret")
         server = _make_server(create_app(engine, secret=secret, group=group, auto_started=auto))
+        server.retire = engine.retire
         await stack.enter_async_context(_signals(server))
         serving = asyncio.create_task(server.serve(sockets))
         await asyncio.wait({serving, asyncio.ensure_future(server.started_event.wait())}, return_when=asyncio.FIRST_COMPLETED)

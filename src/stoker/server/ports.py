@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from typing import Protocol
 
 from stoker.api.models import (
@@ -48,13 +47,17 @@ from stoker.api.models import (
 __all__ = ["Attachment", "EngineProtocol", "Files", "Output", "Processes"]
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(Protocol):
     """A piece of a process's output: ``stream`` 1 or 2, ``offset`` of its first byte."""
 
-    stream: int
-    offset: int
-    data: bytes
+    @property
+    def stream(self) -> int: ...
+
+    @property
+    def offset(self) -> int: ...
+
+    @property
+    def data(self) -> bytes: ...
 
 
 class Attachment(Protocol):
@@ -270,6 +273,9 @@ class EngineProtocol(Protocol):
 
     def busy(self) -> bool:
         """Whether anything is there that an auto-started daemon must stay for (sandboxes, operations)."""
+
+    def retire(self) -> None:
+        """The daemon is about to end: connections that close from now on end no lease."""
 
     async def aclose(self) -> None:
         """Lets go of everything; machines live on."""
