@@ -19,7 +19,8 @@ __all__ = ["logs", "tame"]
 
 # Colours may pass; whatever else a guest tells the terminal (titles, answers, clipboard, cursor) may not.
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-Z\\-_]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_STRINGS = r"\x1b[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?"
+_CONTROL = re.compile(_STRINGS + r"|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[ -Z\\-~]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def tame(text: str) -> str:

@@ -16,8 +16,8 @@ __all__ = ["serve"]
 def serve(*, listen: str | None, auto: bool, ready_fd: int | None) -> None:
     """Run the daemon until SIGTERM or Ctrl-C. Sandboxes live on, and the next one takes them over.
 
-    It listens on its Unix socket (see 'stoker daemon status'). Clients start it by themselves when none runs; run it openly for TCP,
-    or under systemd.
+    It listens on its Unix socket (see 'stoker daemon status'). Clients start it by themselves when none runs; run it openly for
+    TCP, or under systemd.
     """
     from stoker.server.daemon import run_daemon
     from stoker.settings import load_settings
