@@ -134,7 +134,9 @@ class _FdSets:
 def _machine(spec: MachineSpec, qemu: QemuFacts) -> list[str]:
     tcg = spec.accelerator is Accelerator.TCG
     # QEMU before 9 emulates cmpxchg16b wrongly (the flags): kernels that find it in the CPU use it in the allocator, and oops.
-    cpu = spec.cpu or ("max,-cx16" if tcg and qemu.version < (9, 0, 0) else "max")
+    # "Fast" string instructions are emulated byte by byte: a kernel that believes in them copies memory six times slower.
+    software = "max,-erms,-cx16" if qemu.version < (9, 0, 0) else "max,-erms"
+    cpu = spec.cpu or (software if tcg else "max")
     return [
         "-M", "microvm,acpi=on,pcie=off,usb=off,rtc=on",
         "-accel", "tcg" if tcg else "kvm",
