@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from stoker.server.ports import EngineProtocol
     from stoker.settings import Settings
 
-__all__ = ["run_daemon", "serve"]
+__all__ = ["make_server", "run_daemon", "serve"]
 
 _log = structlog.get_logger("stoker.daemon")
 GRACE = 2
@@ -71,7 +71,7 @@ class _Server(Server):
         yield
 
 
-def _make_server(app: Any) -> _Server:
+def make_server(app: Any) -> _Server:
     config = Config(
         app,
         http=DaemonProtocol,
@@ -119,7 +119,7 @@ def _sockets(settings: Settings, group: int | None, stack: AsyncExitStack) -> li
         os.environ.pop(name, None)
     if not sockets:
         unix = listen.bind_unix(settings.socket, group)
-        stack.callback(listen.remove_unix, settings.socket, unix)
+        stack.callback(listen.remove_unix, settings.socket, settings.socket.lstat().st_ino)
         sockets = [unix]
     if settings.listen:
         sockets.append(listen.bind_tcp(settings.listen))
@@ -157,7 +157,7 @@ async def serve(
         sockets = _sockets(settings, group, stack)
         engine = await stack.enter_async_context(open_engine(settings))
         secret = await asyncio.to_thread(load_secret, settings.data_dir / "url-secret")
-        server = _make_server(create_app(engine, secret=secret, group=group, auto_started=auto))
+        server = make_server(create_app(engine, secret=secret, group=group, auto_started=auto))
         server.retire = engine.retire
         await stack.enter_async_context(_signals(server))
         serving = asyncio.create_task(server.serve(sockets))

@@ -101,10 +101,10 @@ def bind_unix(path: Path, group: int | None) -> socket.socket:
     return sock
 
 
-def remove_unix(path: Path, sock: socket.socket) -> None:
-    """Takes the name away, if it is still ours, so that no client comes to an end that is closing."""
+def remove_unix(path: Path, inode: int) -> None:
+    """Takes the name away, if it is still that of our socket, which is closed by now."""
     with suppress(OSError):
-        if sock.getsockname().endswith(f".{os.getpid()}"):
+        if path.lstat().st_ino == inode:
             path.unlink()
 
 
