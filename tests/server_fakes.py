@@ -45,7 +45,7 @@ from stoker.api.models import (
     WatchKind,
 )
 from stoker.engine.output import Output
-from stoker.errors import Conflict, DeadlineExceeded, NotFound, StokerError
+from stoker.errors import Conflict, DeadlineExceeded, InvalidRequest, NotFound, StokerError
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 
@@ -170,6 +170,8 @@ class FakeProcesses:
     async def _spawn(self, who: Principal, sandbox: str, request: StartProcess) -> FakeProcess:
         box = self.engine.use(who, sandbox)
         pipe = asyncio.subprocess.PIPE
+        if self.engine.harmless:
+            request = replace(request, argv=["cat" if request.stdin else "true"], env={})
         try:
             child = await asyncio.create_subprocess_exec(
                 *request.argv,
@@ -244,8 +246,15 @@ class FakeFiles:
         self.watches: list[asyncio.Queue[WatchEvent]] = []
 
     def _path(self, who: Principal, sandbox: str, path: str) -> Path:
+        """Always below the root: what a test generates at random must not reach this host's own files."""
         self.engine.use(who, sandbox)
-        return self.root / path.lstrip("/").removeprefix("~").lstrip("/")
+        found = self.root / os.path.normpath("/" + path.removeprefix("~")).lstrip("/")
+        try:
+            if self.root.resolve() not in (found.resolve(), *found.resolve().parents):
+                raise NotFound("file_not_found", "it leads out of the tests' directory")
+        except (OSError, ValueError, RuntimeError):
+            raise InvalidRequest("bad_path", "it is not a path here") from None
+        return found
 
     def _info(self, path: Path) -> FileInfo:
         try:
@@ -332,7 +341,7 @@ class FakeFiles:
     async def make_symlink(self, who: Principal, sandbox: str, request: Any) -> FileInfo:
         found = self._path(who, sandbox, request.path)
         try:
-            found.symlink_to(request.target)
+            found.symlink_to(os.path.normpath("/" + request.target).lstrip("/") or "nowhere")
         except FileExistsError:
             raise Conflict("file_exists", "it exists") from None
         except OSError:
@@ -405,7 +414,9 @@ class FakeFiles:
 
 
 class FakeEngine:
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, harmless: bool = False) -> None:
+        """``harmless``: whatever command is asked for, ``true`` or ``cat`` runs; for commands made up at random."""
+        self.harmless = harmless
         self.boxes: dict[str, Sandbox] = {}
         self.ops: dict[str, tuple[str, Operation]] = {}
         self.idempotent: dict[tuple[str, str], tuple[CreateSandbox, str]] = {}
@@ -514,8 +525,6 @@ class FakeEngine:
         start = 0
         if cursor is not None:
             if not cursor.isascii() or not cursor.isdigit() or len(cursor) > 9:
-                from stoker.errors import InvalidRequest
-
                 raise InvalidRequest("bad_cursor", "the cursor is not one of ours")
             start = int(cursor)
         found = [

@@ -1,0 +1,122 @@
+"""The API against its own OpenAPI document: no 5xx, no answer that is not declared, whatever is sent.
+
+Over loopback, through the real server, on the engine in memory: what is looked at is the API's own surface (parser, routing,
+validation, errors, the document), and thousands of requests would boot thousands of machines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+
+from server_fakes import FakeEngine
+from stoker.api.models import CreateKey, CreateSandbox, Principal, StartProcess
+from stoker.server import listen
+from stoker.server.app import all_endpoints, create_app
+from stoker.server.daemon import make_server
+
+pytestmark = pytest.mark.timeout(600)
+EXAMPLES = 20
+LOCAL = Principal()
+
+
+@contextmanager
+def _served(root: Path) -> Iterator[tuple[str, str]]:
+    """URL and key of a server in a thread of its own, with one sandbox and one process to find."""
+    ready = threading.Event()
+    found: dict[str, Any] = {}
+
+    async def main() -> None:
+        engine = FakeEngine(root, harmless=True)
+        secret = (await engine.create_key(CreateKey(name="schemathesis"))).secret
+        key = next(iter(engine.api_keys.values()))
+        who = Principal(owner=key.id, admin=False)
+        operation = await engine.create(who, CreateSandbox(image="debian:12", name="box"))
+        await engine.wait_operation(who, operation.id, 5)
+        await engine.processes.start(who, "box", StartProcess(argv=["cat"], stdin=True, tag="echo"))
+        (root / "file").write_bytes(b"content" * 1000)
+        socket = listen.bind_tcp("127.0.0.1:0")
+        server = make_server(create_app(engine, secret=b"x" * 32))
+        host, port = socket.getsockname()[:2]
+        loop = asyncio.get_running_loop()
+        found.update(url=f"http://{host}:{port}", key=secret, stop=lambda: loop.call_soon_threadsafe(server.stop))
+        asyncio.get_running_loop().call_soon(ready.set)
+        try:
+            await server.serve([socket])
+        finally:
+            await engine.aclose()
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    assert ready.wait(20)
+    try:
+        yield found["url"], found["key"]
+    finally:
+        found["stop"]()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    with _served(tmp_path_factory.mktemp("guest")) as found:
+        yield found
+
+
+# Streams of events end when their client does: those are tested where somebody listens to them.
+OPERATIONS = [(endpoint.method, endpoint.path) for endpoint in all_endpoints() if not endpoint.path.endswith(("/stream", "/watch"))]
+
+
+@pytest.fixture(scope="module")
+def document(served: tuple[str, str]) -> Any:
+    return schemathesis.openapi.from_url(f"{served[0]}/v1/openapi.json")
+
+
+def _aim(case: schemathesis.Case) -> None:
+    """At something that is there, most of the time, or nearly every answer would be: no such sandbox."""
+    path = case.path_parameters or {}
+    dice = zlib.crc32(repr((case.body, case.query, path)).encode())
+    if "sandbox" in path and dice % 4:
+        path["sandbox"] = "box" if case.method != "DELETE" or case.operation.path != "/v1/sandboxes/{sandbox}" else "other"
+    if "process" in path and dice % 3:
+        path["process"] = "echo"
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=lambda value: value)
+def test_every_answer_is_declared(method: str, path: str, mode: GenerationMode, document: Any, served: tuple[str, str]) -> None:
+    try:
+        strategy = document[path][method].as_strategy(generation_mode=mode)
+    except schemathesis.errors.SchemathesisError:
+        pytest.skip("nothing to get wrong")
+
+    @given(case=strategy)
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
+    )
+    def check(case: schemathesis.Case) -> None:
+        _aim(case)
+        case.call_and_validate(headers={"X-API-Key": served[1]}, timeout=20)
+
+    check()
+
+
+def test_the_document_is_served_and_says_3_1(served: tuple[str, str]) -> None:
+    document = requests.get(f"{served[0]}/v1/openapi.json", timeout=10).json()
+    assert document["openapi"].startswith("3.1")
