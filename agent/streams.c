@@ -13,7 +13,7 @@
 
 enum {
 	READ_AT_ONCE = 256 << 10, /* for each stream and round, so that one cannot starve the others */
-	COPY_BELOW = 8 << 10,     /* smaller DATA frames are copied: one write for many of them */
+	SEND_AT_ONCE = PAYLOAD_MAX - FRAME_HEADER - FRAME_TRAILER, /* whole frames fill a port's writes of 32 KiB exactly */
 	PIPE_SIZE = 1 << 20,
 	ENLARGE_AT = 32 << 10,
 };
@@ -58,7 +58,6 @@ void output_close(struct output *o)
 void output_free(struct output *o)
 {
 	output_close(o);
-	channel_detach(o);
 	if (o->ring)
 		munmap(o->ring, o->size);
 	o->ring = NULL;
@@ -98,8 +97,6 @@ bool output_read(struct output *o)
 			return false; /* backpressure: an acknowledgement makes the process busy again */
 		if (room > o->size - held)
 			room = (size_t)(o->size - held);
-	} else if (o->head + room + PAYLOAD_MAX > o->size + o->sent) {
-		channel_detach(o); /* what is on its way out may be about to be overwritten */
 	}
 	if (!ring_ready(o))
 		return false;
@@ -125,22 +122,24 @@ bool output_send(struct output *o)
 	if (!o->attached || !channel_can_send())
 		return false;
 	uint64_t oldest = output_oldest(o);
-	if (o->sent < oldest)
-		o->sent = oldest; /* overwritten before it could be sent: the frame's offset shows the gap */
 	uint64_t flight = o->sent > o->acked ? o->sent - o->acked : 0;
+	if (o->sent < oldest && flight < o->window) {
+		/* Overwritten before it could be sent: the frame's offset shows the gap. What was never sent does not fill the window,
+		 * or nothing would ever be sent, and so acknowledged, again. */
+		o->sent = oldest;
+		o->acked = oldest - flight;
+	}
 	uint64_t n = o->head - o->sent;
-	if (n > PAYLOAD_MAX)
-		n = PAYLOAD_MAX;
-	if (flight >= o->window)
+	if (n > SEND_AT_ONCE)
+		n = SEND_AT_ONCE;
+	if (flight >= o->window || o->sent < oldest)
 		n = 0;
 	else if (n > o->window - flight)
 		n = o->window - flight;
 	if (n) {
-		struct iovec iov[2];
-		int pieces = ring_pieces(o, o->sent, (size_t)n, iov);
-		/* One byte that wraps around is rare enough to go the long way. */
-		bool ok = n < COPY_BELOW && pieces == 1 ? channel_send(FRAME_DATA, o->stream, o->sent, iov[0].iov_base, (size_t)n)
-							 : channel_send_ring(o->stream, o->sent, iov, pieces, o);
+		struct iovec iov[2] = {{0}};
+		ring_pieces(o, o->sent, (size_t)n, iov);
+		bool ok = channel_send_ring(o->stream, o->sent, iov);
 		if (ok)
 			o->sent += n;
 		return ok;
@@ -167,7 +166,6 @@ void output_attach(struct output *o, const uint64_t *offset)
 		from = oldest;
 	if (from > o->head)
 		from = o->head; /* a restored machine knows less than the host has seen */
-	channel_detach(o);
 	o->sent = o->acked = from;
 	o->attached = true;
 	o->eof_sent = false;

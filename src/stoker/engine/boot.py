@@ -26,7 +26,8 @@ from stoker.images.rootfs import resolve_image
 from stoker.storage.qcow2 import create_overlay
 from stoker.vmm.accel import verdict
 from stoker.vmm.machine import Disk, MachineSpec, UserNetwork
-from stoker.vmm.qemu.driver import diagnose, launch
+from stoker.vmm.diagnosis import diagnose
+from stoker.vmm.qemu.driver import launch
 
 if TYPE_CHECKING:
     from stoker.guest.agent import Agent
@@ -137,7 +138,8 @@ def configuration(request: MachineRequest, rootfs: RootFilesystem, network: User
 def _network(request: MachineRequest) -> UserNetwork | None:
     if request.network == "none":
         return None
-    from stoker.network.user import host_addresses, plan_user_network
+    from stoker.host.addresses import host_addresses
+    from stoker.network.user import plan_user_network
 
     return plan_user_network(host_addresses())
 

@@ -270,7 +270,7 @@ class Core:
 
     # -- using --------------------------------------------------------------------------------------------------------
 
-    async def agent(self, box: Box, verb: str = "use") -> tuple[Live, Agent]:
+    async def agent(self, box: Box, verb: str = "exec") -> tuple[Live, Agent]:
         """The sandbox's agent, now. While it is being reached again it is waited for a few seconds."""
         require(box.record, verb)
         live = box.live

@@ -24,6 +24,7 @@ from stoker.errors import GuestError, StokerError
 if TYPE_CHECKING:
     from stoker.guest.agent import Agent
     from stoker.guest.process import Process
+    from stoker.guest.streams import OutputStream
 
 __all__ = ["NOW", "Client", "Feed"]
 
@@ -33,7 +34,7 @@ NOW: Final = -1
 PIECE: Final = 65536
 QUEUE: Final = 256 << 10
 """Bytes that may wait for one client."""
-PATIENCE: Final = 1.0
+PATIENCE: Final = 0.05
 STREAMS: Final = (1, 2)
 
 
@@ -73,10 +74,9 @@ class Client:
         self.cursor[stream] = offset + len(data)
         self._ready.set()
 
-    def end(self, stream: int, offset: int) -> None:
-        if (self.cursor[stream] or 0) <= offset:
-            self.ended.add(stream)
-            self._ready.set()
+    def end(self, stream: int) -> None:
+        self.ended.add(stream)
+        self._ready.set()
 
     def wake(self) -> None:
         self._ready.set()
@@ -144,43 +144,44 @@ class Feed:
     def wake(self) -> None:
         self._room.set()
 
-    def _stream(self, number: int) -> int:
-        """Where the pump of a stream is."""
-        return (self.process.stdout if number == 1 else self.process.stderr).offset
+    def _stream(self, number: int) -> OutputStream:
+        return self.process.stdout if number == 1 else self.process.stderr
+
+    def _head(self, number: int) -> int:
+        """As far as this side knows that the process has written."""
+        known = self.process.info
+        received = self._stream(number).received
+        return received if known is None else max(received, known.out if number == 1 else known.err)
 
     async def join(self, client: Client, out: int | None, err: int | None, *, flowing: bool = False) -> None:
         """Takes a client in, from these offsets. ``flowing``: the guest sends already, from the beginning (just started)."""
         async with self._turn:
             wanted = {1: out, 2: err}
             for number in STREAMS:
-                client.cursor[number] = None if wanted[number] == NOW else wanted[number]
+                start = wanted[number]
+                client.cursor[number] = self._head(number) if start == NOW and not self._quiet else None if start == NOW else start
             if flowing:
                 self._quiet = False
                 self._start()
             elif self._quiet:
                 await self._ask(out, err)
             else:
-                starts = {n: self._start_for(n, wanted[n]) for n in STREAMS}
-                if any(starts[n] != self._stream(n) for n in STREAMS):
+                starts = {n: self._start_for(n, client.cursor[n]) for n in STREAMS}
+                if any(starts[n] != self._stream(n).offset for n in STREAMS):
                     await self._ask(starts[1], starts[2])
-                for number in STREAMS:
-                    if wanted[number] == NOW:
-                        client.cursor[number] = self._stream(number)
             self.clients.add(client)
-            streams = {1: self.process.stdout, 2: self.process.stderr}
-            for number, stream in streams.items():
-                if client.cursor[number] is None and wanted[number] == NOW:
-                    client.cursor[number] = stream.offset
+            begins = {}
+            for number in STREAMS:
+                stream, cursor = self._stream(number), client.cursor[number]
+                begins[number] = client.cursor[number] = stream.offset if cursor is None else max(cursor, stream.offset)
                 if stream.at_eof:
-                    client.end(number, stream.offset)
-            client.stdout = client.cursor[1] if client.cursor[1] is not None else streams[1].offset
-            client.stderr = client.cursor[2] if client.cursor[2] is not None else streams[2].offset
+                    client.end(number)
+            client.stdout, client.stderr = begins[1], begins[2]
             self._room.set()
 
     def _start_for(self, number: int, wanted: int | None) -> int | None:
         """Where a stream has to be asked from, so that a newcomer gets what it wants and nobody loses anything."""
-        here = self._stream(number)
-        return None if wanted is None else here if wanted == NOW else min(wanted, here)
+        return None if wanted is None else min(wanted, self._stream(number).offset)
 
     async def leave(self, client: Client) -> None:
         async with self._turn:
@@ -229,7 +230,7 @@ class Feed:
         self._pumps = []
 
     async def _pump(self, number: int) -> None:
-        stream = self.process.stdout if number == 1 else self.process.stderr
+        stream = self._stream(number)
         try:
             while True:
                 await self._wait_for_room()
@@ -237,7 +238,7 @@ class Feed:
                 if not data:
                     for client in self.clients:
                         if not client.behind:
-                            client.end(number, offset)
+                            client.end(number)
                     return
                 for client in self.clients:
                     if not client.behind:

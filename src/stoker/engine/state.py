@@ -36,12 +36,12 @@ ALLOWED: Final[dict[str, frozenset[SandboxState]]] = {
     "thaw": frozenset({S.FROZEN}),
     "pause": frozenset({S.RUNNING, S.FROZEN}),
     "resume": frozenset({S.PAUSED}),
-    "use": frozenset({S.RUNNING}),
+    "exec": frozenset({S.RUNNING}),
     "ping": frozenset({S.RUNNING}),
     "set_timeout": frozenset({S.CREATING, S.RUNNING, S.FROZEN, S.STOPPED, S.PAUSED, S.LOST}),
     "lease": frozenset({S.CREATING, S.RUNNING, S.FROZEN, S.LOST}),
 }
-"""Operation to the states it may start from. ``use`` stands for everything on processes and files.
+"""Operation to the states it may start from. ``exec`` stands for everything on processes and files.
 ``start`` from ``failed`` needs a disk that is left: a sandbox that ran once."""
 
 _LEAVES: Final = {
@@ -113,7 +113,7 @@ def actions(record: Record) -> list[str]:
     return [
         verb
         for verb, states in ALLOWED.items()
-        if record.state in states and verb not in _SOON and not (verb == "start" and not record.boots)
+        if record.state in states and verb not in _SOON and verb != "lease" and not (verb == "start" and not record.boots)
     ]
 
 
@@ -124,12 +124,11 @@ def require(record: Record, verb: str) -> None:
         if verb != "start" or record.boots:
             return
         raise Conflict("no_disk", f"{record.label} never ran: it has no disk to start from", f"stoker rm {record.label}")
-    what = {"use": "this"}.get(verb, verb)
     state = "being destroyed" if record.doomed else record.state.value
     leaves = "nothing; it goes by itself" if record.doomed else _LEAVES[record.state].format(id=record.label)
     raise Conflict(
         "wrong_state",
-        f"{record.label} is {state}; {what} needs it {' or '.join(sorted(s.value for s in allowed))}",
+        f"{record.label} is {state}; {verb} needs it {' or '.join(sorted(s.value for s in allowed))}",
         leaves,
         details={"state": record.state.value, "allowed": sorted(s.value for s in allowed), "actions": actions(record)},
     )
