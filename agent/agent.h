@@ -69,12 +69,9 @@ void channel_flush(void);
 bool channel_synced(void);
 /* Queues a frame by copy. False: no room now (never for a reply: parsing stops while the queue is long). */
 bool channel_send(uint8_t type, uint32_t channel, uint64_t offset, const void *payload, size_t length);
-/* Queues a DATA frame whose bytes stay where they are until they have gone out; `owner` names them for channel_detach.
- * False: another such frame is still going out, or the port takes nothing now. */
-bool channel_send_ring(uint32_t stream, uint64_t offset, const struct iovec *pieces, int count, const void *owner);
-bool channel_can_send(void);
-/* The owner's bytes are about to be overwritten or freed: copies what has not gone out yet. */
-void channel_detach(const void *owner);
+/* The same for DATA out of a ring, in at most two pieces. False: no room now. */
+bool channel_send_ring(uint32_t stream, uint64_t offset, const struct iovec pieces[2]);
+bool channel_can_send(void); /* room for a largest DATA frame */
 
 /* ---- calls.c: methods ---------------------------------------------------------------------------------------------------------- */
 

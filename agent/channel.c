@@ -1,7 +1,9 @@
 /* The byte stream to the host: synchronisation, frames in, frames out.
  *
- * Going out there is one queue of small frames, and in it at most one place where the bytes of a ring belong: the header is
- * in the queue before that place and the trailer behind it, so that a large DATA frame is never copied. */
+ * Everything that goes out is copied into one queue. A virtio port takes at most 32 KiB with one write, and each write, of 28
+ * bytes as well as of 32 KiB, costs a notification of the VMM: copying a large payload behind its header is far cheaper than
+ * sending header, payload and trailer from where they are.
+ */
 #define _GNU_SOURCE
 #include "agent.h"
 
@@ -15,17 +17,13 @@
 enum {
 	/* Parsing stops when less than this is free: a reply always finds room. */
 	REPLY_ROOM = FRAME_MAX + 8192,
-	QUEUE_SIZE = 3 * PAYLOAD_MAX,
+	FLUSH_AT = 32 << 10,
+	QUEUE_SIZE = 4 * PAYLOAD_MAX,
 };
 
 static struct {
 	uint8_t data[QUEUE_SIZE];
 	size_t start, end;
-	bool has_ring;     /* ring bytes are due at data[ring_at] */
-	size_t ring_at;
-	struct iovec ring[2];
-	const void *owner; /* NULL once the bytes were copied to spill */
-	uint8_t spill[PAYLOAD_MAX];
 } queue;
 
 static struct parser parser;
@@ -33,15 +31,9 @@ static struct watch port_in = {.fd = -1}, port_out = {.fd = -1}, listener = {.fd
 static bool readable, writable, synced, greeted;
 uint64_t channel_generation;
 
-static size_t ring_left(void)
-{
-	return queue.has_ring ? queue.ring[0].iov_len + queue.ring[1].iov_len : 0;
-}
-
 static void queue_clear(void)
 {
 	queue.start = queue.end = 0;
-	queue.has_ring = false;
 }
 
 static void out_of_sync(void)
@@ -117,7 +109,6 @@ static uint8_t *queue_take(size_t n)
 	if (queue.start && QUEUE_SIZE - queue.end < n) {
 		memmove(queue.data, queue.data + queue.start, queue.end - queue.start);
 		queue.end -= queue.start;
-		queue.ring_at -= queue.has_ring ? queue.start : 0;
 		queue.start = 0;
 	}
 	if (QUEUE_SIZE - queue.end < n)
@@ -149,84 +140,32 @@ bool channel_send(uint8_t type, uint32_t channel, uint64_t offset, const void *p
 
 bool channel_can_send(void)
 {
-	return channel_synced() && writable && !queue.has_ring && queue_free() > REPLY_ROOM + FRAME_HEADER + FRAME_TRAILER;
+	return channel_synced() && queue_free() >= REPLY_ROOM + FRAME_MAX;
 }
 
-bool channel_send_ring(uint32_t stream, uint64_t offset, const struct iovec *pieces, int count, const void *owner)
+bool channel_send_ring(uint32_t stream, uint64_t offset, const struct iovec pieces[2])
 {
+	size_t first = pieces[0].iov_len, length = first + pieces[1].iov_len;
 	uint8_t *p;
-	if (!channel_can_send() || !(p = queue_take(FRAME_HEADER + FRAME_TRAILER)))
+	if (!channel_can_send() || !(p = queue_take(FRAME_HEADER + length + FRAME_TRAILER)))
 		return false;
-	queue.ring[0] = pieces[0];
-	queue.ring[1] = count > 1 ? pieces[1] : (struct iovec){0};
-	queue.owner = owner;
-	queue.has_ring = true;
-	queue.ring_at = (size_t)(p - queue.data) + FRAME_HEADER;
-	put_u32(p + FRAME_HEADER, frame_header(p, FRAME_DATA, stream, offset, (uint32_t)ring_left()));
-	channel_flush();
+	put_u32(p + FRAME_HEADER + length, frame_header(p, FRAME_DATA, stream, offset, (uint32_t)length));
+	memcpy(p + FRAME_HEADER, pieces[0].iov_base, first);
+	memcpy(p + FRAME_HEADER + first, pieces[1].iov_base, length - first);
+	if (queue.end - queue.start >= FLUSH_AT)
+		channel_flush();
 	return true;
-}
-
-void channel_detach(const void *owner)
-{
-	if (!queue.has_ring || queue.owner != owner)
-		return;
-	size_t first = queue.ring[0].iov_len, second = queue.ring[1].iov_len;
-	memcpy(queue.spill, queue.ring[0].iov_base, first);
-	memcpy(queue.spill + first, queue.ring[1].iov_base, second);
-	queue.ring[0] = (struct iovec){queue.spill, first + second};
-	queue.ring[1] = (struct iovec){0};
-	queue.owner = NULL;
-}
-
-/* What goes out next, as far as it lies together: queue up to the ring's place, the ring's bytes, the rest of the queue. */
-static int gather(struct iovec iov[4])
-{
-	int n = 0;
-	size_t stop = queue.has_ring ? queue.ring_at : queue.end;
-	if (stop > queue.start)
-		iov[n++] = (struct iovec){queue.data + queue.start, stop - queue.start};
-	if (queue.has_ring) {
-		for (int i = 0; i < 2; i++)
-			if (queue.ring[i].iov_len)
-				iov[n++] = queue.ring[i];
-		iov[n++] = (struct iovec){queue.data + stop, queue.end - stop};
-	}
-	return n;
-}
-
-static void written(size_t n)
-{
-	size_t before = queue.has_ring ? queue.ring_at - queue.start : queue.end - queue.start;
-	size_t part = n < before ? n : before;
-	queue.start += part;
-	n -= part;
-	if (queue.has_ring && queue.start == queue.ring_at) {
-		for (int i = 0; i < 2; i++) {
-			part = n < queue.ring[i].iov_len ? n : queue.ring[i].iov_len;
-			queue.ring[i].iov_base = (uint8_t *)queue.ring[i].iov_base + part;
-			queue.ring[i].iov_len -= part;
-			n -= part;
-		}
-		if (!ring_left()) {
-			queue.has_ring = false;
-			queue.start += n;
-		}
-	}
-	if (queue.start == queue.end && !queue.has_ring)
-		queue.start = queue.end = 0;
 }
 
 void channel_flush(void)
 {
-	while (writable && port_out.fd >= 0 && (queue.end > queue.start || queue.has_ring)) {
-		struct iovec iov[4];
-		ssize_t n = writev(port_out.fd, iov, gather(iov));
+	while (writable && port_out.fd >= 0 && queue.end > queue.start) {
+		ssize_t n = write(port_out.fd, queue.data + queue.start, queue.end - queue.start);
 		if (n > 0) {
-			written((size_t)n);
-		} else if (n < 0 && errno == EINTR) {
-			continue;
-		} else {
+			queue.start += (size_t)n;
+			if (queue.start == queue.end)
+				queue_clear();
+		} else if (n >= 0 || errno != EINTR) {
 			writable = false;
 			/* A broken socket is noticed by the reader; a port without a host takes nothing until there is one. */
 			if (n < 0 && errno != EAGAIN && agent.mode == MODE_STDIO)
