@@ -19,6 +19,7 @@ import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from server_fakes import FakeEngine
 from stoker.api.models import CreateKey, CreateSandbox, Principal, StartProcess
@@ -75,7 +76,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 
 
 # Streams of events end when their client does: those are tested where somebody listens to them.
-OPERATIONS = [(endpoint.method, endpoint.path) for endpoint in all_endpoints() if not endpoint.path.endswith(("/stream", "/watch"))]
+OPERATIONS = [
+    pytest.param(endpoint.method, endpoint.path, mode, id=f"{endpoint.method} {endpoint.path} {mode.value}")
+    for endpoint in all_endpoints()
+    for mode in GenerationMode
+    if not endpoint.path.endswith(("/stream", "/watch"))
+    # Where nothing is sent, nothing can be wrong.
+    if mode is GenerationMode.POSITIVE or endpoint.body or endpoint.query or "{" in endpoint.path
+]
+schemathesis.serializer.alias("application/x-tar", "application/octet-stream")
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +100,13 @@ def _aim(case: schemathesis.Case) -> None:
         path["sandbox"] = "box" if case.method != "DELETE" or case.operation.path != "/v1/sandboxes/{sandbox}" else "other"
     if "process" in path and dice % 3:
         path["process"] = "echo"
+    if case.operation.path.endswith(("/wait", "/operations/{operation}")) and isinstance(case.query, dict):
+        case.query.update({"timeout": 0.1} if case.operation.path.endswith("/wait") else {"wait": 0.1})
 
 
-@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
-@pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=lambda value: value)
+@pytest.mark.parametrize(("method", "path", "mode"), OPERATIONS)
 def test_every_answer_is_declared(method: str, path: str, mode: GenerationMode, document: Any, served: tuple[str, str]) -> None:
-    try:
-        strategy = document[path][method].as_strategy(generation_mode=mode)
-    except schemathesis.errors.SchemathesisError:
-        pytest.skip("nothing to get wrong")
+    strategy = document[path][method].as_strategy(generation_mode=mode)
 
     @given(case=strategy)
     @settings(
@@ -112,7 +119,8 @@ def test_every_answer_is_declared(method: str, path: str, mode: GenerationMode, 
     )
     def check(case: schemathesis.Case) -> None:
         _aim(case)
-        case.call_and_validate(headers={"X-API-Key": served[1]}, timeout=20)
+        # What a schema cannot say (base64, a cursor of ours, a signal's name) may still be refused with a declared 400.
+        case.call_and_validate(headers={"X-API-Key": served[1]}, timeout=20, excluded_checks=[positive_data_acceptance])
 
     check()
 

@@ -155,7 +155,7 @@ async def test_list_filters_and_pages(daemon: Running) -> None:
 async def test_wait_for_a_state_and_for_the_end(daemon: Running) -> None:
     box = await daemon.sandbox(name="w")
     late = await daemon.http.get("/v1/sandboxes/w/wait?state=stopped&timeout=0.05")
-    assert (late.status_code, late.json()["family"]) == (504, "DeadlineExceeded")
+    assert (late.status_code, late.json()["family"]) == (408, "DeadlineExceeded")
     waiting = asyncio.create_task(daemon.http.get("/v1/sandboxes/w/wait?state=stopped&timeout=10"))
     gone = asyncio.create_task(daemon.http.get("/v1/sandboxes/w/wait?timeout=10"))
     await asyncio.sleep(0.1)

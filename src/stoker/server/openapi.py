@@ -43,6 +43,7 @@ REASONS = {
     401: "No key, or a wrong one.",
     403: "Not with this key, or not for this user.",
     404: "No such thing, or not yours.",
+    408: "It is not so yet; ask again.",
     409: "In the wrong state, or there already.",
     413: "A bound was passed.",
     416: "The range lies outside the file.",

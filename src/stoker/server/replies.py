@@ -66,9 +66,9 @@ def json_reply(value: Any, status: int = 200, headers: Headers | None = None) ->
     return Reply(status, encode(value), headers=headers or [])
 
 
-def error_reply(error: StokerError) -> Reply:
+def error_reply(error: StokerError, status: int | None = None) -> Reply:
     """The one shape of failure, with what HTTP wants besides."""
-    status = http_status(error)
+    status = http_status(error) if status is None else status
     headers: Headers = []
     if status == 401:
         headers.append((b"www-authenticate", b'Bearer realm="stoker"'))

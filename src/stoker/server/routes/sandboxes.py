@@ -26,11 +26,11 @@ from stoker.api.models import (
     StopSandbox,
 )
 from stoker.api.types import IdempotencyKey, Name
-from stoker.errors import Forbidden, InternalError, InvalidRequest, error_from_wire
+from stoker.errors import DeadlineExceeded, Forbidden, InternalError, InvalidRequest, NotFound, error_from_wire
 from stoker.server.console import follow_console, read_console
 from stoker.server.endpoint import SANDBOX, Call, Content, Routes
 from stoker.server.query import Query
-from stoker.server.replies import EventStream, Reply, ServerEvent, json_reply
+from stoker.server.replies import EventStream, Reply, ServerEvent, error_reply, json_reply
 
 __all__ = ["routes"]
 
@@ -177,20 +177,20 @@ async def set_timeout(call: Call, body: SetTimeout) -> Sandbox:
     return await call.engine.set_timeout(call.principal, call.sandbox, body.timeout)
 
 
-@routes.get("/v1/sandboxes/{sandbox}/wait", answers={200: Sandbox, 204: None}, errors=(*SANDBOX, 504), abort=True)
+@routes.get("/v1/sandboxes/{sandbox}/wait", answers={200: Sandbox, 204: None}, errors=(*SANDBOX, 408), abort=True)
 async def wait_sandbox(call: Call, query: WaitQuery) -> Sandbox | Reply:
     """Wait until the sandbox is in one of the states.
 
-    Without a state: until it is gone (204). 504 when it takes longer than `timeout`.
+    Without a state: until it is gone (204). After `timeout` seconds: 408, and the client may ask again.
     """
-    from stoker.errors import NotFound
-
-    if query.state:
-        return await call.engine.wait(call.principal, call.sandbox, frozenset(query.state), query.timeout)
     sandbox = await call.engine.get(call.principal, call.sandbox)
     try:
-        return await call.engine.wait(call.principal, sandbox.id, frozenset(), query.timeout)
+        return await call.engine.wait(call.principal, sandbox.id, frozenset(query.state), query.timeout)
+    except DeadlineExceeded as e:
+        return error_reply(e, 408)
     except NotFound:
+        if query.state:
+            raise
         return Reply(204)
 
 
