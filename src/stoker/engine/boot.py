@@ -25,8 +25,8 @@ from stoker.images.progress import NullProgress, Progress
 from stoker.images.rootfs import resolve_image
 from stoker.storage.qcow2 import create_overlay
 from stoker.vmm.accel import verdict
+from stoker.vmm.diagnosis import explain
 from stoker.vmm.machine import Disk, MachineSpec, UserNetwork
-from stoker.vmm.diagnosis import diagnose
 from stoker.vmm.qemu.driver import launch
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ async def _first_word(machine: Machine, deadline: float) -> Agent:
             # The channel's end and the VMM's come in either order; the VMM's says more.
             await asyncio.wait({ended}, timeout=2.0)
         if ended.done():
-            raise diagnose(ended.result(), await machine.console_tail(40))
+            raise await explain(machine, ended.result())
         spoken.result()
         raise AssertionError("a future that is done has a result or an exception")
     finally:
@@ -214,6 +214,7 @@ async def boot(
         disks=(Disk(name="root", path=clone, format="qcow2", backing=rootfs.path, flush=detached),),
         network=network,
         accelerator=accel.accelerator,
+        cpu=accel.cpu,
         console_bytes=settings.console_bytes,
         detached=detached,
         cgroup=cgroup,

@@ -21,6 +21,7 @@ from stoker.host.process import ProcessIdentity, send_signal, wait_pidfd
 from stoker.settings import Settings
 from stoker.vmm import shim
 from stoker.vmm.console import tail
+from stoker.vmm.elf import check_memory
 from stoker.vmm.machine import MachineExit, MachineSpec
 from stoker.vmm.qemu.command import command
 from stoker.vmm.qemu.facts import qemu_facts
@@ -128,9 +129,10 @@ class QemuMachine:
 async def launch(spec: MachineSpec, settings: Settings) -> QemuMachine:
     """Starts the machine and returns when QEMU's program runs; its devices and the guest come up after that.
 
-    What QEMU then finds wrong ends it: ``wait`` tells, and :func:`stoker.vmm.diagnose.diagnose` puts it into words.
+    What QEMU then finds wrong ends it: ``wait`` tells, and :func:`stoker.vmm.diagnosis.diagnose` puts it into words.
     """
     qemu = await qemu_facts(settings)
+    check_memory(spec.kernel, spec.initrd, spec.memory)
     directory = spec.directory
     if shim.find(directory) is not None:
         raise Conflict("machine_running", f"a machine runs in {directory} already")
