@@ -2,7 +2,7 @@
  * stoker-shim: one small supervisor per virtual machine monitor.
  *
  *   stoker-shim --dir DIR [--owner-fd N] [--status-fd N] [--console-fd N] [--console-bytes N]
- *               [--uid U --gid G [--groups G1,G2]] [--cgroup FILE]
+ *               [--uid U --gid G [--groups G1,G2] [--device PATH]] [--cgroup FILE]
  *               [--net-out N --net-in N --net-deny FILE] [--pass-fd N]... -- VMM ARGV...
  *
  * It exists so that a machine can outlive the process that started it, and cannot when it must not:
@@ -24,6 +24,9 @@
  *
  *   stoker-shim --tsc-khz     prints the frequency of the host's time stamp counter
  *
+ * With --device the VMM sees, in a mount namespace of its own, a node of that device that belongs to its user: for hosts where
+ * /dev/kvm is for root alone.
+ *
  * With --uid the VMM has no capability and no supplementary group but those named; the shim itself keeps CAP_KILL alone.
  */
 #define _GNU_SOURCE
@@ -33,12 +36,14 @@
 #include <grp.h>
 #include <limits.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
@@ -52,6 +57,7 @@
 #ifndef SYS_close_range
 #define SYS_close_range 436
 #endif
+enum { NR_OPEN_TREE = 428, NR_MOVE_MOUNT = 429, NR_FSOPEN = 430, NR_FSCONFIG = 431, NR_FSMOUNT = 432 }; /* everywhere the same */
 #define CAP_KILL_BIT (1u << 5)
 
 enum { MAX_PASS = 64, MAX_DENY = 4096, MAX_GROUPS = 32, PAUSE_MS = 10 };
@@ -60,6 +66,7 @@ enum { FRAME_MIN = 14, FRAME_MAX = 1514, LENGTH_MAX = 4096 + 65536 + 64, NET_IN 
 static int dir_fd = -1, owner_fd = -1, status_fd = -1, console_fd = -1, cgroup_fd = -1;
 static int pass_fds[MAX_PASS], passed;
 static long uid = -1, gid = -1;
+static const char *device;
 static gid_t groups[MAX_GROUPS];
 static int group_count;
 
@@ -381,6 +388,28 @@ static _Noreturn void child_fail(int pipe, const char *what)
     _exit(125);
 }
 
+/* A node of our own over the host's one, in a namespace of our own: nothing of it is seen outside, and it goes with the process. */
+static void own_device(int errors)
+{
+    struct stat host;
+    if (stat(device, &host) < 0 || !S_ISCHR(host.st_mode))
+        child_fail(errors, "device");
+    if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0)
+        child_fail(errors, "mount namespace");
+    int fs = (int)syscall(NR_FSOPEN, "tmpfs", 1);
+    if (fs < 0 || syscall(NR_FSCONFIG, fs, 6 /* create */, NULL, NULL, 0) < 0)
+        child_fail(errors, "fsopen");
+    int root = (int)syscall(NR_FSMOUNT, fs, 1, 0);
+    if (root < 0 || mknodat(root, "node", S_IFCHR | 0600, host.st_rdev) < 0 || fchownat(root, "node", (uid_t)uid, (gid_t)gid, 0) < 0)
+        child_fail(errors, "mknod");
+    int tree = (int)syscall(NR_OPEN_TREE, root, "node", O_CLOEXEC | 1 /* clone */);
+    if (tree < 0 || syscall(NR_MOVE_MOUNT, tree, "", AT_FDCWD, device, 4 /* empty source path */) < 0)
+        child_fail(errors, "move_mount");
+    close(tree);
+    close(root);
+    close(fs);
+}
+
 static _Noreturn void run_vmm(char **argv, pid_t parent, int output, int errors)
 {
     sigset_t none;
@@ -400,6 +429,8 @@ static _Noreturn void run_vmm(char **argv, pid_t parent, int output, int errors)
     for (int i = 0; i < passed; i++)
         if (fcntl(pass_fds[i], F_SETFD, 0) < 0)
             child_fail(errors, "pass-fd");
+    if (device)
+        own_device(errors);
     if (uid >= 0) {
         if (setgroups((size_t)group_count, groups) < 0)
             child_fail(errors, "setgroups");
@@ -614,6 +645,8 @@ static char **options(int argc, char **argv, struct log *logs)
             gid = number(value, 1, INT_MAX, "gid");
         else if (!strcmp(name, "--cgroup"))
             cgroup_fd = open(value, O_WRONLY | O_CLOEXEC);
+        else if (!strcmp(name, "--device"))
+            device = value;
         else if (!strcmp(name, "--net-out"))
             net.from = descriptor(value, "net-out");
         else if (!strcmp(name, "--net-in"))
@@ -637,7 +670,7 @@ static char **options(int argc, char **argv, struct log *logs)
         fail("usage", 0);
     if (dir_fd < 0)
         fail("dir", errno);
-    if ((uid < 0) != (gid < 0) || (net.from < 0) != (net.to < 0) || (net.from < 0) != !deny)
+    if ((uid < 0) != (gid < 0) || (net.from < 0) != (net.to < 0) || (net.from < 0) != !deny || (device && uid < 0))
         fail("options", 0);
     if (deny)
         net_rules(deny);

@@ -45,6 +45,7 @@ class ShimOptions:
     passed: tuple[int, ...] = ()
     user: int | None = None
     groups: tuple[int, ...] = ()
+    device: Path | None = None
     cgroup: Path | None = None
     net_out: int | None = None
     net_in: int | None = None
@@ -73,6 +74,8 @@ def shim_command(shim: Path, options: ShimOptions, status: int, vmm: Sequence[st
         argv += ["--uid", str(options.user), "--gid", str(options.user)]
         if options.groups:
             argv += ["--groups", ",".join(map(str, options.groups))]
+    if options.device is not None:
+        argv += ["--device", str(options.device)]
     if options.cgroup is not None:
         argv += ["--cgroup", str(options.cgroup / "cgroup.procs")]
     if options.net_deny is not None:

@@ -24,8 +24,9 @@ SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 
 WORDS = ("console=ttyS0", "quiet", "loglevel=1", "panic=-1", "reboot=t", "cryptomgr.notests")
 """A console that says what matters only; a panic that ends the machine (triple fault, ``-no-reboot``); no self-tests of the
-kernel's ciphers, which take a fifth of a stock kernel's boot under TCG. Measured and left out, being lost in the noise: no_timer_check,
-noreplace-smp, i8042.*, pci=off, rcupdate.rcu_expedited, random.trust_cpu, nowatchdog, audit=0. The guest's mitigations stay."""
+kernel's ciphers, which take a fifth of a stock kernel's boot under TCG. Measured and left out, being lost in the noise:
+no_timer_check, noreplace-smp, i8042.*, pci=off, rcupdate.rcu_expedited, random.trust_cpu, nowatchdog, audit=0. The guest's
+mitigations stay."""
 
 TRANSLATION_MIB = 128
 """Bound of TCG's translated code, which is 1 GiB unless said. A stock kernel's boot fills about 20 MiB; at 16 it gets slower."""

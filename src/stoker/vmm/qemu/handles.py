@@ -19,6 +19,7 @@ from stoker.vmm.shim import ShimOptions, filter_rules
 
 __all__ = ["Opened", "open_handles"]
 
+KVM = Path("/dev/kvm")
 FIRST_USER, USERS = 0x5A000000, 1 << 20
 
 
@@ -67,6 +68,7 @@ def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened
         theirs, owner = os.pipe2(os.O_CLOEXEC)
         close.callback(os.close, theirs)
         keep.callback(os.close, owner)
+    groups, device = _kvm_access(spec.accelerator) if drop else ((), None)
     options = ShimOptions(
         directory=spec.directory,
         console=console,
@@ -74,7 +76,8 @@ def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened
         owner=theirs,
         passed=(*handles.descriptors(), *(fd for fd in (kernel_fd, initrd_fd) if fd is not None)),
         user=FIRST_USER + random.randrange(USERS) if drop else None,
-        groups=_groups(spec.accelerator) if drop else (),
+        groups=groups,
+        device=device,
         cgroup=spec.cgroup,
         net_out=net_out,
         net_in=net_in,
@@ -125,18 +128,16 @@ def _boot_file(path: Path, drop: bool, close: ExitStack) -> tuple[str, int | Non
     return f"/proc/self/fd/{fd}", fd
 
 
-def _groups(accelerator: Accelerator) -> tuple[int, ...]:
-    """The group that /dev/kvm belongs to, where that is who may open it."""
+def _kvm_access(accelerator: Accelerator) -> tuple[tuple[int, ...], Path | None]:
+    """What a VMM with a user of its own needs for /dev/kvm: the group it belongs to, or a node of its own."""
     if accelerator is not Accelerator.KVM:
-        return ()
+        return (), None
     try:
-        device = os.stat("/dev/kvm")
+        device = os.stat(KVM)
     except FileNotFoundError:
         raise HostError("kvm_missing", "there is no /dev/kvm", "stoker doctor") from None
     if device.st_mode & 0o006 == 0o006:
-        return ()
-    if device.st_mode & 0o060 == 0o060:
-        return (device.st_gid,)
-    raise HostError(
-        "kvm_refused", "/dev/kvm is for root alone, and the VMM does not run as root", "chgrp kvm /dev/kvm; chmod 660 /dev/kvm"
-    )
+        return (), None
+    if device.st_mode & 0o060 == 0o060 and device.st_gid:
+        return (device.st_gid,), None
+    return (), KVM
