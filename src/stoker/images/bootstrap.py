@@ -21,7 +21,7 @@ from stoker.host import ext4
 from stoker.host.run import run, tool_environment
 from stoker.images import debian
 from stoker.images.progress import Progress
-from stoker.images.store import Stage
+from stoker.images.store import Stage, no_space
 from stoker.settings import Settings
 
 __all__ = ["BUILD_SPACE", "bootstrap", "make_ext4", "remove_foreign_tree"]
@@ -46,6 +46,8 @@ class _Steps:
     width: float = 5.0
     packages: int = 0
     seen: int = 0
+    full: bool = False
+    """A tool said that there is no space left: mmdebstrap's own last words do not tell."""
     marks: tuple[tuple[str, float, float], ...] = field(
         default=(
             ("I: running apt-get update", 0, 10),
@@ -61,6 +63,8 @@ class _Steps:
     )
 
     def __call__(self, line: str) -> None:
+        if "No space left on device" in line or "Disk quota exceeded" in line:
+            self.full = True
         for mark, phase, width in self.marks:
             if line.startswith(mark):
                 self.phase, self.width, self.seen = phase, width, 0
@@ -150,17 +154,13 @@ async def bootstrap(suite: str, settings: Settings, stage: Stage, progress: Prog
     argv += [suite, "-", sources]
     name = f"installing Debian {suite}"
     progress.step(name, 0.0, 100.0)
+    steps = _Steps(progress, name)
     try:
         with open(archive, "xb") as out:
-            await run(
-                debian.tied(argv),
-                env=tool_environment({"TMPDIR": str(temporary)}),
-                stdout=out.fileno(),
-                pass_fds=(stage.lock_fd,),
-                on_line=_Steps(progress, name),
-            )
+            environment = tool_environment({"TMPDIR": str(temporary)})
+            await run(debian.tied(argv), env=environment, stdout=out.fileno(), pass_fds=(stage.lock_fd,), on_line=steps)
     except HostError as e:
-        raise _bootstrap_error(e, suite) from None
+        raise (no_space(temporary, f"installing Debian {suite}") if steps.full else _bootstrap_error(e, suite)) from None
     finally:
         if temporary.parent != stage.path:
             await _clear(temporary)

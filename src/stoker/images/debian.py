@@ -64,8 +64,9 @@ def render_sources(suite: str, mirrors: Mirrors, signed_by: str, *, only_package
 async def find_mirrors(settings: Settings, suite: str) -> Mirrors:
     """From the settings, else from this host's apt sources, else what mmdebstrap would use."""
     if settings.debian_mirror:
-        base = settings.debian_mirror.rstrip("/")
-        return Mirrors(base, f"{base}-security" if base.endswith("/debian") else "")
+        # One URL, or two: the archive's and the security updates'. By convention the second one follows from the first.
+        base, *security = [uri.rstrip("/") for uri in settings.debian_mirror.split()]
+        return Mirrors(base, security[0] if security else f"{base}-security" if base.endswith("/debian") else "")
     if shutil.which("apt-get"):
         fields = "$(REPO_URI)|$(RELEASE)|$(LABEL)|$(COMPONENT)"
         listed = await run(["apt-get", "indextargets", "--format", fields, "Created-By: Packages"], check=False)

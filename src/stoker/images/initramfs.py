@@ -45,10 +45,11 @@ async def build_initramfs(kernel: Kernel, agent: Path, settings: Settings, *, ne
         str(network),
         _identity(base) if base else "",
     ]
-    if kernel.modules is not None:
-        inputs.append(_identity(kernel.modules))
+    if kernel.modules is not None and settings.data_dir not in kernel.modules.parents:
+        # A user's tree may change; what installs modules there writes these anew.
+        inputs += [_identity(path) for name in ("", "modules.dep", "modules.order") if (path := kernel.modules / name).exists()]
     key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()
-    path = settings.data_dir / "cache" / "initramfs" / f"{key}.cpio"
+    path = settings.data_dir.absolute() / "cache" / "initramfs" / f"{key}.cpio"
     try:
         if time.time() - path.stat().st_mtime > 3600:
             os.utime(path)  # used: not to be removed soon
@@ -84,6 +85,7 @@ def _build(store: Store, kernel: Kernel, agent: Path, network: bool, base: Path 
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+                os.fchmod(file.fileno(), 0o444)
             os.rename(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -111,7 +111,7 @@ async def _fetch(store: Store, settings: Settings, version: str, name: str, prog
         store.require_space(SPACE, f"the kernel {name}")
         with store.writing(f"the kernel {name}"):
             packages = await debian.fetch_packages(suite, META_PACKAGE, PACKAGE_PATTERN, settings, store, progress)
-            with store.stage() as stage:
+            async with store.stage() as stage:
                 digest = await _unpack(store, stage, packages, f"debian:{suite}", progress)
         store.point(KIND, f"debian-{suite}", digest)
         for deb in packages:
@@ -194,7 +194,9 @@ async def _import(store: Store, path: Path, name: str, progress: Progress) -> Ke
         return kernel
     async with store.lock(pointer, progress, f"another run is reading the kernel {path}"):
         await store.sweep()
-        digest = await asyncio.to_thread(_import_now, store, real, progress)
+        with store.writing(f"the kernel {real}"):
+            async with store.stage() as stage:
+                digest = await asyncio.to_thread(_import_now, store, stage, real, progress)
         store.point(KIND, pointer, digest)
     kernel = _stored(store, pointer, name)
     if kernel is None:
@@ -202,7 +204,7 @@ async def _import(store: Store, path: Path, name: str, progress: Progress) -> Ke
     return kernel
 
 
-def _import_now(store: Store, real: Path, progress: Progress) -> str:
+def _import_now(store: Store, stage: Stage, real: Path, progress: Progress) -> str:
     from stoker.images.bzimage import read_kernel
 
     step = f"reading the kernel {real}"
@@ -210,17 +212,14 @@ def _import_now(store: Store, real: Path, progress: Progress) -> str:
     kernel = read_kernel(real)
     store.require_space(len(kernel.vmlinux) + (16 << 20), f"the kernel {real}")
     progress.step(step, 1, 2, kernel.release)
-    with store.writing(f"the kernel {real}"), store.stage() as stage:
-        tree = stage.path / "kernel"
-        tree.mkdir()
-        _write(tree / "vmlinux", kernel.vmlinux)
-        modules = find_modules(real, kernel.release)
-        configuration = next(
-            (c for c in (real.parent / ".config", real.with_name(f"config-{kernel.release}")) if c.is_file()), None
-        )
-        facts = _facts(kernel.release, kernel.drivers, len(kernel.vmlinux), configuration)
-        facts |= {"modules": False, "modules_at": str(modules) if modules else ""}
-        digest = store.publish(stage, tree, KIND, str(real), facts)
+    tree = stage.path / "kernel"
+    tree.mkdir()
+    _write(tree / "vmlinux", kernel.vmlinux)
+    modules = find_modules(real, kernel.release)
+    beside = (real.parent / ".config", real.with_name(f"config-{kernel.release}"))
+    facts = _facts(kernel.release, kernel.drivers, len(kernel.vmlinux), next((path for path in beside if path.is_file()), None))
+    facts |= {"modules": False, "modules_at": str(modules) if modules else ""}
+    digest = store.publish(stage, tree, KIND, str(real), facts)
     progress.step(step, 2, 2)
     return digest
 

@@ -92,16 +92,17 @@ async def _build(
             return found  # the other run was at just this
         await store.sweep()
         store.require_space(bootstrap.BUILD_SPACE, f"building {reference}")
-        with store.writing(f"building {reference}"), store.stage() as stage:
-            archive = await bootstrap.bootstrap(suite, settings, stage, progress)
-            tree = stage.path / "image"
-            tree.mkdir()
-            plan = await bootstrap.make_ext4(archive, stage, tree / "rootfs.ext4", progress)
-            facts = {"size": plan.size, "suite": suite, "fstype": "ext4"}
-            step = "storing the root file system"
-            progress.step(step, 0, 1)
-            digest = await asyncio.to_thread(store.publish, stage, tree, KIND, f"debian:{suite}", facts)
-            progress.step(step, 1, 1)
+        with store.writing(f"building {reference}"):
+            async with store.stage() as stage:
+                archive = await bootstrap.bootstrap(suite, settings, stage, progress)
+                tree = stage.path / "image"
+                tree.mkdir()
+                plan = await bootstrap.make_ext4(archive, stage, tree / "rootfs.ext4", progress)
+                facts = {"size": plan.size, "suite": suite, "fstype": "ext4"}
+                step = "storing the root file system"
+                progress.step(step, 0, 1)
+                digest = await asyncio.to_thread(store.publish, stage, tree, KIND, f"debian:{suite}", facts)
+                progress.step(step, 1, 1)
         store.point(KIND, pointer, digest)
     found = _stored(store, pointer, reference)
     if found is None:

@@ -29,10 +29,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import logging
 import os
-import shutil
-import stat
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,24 +41,29 @@ import msgspec
 
 from stoker.errors import HostError, NotFound
 from stoker.host.durable import sync_directory, sync_filesystem, write_atomically
+from stoker.host.files import remove_tree, tree_sums
 from stoker.host.lock import hold_directory, locked
 from stoker.images.progress import NullProgress, Progress
 from stoker.settings import Settings
 
 __all__ = ["Manifest", "Stage", "Store", "no_space", "translate_errors"]
 
+log = logging.getLogger(__name__)
 ELSEWHERE = ".elsewhere"
-_DECODER: msgspec.json.Decoder[Manifest]
+OWN = frozenset({"manifest.json", "SUMS"})
+VERSION = 1
+"""Of the entries' layout and facts: an entry of another version counts as none, and is made again."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What an entry is: ``kind`` (kernel or image), the name it was made for, facts of that kind, and the digest of SUMS."""
+class Manifest(msgspec.Struct, frozen=True):
+    """What an entry is: ``kind`` (kernels or images), the name it was made for, facts of that kind, and the digest of SUMS."""
 
     kind: str
     name: str
     facts: dict[str, Any]
     sums: str
-    version: int = 1
+    version: int = VERSION
 
 
 _DECODER = msgspec.json.Decoder(Manifest)
@@ -82,30 +86,25 @@ class Store:
     """The directories of one ``data_dir``. Reading costs a few system calls; making anything takes a lock."""
 
     def __init__(self, settings: Settings) -> None:
-        self.root = settings.data_dir
+        self.root = settings.data_dir.absolute()
+
+    # ---- reading
 
     def entry(self, kind: str, digest: str) -> Path:
         return self.root / kind / digest
 
     def lookup(self, kind: str, name: str) -> tuple[str, Manifest] | None:
         """The digest and manifest a name (or a full digest) stands for, or None when it is not in the store."""
-        digest = name
-        if not _is_digest(name):
-            try:
-                digest = (self.root / kind / "names" / name).read_text().strip()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            except PermissionError as e:
-                raise _unreadable(e) from None
         try:
-            data = (self.root / kind / digest / "manifest.json").read_bytes()
-            return digest, _DECODER.decode(data)
+            digest = name if _is_digest(name) else (self.root / kind / "names" / name).read_text().strip()
+            manifest = _DECODER.decode((self.root / kind / digest / "manifest.json").read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
         except msgspec.DecodeError:
             return None  # a damaged entry counts as none: it is made again, and verify() tells
         except PermissionError as e:
-            raise _unreadable(e) from None
+            raise _unusable(e, self.root) from None
+        return (digest, manifest) if manifest.version == VERSION else None
 
     def names(self, kind: str) -> dict[str, str]:
         """All names of a kind and their digests."""
@@ -115,33 +114,61 @@ class Store:
             return {}
         return {file.name: file.read_text().strip() for file in files if not file.name.startswith(".")}
 
-    def point(self, kind: str, name: str, digest: str) -> None:
-        directory = self.root / kind / "names"
-        self._make(directory)
-        write_atomically(directory / name, f"{digest}\n".encode())
+    def verify(self, kind: str, digest: str) -> list[str]:
+        """Reads every byte of an entry; returns what is wrong with it, one line each (empty: intact)."""
+        place = self.entry(kind, digest)
+        if not place.is_dir():
+            raise NotFound("image_unknown", f"{kind}/{digest} is not in the store")
+        return self._damage(place, digest)
+
+    def require_intact(self, kind: str, digest: str) -> None:
+        """Raises ``image_corrupt`` unless every byte of the entry is as it was made."""
+        if damage := self.verify(kind, digest):
+            place = self.entry(kind, digest)
+            more = f" and {len(damage) - 1} more" if len(damage) > 1 else ""
+            raise HostError(
+                "image_corrupt",
+                f"{place} is damaged: {damage[0]}{more}",
+                f"rm -rf {place}; the next run makes it again",
+                details={"damage": damage[:50]},
+            )
+
+    def _damage(self, place: Path, digest: str) -> list[str]:
+        try:
+            data = (place / "manifest.json").read_bytes()
+            if hashlib.sha256(data).hexdigest() != digest:
+                return ["manifest.json has changed"]
+            sums = (place / "SUMS").read_bytes()
+            if hashlib.sha256(sums).hexdigest() != _DECODER.decode(data).sums:
+                return ["SUMS has changed"]
+            found = dict(tree_sums(place, without=OWN))
+        except (OSError, msgspec.DecodeError) as e:
+            return [f"it cannot be read: {e}"]
+        wanted = {line[66:]: line[:64] for line in sums.decode().splitlines()}
+        return [
+            *(f"{file} is missing" for file in wanted if file not in found),
+            *(f"{file} has changed" for file in wanted if found.get(file, wanted[file]) != wanted[file]),
+            *(f"{file} does not belong there" for file in found if file not in wanted),
+        ]
+
+    # ---- making
 
     def directory(self, *parts: str) -> Path:
-        """A directory of the store, made if need be."""
+        """A directory of the store, made if need be; whatever the umask, an unprivileged VMM must be able to read its kernel here."""
         path = self.root.joinpath(*parts)
-        self._make(path)
-        return path
-
-    def _make(self, path: Path) -> None:
+        if path.is_dir():
+            return path
         try:
             if not self.root.is_dir():
-                # Others may pass through (kernels must be readable to an unprivileged VMM), but not list.
-                self.root.mkdir(parents=True, exist_ok=True, mode=0o711)
-            path.mkdir(parents=True, exist_ok=True)
-        except PermissionError as e:
-            raise HostError(
-                "data_dir_refused",
-                f"{e.filename or path} cannot be made: {e.strerror}",
-                "set STOKER_DATA_DIR to a directory of yours",
-            ) from None
-        except (FileExistsError, NotADirectoryError):
-            raise HostError(
-                "data_dir_refused", f"{path} is in the way and no directory", "move it or set STOKER_DATA_DIR"
-            ) from None
+                self.root.mkdir(parents=True, exist_ok=True)
+                self.root.chmod(0o711)
+            missing = [place for place in (path, *path.parents) if self.root in place.parents and not place.is_dir()]
+            for place in reversed(missing):
+                place.mkdir(exist_ok=True)
+                place.chmod(0o755)
+        except OSError as e:
+            raise (no_space(self.root, "a directory") if e.errno in FULL else _unusable(e, path)) from None
+        return path
 
     @asynccontextmanager
     async def lock(
@@ -149,23 +176,28 @@ class Store:
     ) -> AsyncIterator[None]:
         """Holds the lock of one thing; ``waiting`` is reported if another run is at it."""
         told = progress or NullProgress()
-        async with locked(self.directory("locks") / key, lambda: told.step(waiting, None, None)):
+        path = self.directory("locks") / key
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise _unusable(PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)), path)
+        async with locked(path, lambda: told.step(waiting, None, None)):
             yield
 
-    @contextmanager
-    def stage(self) -> Iterator[Stage]:
+    @asynccontextmanager
+    async def stage(self) -> AsyncIterator[Stage]:
         """A new directory for something that is being made; what is still in it at the end is removed."""
         parent = self.directory("staging")
         while True:
             path = parent / os.urandom(6).hex()
-            path.mkdir(mode=0o755)
+            path.mkdir()
+            path.chmod(0o755)  # a build in a user namespace is another user
             if (fd := hold_directory(path)) is not None:
                 break  # else a sweeper was quicker than our lock
         try:
             yield Stage(path, fd)
         finally:
             try:
-                _remove(path)
+                # A second cancellation ends our waiting, not the removal; what it leaves is the next sweep's.
+                await asyncio.shield(asyncio.ensure_future(_remove_garbage(path)))
             finally:
                 os.close(fd)
 
@@ -180,7 +212,7 @@ class Store:
 
     def publish(self, stage: Stage, tree: Path, kind: str, name: str, facts: dict[str, Any]) -> str:
         """Makes ``tree`` (inside the stage) an entry of the store and returns its digest. Names are left to the caller."""
-        sums = "".join(f"{digest}  {file}\n" for file, digest in _sums(tree)).encode()
+        sums = "".join(f"{digest}  {file}\n" for file, digest in tree_sums(tree, without=OWN)).encode()
         manifest = Manifest(kind, name, facts, hashlib.sha256(sums).hexdigest())
         data = msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2)
         digest = hashlib.sha256(data).hexdigest()
@@ -193,44 +225,18 @@ class Store:
             if not self._damage(place, digest):
                 return digest
             os.rename(place, stage.path / f"damaged-{os.urandom(4).hex()}")  # goes with the stage
-        os.rename(tree, place)
+        try:
+            os.rename(tree, place)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return digest  # another run, by another name, was at just the same content
         sync_directory(place.parent)
         return digest
 
-    def verify(self, kind: str, digest: str) -> list[str]:
-        """Reads every byte of an entry; returns what is wrong with it, one line each (empty: intact)."""
-        place = self.entry(kind, digest)
-        if not place.is_dir():
-            raise NotFound("image_unknown", f"{kind}/{digest} is not in the store")
-        return self._damage(place, digest)
-
-    def require_intact(self, kind: str, digest: str) -> None:
-        """Raises ``image_corrupt`` unless every byte of the entry is as it was made."""
-        if damage := self.verify(kind, digest):
-            raise HostError(
-                "image_corrupt",
-                f"{self.entry(kind, digest)} is damaged: {damage[0]}" + (f" and {len(damage) - 1} more" if len(damage) > 1 else ""),
-                f"rm -rf {self.entry(kind, digest)}; the next run makes it again",
-                details={"damage": damage[:50]},
-            )
-
-    def _damage(self, place: Path, digest: str) -> list[str]:
-        try:
-            data = (place / "manifest.json").read_bytes()
-            if hashlib.sha256(data).hexdigest() != digest:
-                return ["manifest.json has changed"]
-            sums = (place / "SUMS").read_bytes()
-            if hashlib.sha256(sums).hexdigest() != _DECODER.decode(data).sums:
-                return ["SUMS has changed"]
-        except (OSError, msgspec.DecodeError) as e:
-            return [f"manifest.json or SUMS cannot be read: {e}"]
-        wanted = {line[66:]: line[:64] for line in sums.decode().splitlines()}
-        found = dict(_sums(place))
-        return [
-            *(f"{file} is missing" for file in wanted if file not in found),
-            *(f"{file} has changed" for file in wanted if found.get(file, wanted[file]) != wanted[file]),
-            *(f"{file} does not belong there" for file in found if file not in wanted),
-        ]
+    def point(self, kind: str, name: str, digest: str) -> None:
+        """Makes a name stand for a digest."""
+        write_atomically(self.directory(kind, "names") / name, f"{digest}\n".encode())
 
     def require_space(self, size: int, what: str) -> None:
         """Refuses to begin what cannot end: ``size`` bytes must be free where the store is."""
@@ -241,82 +247,56 @@ class Store:
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
-        """Around whatever fills the store: a full disk (ours or, judged by what is left, a tool's) becomes ``no_space``."""
+        """Around whatever fills the store: a full disk, met by us or by a tool, becomes ``no_space``."""
         with translate_errors(self.root, what):
             yield
 
 
 @contextmanager
 def translate_errors(root: Path, what: str) -> Iterator[None]:
+    """A full disk becomes ``no_space``, a directory that is not ours ``data_dir_refused``."""
     try:
         yield
+    except PermissionError as e:
+        raise _unusable(e, root) from e
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno not in FULL:
             raise
         raise no_space(root, what) from e
     except HostError as e:
         told = " ".join(e.details.get("stderr", ())) + e.message
-        if e.code == "tool_failed" and ("No space left" in told or "Disk quota exceeded" in told):
+        if e.code in ("tool_failed", "fetch_failed") and ("No space left" in told or "Disk quota exceeded" in told):
             raise no_space(root, what) from e
         raise
 
 
 def no_space(root: Path, what: str, needed: int = 0, free: int = 0) -> HostError:
+    """The error for a full disk; with figures when it was found out beforehand."""
     figures = f": it needs {needed >> 20} MiB and {free >> 20} MiB are free" if needed else ""
-    return HostError(
-        "no_space", f"no space on {root} for {what}{figures}", f"df -h {root}; or set STOKER_DATA_DIR to a larger file system"
-    )
+    return HostError("no_space", f"no space on {root} for {what}{figures}", f"df -h {root}; or set STOKER_DATA_DIR to another disk")
 
 
-def _unreadable(e: OSError) -> HostError:
-    return HostError(
-        "data_dir_refused", f"{e.filename} cannot be read: {e.strerror}", "set STOKER_DATA_DIR to a directory of yours"
-    )
+def _unusable(e: OSError, path: Path) -> HostError:
+    hint = "set STOKER_DATA_DIR to a directory of yours"
+    return HostError("data_dir_refused", f"{e.filename or path} cannot be used: {e.strerror}", hint)
 
 
 def _is_digest(name: str) -> bool:
     return len(name) == 64 and all(c in "0123456789abcdef" for c in name)
 
 
-def _files(tree: Path, prefix: str = "") -> Iterable[tuple[str, Path]]:
-    for item in sorted(os.scandir(tree), key=lambda item: item.name):
-        if item.is_dir(follow_symlinks=False):
-            yield from _files(Path(item.path), f"{prefix}{item.name}/")
-        elif item.is_file(follow_symlinks=False) and (prefix or item.name not in ("manifest.json", "SUMS")):
-            yield f"{prefix}{item.name}", Path(item.path)
-
-
-def _sums(tree: Path) -> list[tuple[str, str]]:
-    sums = []
-    for name, path in _files(tree):
-        with open(path, "rb") as file:
-            sums.append((name, hashlib.file_digest(file, "sha256").hexdigest()))
-    return sums
-
-
-def _remove(path: Path) -> None:
-    """Removes a tree of our own, directories without write permission included."""
-
-    def unlock(function: Any, name: str, _: Any) -> None:
-        parent = os.path.dirname(name)
-        for directory in (parent, name):
-            if not os.path.islink(directory) and os.path.isdir(directory):
-                os.chmod(directory, stat.S_IRWXU)
-        function(name)
-
-    shutil.rmtree(path, onerror=unlock)
-
-
 async def _remove_garbage(path: Path) -> None:
-    """Removes what a killed run left: the stage and the directories it wrote down, which a user namespace may own."""
-    from stoker.images.bootstrap import remove_foreign_tree
-
+    """Removes a stage and the directories it wrote down; a user namespace may own what is in them."""
     listed = path / ELSEWHERE
     trees = [Path(line) for line in listed.read_text().splitlines() if line] if listed.is_file() else []
     for tree in (*trees, path):
         if not os.path.lexists(tree):
             continue
         try:
-            await asyncio.to_thread(_remove, tree)
+            await asyncio.to_thread(remove_tree, tree)
         except PermissionError:
+            from stoker.images.bootstrap import remove_foreign_tree
+
             await remove_foreign_tree(tree)
+        if os.path.lexists(tree):
+            log.warning("%s could not be removed", tree)
