@@ -67,6 +67,8 @@ class FileList(Model, frozen=True):
 
 
 class FileExists(Model, frozen=True):
+    """Whether something of that name is there, and what."""
+
     exists: bool
     type: FileType | None = None
 
@@ -89,6 +91,8 @@ class WriteFiles(Model, frozen=True):
 
 
 class MakeDirectory(Model, frozen=True):
+    """A directory to be."""
+
     path: FilePath
     parents: bool = True
     """Missing parents are made, and a directory that is there already is no error."""
@@ -97,6 +101,8 @@ class MakeDirectory(Model, frozen=True):
 
 
 class MoveFile(Model, frozen=True):
+    """From here to there; without ``overwrite`` what is there stays and it is an error."""
+
     source: FilePath
     destination: FilePath
     overwrite: bool = True
@@ -112,6 +118,8 @@ class MakeSymlink(Model, frozen=True):
 
 
 class ChangeMode(Model, frozen=True):
+    """New permission bits."""
+
     path: FilePath
     mode: FileMode
     recursive: bool = False

@@ -128,6 +128,8 @@ class ProcessInfo(Model, frozen=True):
 
 
 class ProcessList(Model, frozen=True):
+    """All of one sandbox."""
+
     items: list[ProcessInfo]
 
 

@@ -195,6 +195,8 @@ class Event(Model, frozen=True):
 
 
 class EventPage(Model, frozen=True):
+    """One page of events."""
+
     items: list[Event]
     next: str | None = None
 

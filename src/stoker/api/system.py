@@ -70,6 +70,8 @@ class Operation(Model, frozen=True):
 
 
 class OperationPage(Model, frozen=True):
+    """One page of operations."""
+
     items: list[Operation]
     next: str | None = None
 
@@ -84,6 +86,8 @@ class Quota(Model, frozen=True):
 
 
 class CreateKey(Model, frozen=True):
+    """A key to be; ``name`` is for people."""
+
     name: Annotated[str, Meta(max_length=64, pattern=r"^[^\x00-\x1f]*" + END)] = ""
     quota: Quota = field(default_factory=Quota)
 
@@ -107,6 +111,8 @@ class CreatedKey(Model, frozen=True):
 
 
 class ApiKeyPage(Model, frozen=True):
+    """One page of keys."""
+
     items: list[ApiKey]
     next: str | None = None
 

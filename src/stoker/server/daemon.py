@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ipaddress
 import json
 import os
 import resource
@@ -121,11 +122,16 @@ def _sockets(settings: Settings, group: int | None, stack: AsyncExitStack) -> li
         unix = listen.bind_unix(settings.socket, group)
         stack.callback(listen.remove_unix, settings.socket, settings.socket.lstat().st_ino)
         sockets = [unix]
+        _log.info("listening", address=str(settings.socket))
     if settings.listen:
-        sockets.append(listen.bind_tcp(settings.listen))
+        tcp = listen.bind_tcp(settings.listen)
+        sockets.append(tcp)
+        host, port = tcp.getsockname()[:2]
+        _log.info("listening", address=f"{host}:{port}")
+        if not ipaddress.ip_address(host).is_loopback:
+            _log.warning("this address is not loopback: keys and data cross the network in the clear", address=f"{host}:{port}")
     for sock in sockets:
         stack.callback(sock.close)
-        _log.info("listening", address=str(sock.getsockname()))
     return sockets
 
 
@@ -189,7 +195,7 @@ def run_daemon(
     settings: Settings, *, auto: bool = False, ready_fd: int | None = None, open_engine: OpenEngine = _open_real
 ) -> None:
     """The whole life of a daemon process. What keeps it from starting is raised, and told on ``ready_fd`` as JSON."""
-    os.umask(0o077)
+    os.umask(0o022)
     _raise_file_limit()
 
     def tell(line: str) -> None:

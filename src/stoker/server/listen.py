@@ -30,7 +30,10 @@ def prepare_run_dir(path: Path) -> None:
     """Makes it, and refuses one that another user could have put there."""
     root = os.geteuid() == 0
     try:
-        path.mkdir(mode=0o755 if root else 0o700, parents=True, exist_ok=True)
+        mode = 0o755 if root else 0o700
+        with suppress(FileExistsError):
+            path.mkdir(mode=mode, parents=True)
+            path.chmod(mode)
         status = path.lstat()
     except OSError as e:
         raise HostError("directory_refused", f"cannot make {path}: {e.strerror}", "set STOKER_RUN_DIR") from None
