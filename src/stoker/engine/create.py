@@ -326,6 +326,7 @@ async def _running(core: Core, box: Box, booted: Booted) -> None:
             env=booted.env,
             user=booted.user,
             workdir=booted.workdir,
+            command=list(booted.command),
             resources=replace(record.resources, disk=booted.disk or record.resources.disk),
             timings={name: round(seconds * 1000, 3) for name, seconds in booted.timings.items()},
             versions=Versions(

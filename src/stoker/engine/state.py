@@ -83,6 +83,7 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     env: dict[str, str] = field(default_factory=dict)
     user: str = ""
     workdir: str = ""
+    command: list[str] = field(default_factory=list)
     hostname: str = ""
     timeout: Timeout | None = None
     expires_at: float | None = None
@@ -165,6 +166,7 @@ def to_sandbox(record: Record, expires_at: float | None) -> Sandbox:
         hostname=record.hostname,
         user=record.user or request.user or "",
         workdir=record.workdir or request.workdir or "",
+        command=record.command,
         network=request.network,
         lease=request.lease,
         timeout=record.timeout,
