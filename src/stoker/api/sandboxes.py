@@ -135,6 +135,8 @@ class Sandbox(Model, frozen=True):
     hostname: str = ""
     user: str = ""
     workdir: str = ""
+    command: list[str] = field(default_factory=list)
+    """The image's own, once it is known."""
     network: NetworkMode = NetworkMode.USER
     lease: bool = False
     timeout: Timeout | None = None
