@@ -314,6 +314,23 @@ async def test_the_shared_client_closes_with_its_loop(server: Running, monkeypat
     await asyncio.to_thread(other_loop)
 
 
+async def test_a_lease_ends_its_sandbox_with_its_holder(server: Running, client: AsyncClient) -> None:
+    async with AsyncClient(settings=server.settings, start=False) as other:
+        box = await AsyncSandbox.create("debian:12", lease=True, client=other)
+        assert box.info.lease and (await box.commands.run("echo hi")).ok
+        await asyncio.sleep(0.3)
+        assert [b.id for b in await AsyncSandbox.list(client=client)] == [box.id]
+        await box.release()
+    for _ in range(100):
+        if not await AsyncSandbox.list(client=client):
+            break
+        await asyncio.sleep(0.02)
+    else:
+        pytest.fail("the sandbox outlived its lease")
+    box = await AsyncSandbox.create("debian:12", lease=True, client=client)
+    assert await box.kill()
+
+
 async def test_a_daemon_that_went_away_is_said_plainly(server: Running) -> None:
     async with AsyncClient(settings=replace(server.settings, run_dir=server.settings.run_dir / "no"), start=False) as client:
         began = time.monotonic()

@@ -6,7 +6,7 @@ import asyncio
 import builtins
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stoker.api.codec import decode_answer
 from stoker.api.models import (
@@ -34,6 +34,9 @@ from stoker.client.files import AsyncFiles
 from stoker.client.operations import OnProgress, finish_operation, wait_for_state
 from stoker.errors import InvalidRequest, NotFound
 
+if TYPE_CHECKING:
+    from stoker.client.lease import Lease
+
 __all__ = ["AsyncSandbox"]
 
 READY = (SandboxState.RUNNING, SandboxState.FAILED, SandboxState.STOPPED, SandboxState.LOST)
@@ -49,6 +52,7 @@ class AsyncSandbox:
         self._client = client
         self._api = client.api
         self._info = info
+        self._held: Lease | None = None
         self.commands = AsyncCommands(self._api, info.id)
         self.files = AsyncFiles(self._api, info.id)
         self.pty = AsyncPty(self._api, info.id)
@@ -98,7 +102,8 @@ class AsyncSandbox:
         """Makes a sandbox and returns when it runs.
 
         Sizes are bytes or such as ``512M``, times seconds or such as ``30m``. ``timeout`` destroys it so long after now,
-        ``idle_timeout`` so long after its last use. ``start`` runs the image's own command as a process tagged ``main``.
+        ``idle_timeout`` so long after its last use. With ``lease`` it ends with this program, however that ends. ``start`` runs
+        the image's own command as a process tagged ``main``.
         Cancelled, or not ready within ``ready_timeout`` seconds, nothing of it is left.
         """
         client = client or await default_client()
@@ -126,8 +131,16 @@ class AsyncSandbox:
         operation = await client.api.call(
             "POST", path("sandboxes"), Operation, query={"wait": False}, body=request, headers=headers
         )
-        await finish_operation(client.api, operation, ready_timeout, on_progress)
-        return await cls.connect(str(operation.sandbox), client=client)
+        held = await _lease(client, str(operation.sandbox)) if lease else None
+        try:
+            await finish_operation(client.api, operation, ready_timeout, on_progress)
+            box = await cls.connect(str(operation.sandbox), client=client)
+        except BaseException:
+            if held is not None:
+                held.release()
+            raise
+        box._held = held
+        return box
 
     @classmethod
     async def connect(cls, sandbox: str, *, client: AsyncClient | None = None) -> AsyncSandbox:
@@ -172,7 +185,14 @@ class AsyncSandbox:
             await self._api.send("DELETE", self._path(), timeout=120.0)
         except NotFound:
             return False
+        finally:
+            await self.release()
         return True
+
+    async def release(self) -> None:
+        """Lets go of its lease: the daemon destroys it within a second. Nothing happens to one without a lease."""
+        if self._held is not None:
+            self._held.release()
 
     async def _change(self, what: str, body: Any = None, timeout: float = 120.0) -> SandboxInfo:
         return self._keep(await self._api.call("POST", self._path(what), SandboxInfo, body=body, timeout=timeout))
@@ -234,6 +254,12 @@ class AsyncSandbox:
         """A whole URL that reads or writes one of its files without a key. Of use where the daemon listens on TCP."""
         signed = await self.files.signed_url(path, operation=operation, expires_in=expires_in)
         return f"{self._client.endpoint}{signed.url}"
+
+
+async def _lease(client: AsyncClient, sandbox: str) -> Lease:
+    from stoker.client.lease import Lease
+
+    return await Lease.hold(client.api, sandbox)
 
 
 def _network(mode: str) -> NetworkMode:

@@ -540,7 +540,8 @@ class Sandbox:
         """Makes a sandbox and returns when it runs.
 
         Sizes are bytes or such as ``512M``, times seconds or such as ``30m``. ``timeout`` destroys it so long after now,
-        ``idle_timeout`` so long after its last use. ``start`` runs the image's own command as a process tagged ``main``.
+        ``idle_timeout`` so long after its last use. With ``lease`` it ends with this program, however that ends. ``start`` runs
+        the image's own command as a process tagged ``main``.
         Cancelled, or not ready within ``ready_timeout`` seconds, nothing of it is left.
         """
         return Sandbox._wrap(
@@ -605,6 +606,10 @@ class Sandbox:
     def kill(self) -> bool:
         """Destroys it: the machine, its disk, everything. False: it was gone already."""
         return call(self._async.kill())
+
+    def release(self) -> None:
+        """Lets go of its lease: the daemon destroys it within a second. Nothing happens to one without a lease."""
+        call(self._async.release())
 
     def freeze(self) -> SandboxInfo:
         """Stops its CPUs. It keeps its memory, and answers nothing until :meth:`thaw`."""
