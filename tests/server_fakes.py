@@ -192,11 +192,11 @@ class FakeProcesses:
     async def start(self, who: Principal, sandbox: str, request: StartProcess) -> ProcessInfo:
         return (await self._spawn(who, sandbox, request)).info
 
-    async def open(self, who: Principal, sandbox: str, request: StartProcess) -> FakeAttachment:
+    async def open(self, who: Principal, sandbox: str, request: StartProcess, *, lossless: bool = False) -> FakeAttachment:
         return FakeAttachment(await self._spawn(who, sandbox, request), 0, 0)
 
     async def attach(
-        self, who: Principal, sandbox: str, process: int | str, stdout: int | None, stderr: int | None
+        self, who: Principal, sandbox: str, process: int | str, stdout: int | None, stderr: int | None, *, lossless: bool = False
     ) -> FakeAttachment:
         return FakeAttachment(self.find(who, sandbox, process), stdout, stderr)
 

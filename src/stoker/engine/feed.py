@@ -4,9 +4,10 @@ The guest's ring is the buffer; here only a little is on its way. A *pump* per s
 room for them and gives each what it has not seen yet. A client that wants older bytes makes the feed ask the guest from there
 again, and the others skip what they have seen. Nobody's bytes reach another process's client: a feed knows one process only.
 
-Who holds back whom: in ``block`` mode every client (nothing is lost, the slowest decides). In ``discard`` mode a client that took
-nothing for :data:`PATIENCE` seconds is *left behind*; when it reads again, the guest is asked from its offset, and what the ring no
-longer has is a gap in its offsets. With no client the guest is told to send nothing.
+Who holds back whom: in ``block`` mode every client (nothing is lost, the slowest decides). A *lossless* client makes a process of
+``discard`` mode one of ``block`` mode for as long as it looks on, and no longer: what it leaves goes on freely. In ``discard``
+mode a client that took nothing for :data:`PATIENCE` seconds is *left behind*; when it reads again, the guest is asked from its
+offset, and what the ring no longer has is a gap in its offsets. With no client the guest is told to send nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from stoker.errors import GuestError, StokerError
 
 if TYPE_CHECKING:
     from stoker.guest.agent import Agent
-    from stoker.guest.process import Process
+    from stoker.guest.process import Mode, Process
     from stoker.guest.streams import OutputStream
 
 __all__ = ["NOW", "Client", "Feed"]
@@ -50,6 +51,7 @@ class Client:
         self.cursor: dict[int, int | None] = {1: None, 2: None}
         self.ended: set[int] = set()
         self.behind = False
+        self.lossless = False
         self.closed = False
         self._queue: deque[Output] = deque()
         self._size = 0
@@ -153,9 +155,24 @@ class Feed:
         received = self._stream(number).received
         return received if known is None else max(received, known.out if number == 1 else known.err)
 
+    async def _settle(self) -> None:
+        """Whether the process waits for its readers, as those who look on now want it."""
+        mode: Mode = "block" if self.block or any(client.lossless for client in self.clients) else "discard"
+        if mode != self.process.mode and self.process.status is None:
+            try:
+                await self.process.set_stream(mode)
+            except StokerError as error:  # it has just ended, or its connection has: then there is nothing to hold back
+                log.debug("process %d keeps its mode: %s", self.process.id, error)
+
     async def join(self, client: Client, out: int | None, err: int | None, *, flowing: bool = False) -> None:
         """Takes a client in, from these offsets. ``flowing``: the guest sends already, from the beginning (just started)."""
         async with self._turn:
+            if client.lossless and not flowing:
+                self.clients.add(client)
+                try:
+                    await self._settle()
+                finally:
+                    self.clients.discard(client)
             wanted = {1: out, 2: err}
             for number in STREAMS:
                 start = wanted[number]
@@ -190,6 +207,8 @@ class Feed:
                 await self._stop()
                 self._quiet = True
                 self.process.mute()
+            if client.lossless:
+                await self._settle()
             self._room.set()
 
     async def catch_up(self, client: Client) -> None:
@@ -250,11 +269,12 @@ class Feed:
         while full := [client for client in self.clients if not client.room and not client.behind]:
             self._room.clear()
             try:
-                async with asyncio.timeout(None if self.block or len(full) == len(self.clients) else PATIENCE):
+                patient = self.block or len(full) == len(self.clients) or all(client.lossless for client in full)
+                async with asyncio.timeout(None if patient else PATIENCE):
                     await self._room.wait()
             except TimeoutError:
                 for client in full:
-                    if not client.room and len(self.clients) > 1:
+                    if not client.room and len(self.clients) > 1 and not client.lossless:
                         client.behind = True
 
     def fail(self, error: StokerError) -> None:

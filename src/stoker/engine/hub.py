@@ -156,16 +156,17 @@ class Hub:
         self._tell("process.started", process=tracked.started.id, argv=tracked.started.argv[:16], tag=tracked.started.tag)
         return tracked.info
 
-    async def open(self, agent: Agent, request: StartProcess) -> Client:
+    async def open(self, agent: Agent, request: StartProcess, *, lossless: bool = False) -> Client:
         """Started and attached in one round trip."""
-        tracked = await self._exec(agent, request, attach=True)
+        tracked = await self._exec(agent, request, attach=True, lossless=lossless)
         client = self._client(tracked)
+        client.lossless = lossless
         await tracked.feed.join(client, 0, 0, flowing=True)
         return client
 
-    async def _exec(self, agent: Agent, request: StartProcess, *, attach: bool) -> _Tracked:
+    async def _exec(self, agent: Agent, request: StartProcess, *, attach: bool, lossless: bool = False) -> _Tracked:
         number = await agent.new_id()
-        wire = translate(request, number, attach=attach)
+        wire = translate(replace(request, mode=OutputMode.BLOCK) if lossless else request, number, attach=attach)
         process = await agent.exec(wire, window=WINDOW if wire.ring > WINDOW else None, persistent=True)
         started = Started(
             id=number,
@@ -273,9 +274,10 @@ class Hub:
     def _client(self, tracked: _Tracked) -> Client:
         return Client(tracked.feed, lambda: tracked.info, tracked.feed.leave)
 
-    async def attach(self, which: int | str, out: int | None, err: int | None) -> Client:
+    async def attach(self, which: int | str, out: int | None, err: int | None, *, lossless: bool = False) -> Client:
         tracked = self.find(which)
         client = self._client(tracked)
+        client.lossless = lossless
         await tracked.feed.join(client, out, err)
         client.info = tracked.info
         return client

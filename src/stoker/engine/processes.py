@@ -75,13 +75,15 @@ class Processes:
         _, live, agent = await self._reach(who, sandbox)
         return await self._core.shielded(live.hub.start(agent, request))
 
-    async def open(self, who: Principal, sandbox: str, request: StartProcess) -> Attached:
+    async def open(self, who: Principal, sandbox: str, request: StartProcess, *, lossless: bool = False) -> Attached:
         box, live, agent = await self._reach(who, sandbox)
-        return Attached(self._core, box, await live.hub.open(agent, request))
+        return Attached(self._core, box, await live.hub.open(agent, request, lossless=lossless))
 
-    async def attach(self, who: Principal, sandbox: str, process: int | str, stdout: int | None, stderr: int | None) -> Attached:
+    async def attach(
+        self, who: Principal, sandbox: str, process: int | str, stdout: int | None, stderr: int | None, *, lossless: bool = False
+    ) -> Attached:
         box, live, _ = await self._reach(who, sandbox)
-        return Attached(self._core, box, await live.hub.attach(process, stdout, stderr))
+        return Attached(self._core, box, await live.hub.attach(process, stdout, stderr, lossless=lossless))
 
     async def list(self, who: Principal, sandbox: str, *, tag: str | None = None) -> Sequence[ProcessInfo]:
         _, live, agent = await self._reach(who, sandbox)

@@ -144,7 +144,7 @@ async def attach_to(channel: Channel, who: Principal, sandbox: str, process: int
     if not isinstance(message, wire.Attach):
         raise InvalidRequest("unexpected_message", f"an attach message was expected, not {type(message).__name__}")
     processes = channel.services.engine.processes
-    attachment = await processes.attach(who, sandbox, process, message.stdout, message.stderr)
+    attachment = await processes.attach(who, sandbox, process, message.stdout, message.stderr, lossless=message.lossless)
     await _relay(channel, attachment, message.window)
 
 
@@ -152,5 +152,5 @@ async def start_and_attach(channel: Channel, who: Principal, sandbox: str) -> No
     message = await channel.message()
     if not isinstance(message, wire.Start):
         raise InvalidRequest("unexpected_message", f"a start message was expected, not {type(message).__name__}")
-    attachment = await channel.services.engine.processes.open(who, sandbox, message.process)
+    attachment = await channel.services.engine.processes.open(who, sandbox, message.process, lossless=message.lossless)
     await _relay(channel, attachment, message.window)

@@ -98,11 +98,22 @@ class Processes(Protocol):
 
     async def start(self, who: Principal, sandbox: str, request: StartProcess) -> ProcessInfo: ...
 
-    async def open(self, who: Principal, sandbox: str, request: StartProcess) -> Attachment:
+    async def open(self, who: Principal, sandbox: str, request: StartProcess, *, lossless: bool = False) -> Attachment:
         """Starts and attaches in one round trip: nothing of the output is missed."""
 
-    async def attach(self, who: Principal, sandbox: str, process: int | str, stdout: int | None, stderr: int | None) -> Attachment:
-        """``process`` is an id or a tag (of several, the newest). Offsets: None the oldest byte held, -1 from now on."""
+    async def attach(
+        self,
+        who: Principal,
+        sandbox: str,
+        process: int | str,
+        stdout: int | None,
+        stderr: int | None,
+        *,
+        lossless: bool = False,
+    ) -> Attachment:
+        """``process`` is an id or a tag (of several, the newest). Offsets: None the oldest byte held, -1 from now on.
+
+        ``lossless``: while this attachment is open, the process waits rather than that a byte is lost, whatever its mode."""
 
     async def list(self, who: Principal, sandbox: str, *, tag: str | None = None) -> Sequence[ProcessInfo]: ...
 
