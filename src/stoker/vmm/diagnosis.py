@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from stoker.errors import GuestError, HostError, StokerError
+from stoker.errors import Conflict, GuestError, HostError, StokerError
 from stoker.host.run import describe_exit
 from stoker.vmm.driver import Machine
 from stoker.vmm.machine import MachineExit
@@ -31,6 +31,7 @@ TOO_SMALL_FOR_QEMU = re.compile(
     r"(?:initrd|ramdisk|kernel).{0,60}too (?:large|big)|not enough (?:space|memory) for initrd|does not fit", re.I
 )
 BAD_KERNEL = re.compile(r"linux kernel too old|could not load kernel|[Ee]rror loading (?:uncompressed )?kernel|invalid kernel|PVH")
+NO_LOCK = re.compile(r'Failed to get "[a-z ]+" lock')
 FATAL = re.compile(r"stoker-agent: fatal: ([a-z_]{1,40}): (.*)")
 PANIC = re.compile(r"Kernel panic - not syncing: (.*)")
 INIT_DIED = re.compile(r"Attempted to kill init! exitcode=0x([0-9a-f]+)")
@@ -53,14 +54,17 @@ def _host(exit: MachineExit, vmm: Sequence[str], console: tuple[str, ...]) -> St
         return HostError(
             "host_out_of_memory", "the host has no memory left for this machine", "ask for less (--memory), or end others"
         )
+    if exit.code not in (0, None) and NO_LOCK.search(said):
+        return Conflict("disk_in_use", "another machine writes to a disk of this one", "give each machine a disk of its own")
     if exit.code not in (0, None) and TOO_SMALL_FOR_QEMU.search(said):
         return GuestError("memory_too_small", f"the memory does not hold kernel and initramfs: {vmm[-1]}", MORE_MEMORY)
     if exit.code not in (0, None) and (found := next((line for line in vmm if BAD_KERNEL.search(line)), None)):
         return GuestError("kernel_unusable", f"QEMU cannot start this kernel: {found}", "an x86-64 vmlinux with PVH, or a bzImage")
     if exit.code not in (0, None) or (exit.signal is not None and exit.signal != 9):
         how = describe_exit(-exit.signal if exit.signal is not None else exit.code or 0)
-        last = next((line for line in reversed(vmm) if line), "it said nothing")
-        return HostError("vmm_failed", f"QEMU {how}: {last}", "stoker doctor", details={"log": list(vmm)}, console=console)
+        # QEMU puts its name before an error, and explanations without it behind.
+        error = next((line for line in reversed(vmm) if line.startswith("qemu")), vmm[-1] if vmm else "it said nothing")
+        return HostError("vmm_failed", f"QEMU {how}: {error}", "stoker doctor", details={"log": list(vmm)}, console=console)
     return None
 
 

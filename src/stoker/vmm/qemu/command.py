@@ -20,6 +20,10 @@ __all__ = ["DiskHandles", "Handles", "command", "kernel_cmdline"]
 MIB = 1 << 20
 MAX_CMDLINE = 2047  # the kernel's COMMAND_LINE_SIZE on x86, less its NUL
 
+TRANSPORTS = 8
+MAX_DISKS = TRANSPORTS - 3
+"""Channel, entropy and network have a transport each."""
+
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 WORDS = ("console=ttyS0", "quiet", "loglevel=1", "panic=-1", "reboot=t", "cryptomgr.notests")
@@ -89,7 +93,7 @@ def command(spec: MachineSpec, qemu: QemuFacts, handles: Handles) -> list[str]:
     fdsets = _FdSets()
     argv += _console(handles, fdsets)
     argv += ["-chardev", f"socket,id=monitor,fd={handles.monitor},server=on,wait=off", "-mon", "chardev=monitor,mode=control"]
-    # Transports are numbered, and the guest finds them in this order: disks first, so that vda is the first one.
+    # A guest finds the transports from the last to the first: disks come first, so that vda is the first of them.
     devices = [_disk_device(index, disk) for index, disk in enumerate(spec.disks)]
     for index, (disk, opened) in enumerate(zip(spec.disks, handles.disks, strict=True)):
         argv += ["-blockdev", json.dumps(_blockdev(index, disk, opened, fdsets), separators=(",", ":"))]
@@ -103,7 +107,7 @@ def command(spec: MachineSpec, qemu: QemuFacts, handles: Handles) -> list[str]:
         devices.append(device)
     # Slot 0 stays empty: under TCG its interrupt does not arrive in Debian's 6.1 kernel, and the disk's first read never ends.
     for slot, text in enumerate(devices, 1):
-        argv += ["-device", f"{text},bus=virtio-mmio-bus.{slot}"]
+        argv += ["-device", f"{text},bus=virtio-mmio-bus.{TRANSPORTS - 1 - slot}"]
     if spec.channel is Channel.VIRTIO_SERIAL:
         argv += ["-device", "virtserialport,chardev=agent,name=stoker.agent"]
     return [*argv[:1], *fdsets.options, *argv[1:]]
@@ -121,8 +125,8 @@ def _check(spec: MachineSpec) -> None:
             raise InvalidRequest("bad_disk", f"{disk.name!r} is not a name for a disk")
         if disk.format not in ("raw", "qcow2") or disk.backing_format not in ("raw", "qcow2"):
             raise InvalidRequest("bad_disk", f"disk {disk.name}: the format is raw or qcow2")
-    if len(spec.disks) > 5:
-        raise InvalidRequest("too_many_disks", f"{len(spec.disks)} disks: this machine type has room for 5")
+    if len(spec.disks) > MAX_DISKS:
+        raise InvalidRequest("too_many_disks", f"{len(spec.disks)} disks: this machine type has room for {MAX_DISKS}")
 
 
 class _FdSets:
