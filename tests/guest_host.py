@@ -31,7 +31,9 @@ def children(pid: int) -> list[int]:
 @asynccontextmanager
 async def running_agent(path: Path) -> AsyncIterator[asyncio.subprocess.Process]:
     """``stoker-agent --socket PATH``; it and everything it started is gone afterwards."""
-    process = await asyncio.create_subprocess_exec(agent_program(), "--socket", path, stdin=asyncio.subprocess.DEVNULL)
+    process = await asyncio.create_subprocess_exec(
+        agent_program(), "--socket", path, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL
+    )
     try:
         async with asyncio.timeout(10):
             while not path.exists():

@@ -323,7 +323,7 @@ class Agent:
                 if input is not None and not again:
                     process.stdin.write_now(input)
                     process.stdin.close()
-            await self._finish(f"exec of {m.printable(str(request.argv[0]), 100)}", number, future, timeout)
+            await self._finish(f"exec of {m.printable(str(request.argv[:1]), 100)}", number, future, timeout)
             if again:
                 process.start_over()
                 await self.resume(process)
