@@ -6,7 +6,6 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -63,10 +62,10 @@ void logf_host(const char *level, const char *format, ...)
 	char text[512];
 	va_list args;
 	va_start(args, format);
-	vsnprintf(text, sizeof text, format, args);
+	text_formatv(text, sizeof text, format, args);
 	va_end(args);
 	if (agent.debug)
-		dprintf(2, "stoker-agent: %s: %s\n", level, text);
+		text_complain("stoker-agent: %s: %s\n", level, text);
 	uint8_t buffer[768];
 	struct mp_writer w;
 	mpw_init(&w, buffer, sizeof buffer);
@@ -214,8 +213,8 @@ int main(int argc, char **argv)
 	} else if (argc == 2 && !strcmp(argv[1], "--stdio")) {
 		agent.mode = MODE_STDIO;
 	} else if (argc == 2 && !strcmp(argv[1], "--version")) {
-		puts("stoker-agent " AGENT_VERSION);
-		return 0;
+		static const char version[] = "stoker-agent " AGENT_VERSION "\n";
+		return write(1, version, sizeof version - 1) < 0;
 	} else if (getpid() != 1) {
 		return usage();
 	}
@@ -233,7 +232,7 @@ int main(int argc, char **argv)
 	if (agent.mode == MODE_SOCKET) {
 		int fd = listen_unix(path);
 		if (fd < 0) {
-			perror(path);
+			text_complain("%s: %s\n", path, strerror(errno));
 			return 1;
 		}
 		channel_listen(fd);

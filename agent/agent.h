@@ -5,6 +5,7 @@
 #include "frame.h"
 #include "msgpack.h"
 
+#include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -31,6 +32,12 @@ enum {
 	PATH_ROOM = 4096,
 	NGROUPS_ROOM = 256,
 };
+
+/* ---- text.c ----------------------------------------------------------------------------------------------------------------------- */
+
+size_t text_formatv(char *buffer, size_t size, const char *format, va_list args);
+size_t text_format(char *buffer, size_t size, const char *format, ...) __attribute__((format(printf, 3, 4)));
+void text_complain(const char *format, ...) __attribute__((format(printf, 1, 2))); /* to standard error */
 
 /* ---- agent.c: modes, the event loop ------------------------------------------------------------------------------------ */
 
@@ -172,6 +179,7 @@ struct account {
 const char *account_resolve(const char *spec, struct account *a);
 /* The same by number, for files.c ("~user", and names in listings). */
 bool account_home(const char *name, char *home, size_t size);
+const char *account_name(uint32_t id, bool group); /* empty when it has none */
 
 struct limit {
 	int resource;
@@ -202,7 +210,8 @@ int launch_run(void *launch);          /* in the child: prepare and exec */
 pid_t launch_start(struct launch *l);
 
 void call_exec(uint32_t request, const struct mp *m);
-int applet_main(char **argv, const char *cwd_error_stage, int cwd_error, const struct account *a);
+/* The child of an applet: `directory` is the working directory that could not be entered, or NULL. Returns the exit code. */
+int applet_main(char **argv, const struct mp *args, const char *directory, int error, const struct account *a);
 
 /* ---- setup.c, network.c, boot.c, info.c, power.c ----------------------------------------------------------------------------------------- */
 

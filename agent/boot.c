@@ -7,7 +7,6 @@
 #include <fcntl.h>
 #include <linux/vm_sockets.h>
 #include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
@@ -27,9 +26,9 @@ void fatal(const char *code, const char *format, ...)
 	char text[512];
 	va_list args;
 	va_start(args, format);
-	vsnprintf(text, sizeof text, format, args);
+	text_formatv(text, sizeof text, format, args);
 	va_end(args);
-	dprintf(2, "stoker-agent: fatal: %s: %s\n", code, text);
+	text_complain("stoker-agent: fatal: %s: %s\n", code, text);
 	if (agent.mode != MODE_INIT)
 		_exit(1);
 	power_off_now(false);
@@ -60,7 +59,7 @@ static bool on_command_line(const char *word)
 bool modules_load(const char *name, int *error)
 {
 	char path[128];
-	snprintf(path, sizeof path, "/modules/%s", name);
+	text_format(path, sizeof path, "/modules/%s", name);
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
 	bool ok = fd >= 0 && (syscall(SYS_finit_module, fd, "", 0) == 0 || errno == EEXIST);
 	*error = ok ? 0 : errno;
@@ -142,7 +141,7 @@ bool modules_load_later(const char *name, int *error)
 		if (!strncmp(file, "later:", 6)) {
 			char needed[NAME_ROOM];
 			int ignored;
-			snprintf(needed, sizeof needed, "%.*s", (int)(at + n - file - 6), file + 6);
+			text_format(needed, sizeof needed, "%.*s", (int)(at + n - file - 6), file + 6);
 			if (!strcmp(needed, name))
 				break;
 			modules_load(needed, &ignored);
@@ -235,10 +234,10 @@ static int find_port(void)
 	int fd = -1;
 	for (struct dirent *e; d && fd < 0 && (e = readdir(d));) {
 		char path[300], name[NAME_ROOM];
-		snprintf(path, sizeof path, "/sys/class/virtio-ports/%.128s/name", e->d_name);
+		text_format(path, sizeof path, "/sys/class/virtio-ports/%.128s/name", e->d_name);
 		if (e->d_name[0] == '.' || !read_small(path, name, sizeof name) || strcmp(name, "stoker.agent\n"))
 			continue;
-		snprintf(path, sizeof path, "/dev/%.128s", e->d_name);
+		text_format(path, sizeof path, "/dev/%.128s", e->d_name);
 		fd = open(path, O_RDWR | O_CLOEXEC | O_NONBLOCK);
 	}
 	if (d)

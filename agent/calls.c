@@ -4,7 +4,6 @@
 
 #include <errno.h>
 #include <stdarg.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/utsname.h>
 #include <unistd.h>
@@ -56,7 +55,7 @@ void reply_error(uint32_t request, const char *code, int error, const char *form
 	struct mp_writer w;
 	va_list args;
 	va_start(args, format);
-	vsnprintf(text, sizeof text, format, args);
+	text_formatv(text, sizeof text, format, args);
 	va_end(args);
 	mpw_init(&w, buffer, sizeof buffer);
 	mpw_map(&w, 1);
@@ -73,7 +72,7 @@ bool fail(struct failure *f, const char *code, int error, const char *format, ..
 {
 	va_list args;
 	va_start(args, format);
-	vsnprintf(f->message, sizeof f->message, format, args);
+	text_formatv(f->message, sizeof f->message, format, args);
 	va_end(args);
 	f->code = code;
 	f->error = error;

@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -26,6 +25,7 @@ struct request {
 	struct account account;
 	struct limit limits[LIMITS];
 	struct launch launch;
+	struct mp args; /* of an applet; still in the channel's buffer, of which the child has its own copy */
 	char *arena, *at, *end;
 	char **pointers;
 	unsigned environment_count;
@@ -212,7 +212,7 @@ static bool decode_account(struct request *q, const struct mp *m, struct failure
 	if (agent.mode != MODE_INIT && geteuid() != 0 && !mp_is_text(&user) && !*configured_user) {
 		/* On a host, as an ordinary user: nobody else. */
 		char self[16];
-		snprintf(self, sizeof self, "%u", (unsigned)geteuid());
+		text_format(self, sizeof self, "%u", (unsigned)geteuid());
 		account_resolve(self, &q->account);
 	}
 	struct mp groups = mp_get(m, "groups");
@@ -231,6 +231,7 @@ static bool decode(struct request *q, const struct mp *m, struct failure *f)
 	q->rows = (unsigned)mp_u64_or(m, "rows", 24, 65535);
 	q->columns = (unsigned)mp_u64_or(m, "cols", 80, 65535);
 	q->ring = mp_u64_or(m, "ring", RING_DEFAULT, UINT32_MAX);
+	q->args = mp_get(m, "args");
 	q->launch.mask = (mode_t)mp_u64_or(m, "umask", 022, 0777);
 	if (q->ring < RING_SMALLEST || q->ring > RING_LARGEST || q->ring & (q->ring - 1))
 		return fail(f, "bad_request", EINVAL, "ring: a power of two from %d to %d", RING_SMALLEST, RING_LARGEST);
@@ -346,7 +347,7 @@ static pid_t start_applet(struct request *q)
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	if (!ready && !tolerable)
 		_exit(125);
-	_exit(applet_main(l->argv, tolerable ? (l->cwd ? l->cwd : l->workdir) : NULL, tolerable ? l->error : 0, &q->account));
+	_exit(applet_main(l->argv, &q->args, tolerable ? (l->cwd ? l->cwd : l->workdir) : NULL, tolerable ? l->error : 0, &q->account));
 }
 
 static bool explain(const struct request *q, struct failure *f)

@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include "agent.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -16,18 +15,26 @@ static uint64_t kilobytes(const char *key)
 	return at ? strtoull(at + strlen(key), NULL, 10) * 1024 : 0;
 }
 
+/* Both files have exactly two decimals. */
+static uint64_t hundredths(char **at)
+{
+	uint64_t whole = strtoull(*at, at, 10);
+	return whole * 100 + (**at == '.' ? strtoull(*at + 1, at, 10) : 0);
+}
+
 static void put_times(struct mp_writer *w)
 {
 	char uptime[64], load[64];
 	read_small("/proc/uptime", uptime, sizeof uptime);
 	read_small("/proc/loadavg", load, sizeof load);
 	/* Hundredths: there are no floating-point numbers in the protocol. */
-	mpw_key_uint(w, "uptime_ms", (uint64_t)(strtod(uptime, NULL) * 1000));
+	char *at = uptime;
+	mpw_key_uint(w, "uptime_ms", hundredths(&at) * 10);
 	mpw_str(w, "load");
 	mpw_array(w, 3);
-	char *at = load;
+	at = load;
 	for (int i = 0; i < 3; i++)
-		mpw_uint(w, (uint64_t)(strtod(at, &at) * 100 + 0.5));
+		mpw_uint(w, hundredths(&at));
 }
 
 static void put_memory(struct mp_writer *w)
@@ -61,7 +68,7 @@ static bool wanted_disk(const char *name)
 {
 	/* Partitions are counted with their disk; loop and ram devices are nobody's. */
 	char path[NAME_ROOM + 32];
-	snprintf(path, sizeof path, "/sys/block/%.60s/stat", name);
+	text_format(path, sizeof path, "/sys/block/%.60s/stat", name);
 	char one[8];
 	return strncmp(name, "loop", 4) && strncmp(name, "ram", 3) && read_small(path, one, sizeof one);
 }
@@ -73,20 +80,29 @@ static void put_disks(struct mp_writer *w)
 	size_t mark = mpw_open_array(w);
 	uint32_t n = 0;
 	for (char *line = strtok(text, "\n"); line && n < ROWS; line = strtok(NULL, "\n")) {
-		char name[NAME_ROOM];
-		unsigned long long v[8];
-		if (sscanf(line, "%*u %*u %63s %llu %*u %llu %llu %llu %*u %llu %llu", name, &v[0], &v[1], &v[2], &v[3], &v[4], &v[5]) != 7 ||
-		    !wanted_disk(name))
+		/* major minor name reads merged sectors ms writes merged sectors ms ... */
+		uint64_t v[8];
+		char *at = line;
+		strtoull(at, &at, 10);
+		strtoull(at, &at, 10);
+		char *name = at + strspn(at, " ");
+		at = name + strcspn(name, " ");
+		if (!*at)
 			continue;
+		*at++ = 0;
+		if (!wanted_disk(name))
+			continue;
+		for (int i = 0; i < 8; i++)
+			v[i] = strtoull(at, &at, 10);
 		n++;
 		mpw_map(w, 7);
 		mpw_key_str(w, "name", name);
 		mpw_key_uint(w, "reads", v[0]);
-		mpw_key_uint(w, "read_bytes", v[1] * 512);
-		mpw_key_uint(w, "read_ms", v[2]);
-		mpw_key_uint(w, "writes", v[3]);
-		mpw_key_uint(w, "written_bytes", v[4] * 512);
-		mpw_key_uint(w, "write_ms", v[5]);
+		mpw_key_uint(w, "read_bytes", v[2] * 512);
+		mpw_key_uint(w, "read_ms", v[3]);
+		mpw_key_uint(w, "writes", v[4]);
+		mpw_key_uint(w, "written_bytes", v[6] * 512);
+		mpw_key_uint(w, "write_ms", v[7]);
 	}
 	mpw_close(w, mark, n);
 }

@@ -7,7 +7,6 @@
 #include <linux/if_link.h>
 #include <linux/rtnetlink.h>
 #include <net/if.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -131,12 +130,13 @@ bool network_loopback(void)
 
 static bool parse_mac(const char *text, uint8_t mac[6])
 {
-	unsigned v[6];
-	char behind;
-	if (sscanf(text, "%2x:%2x:%2x:%2x:%2x:%2x%c", &v[0], &v[1], &v[2], &v[3], &v[4], &v[5], &behind) != 6)
-		return false;
-	for (int i = 0; i < 6; i++)
-		mac[i] = (uint8_t)v[i];
+	for (int i = 0; i < 6; i++, text += 3) {
+		char *end, behind = i < 5 ? ':' : 0;
+		unsigned long v = strtoul(text, &end, 16);
+		if (end != text + 2 || *end != behind || v > 255)
+			return false;
+		mac[i] = (uint8_t)v;
+	}
 	return true;
 }
 

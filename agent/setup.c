@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/random.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -15,10 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
-/* linux/fs.h does not go together with sys/mount.h. */
-#ifndef BLKGETSIZE64
-#define BLKGETSIZE64 _IOR(0x12, 114, size_t)
-#endif
+/* From linux/ext4.h, which is not installed. */
 #define EXT4_IOC_RESIZE_FS _IOW('f', 16, uint64_t)
 
 struct mp configured_env = {.type = MP_MISSING};
@@ -83,7 +79,7 @@ static bool write_etc(const char *path, const char *text)
 		if (put(open(path, FLAGS | O_CREAT | O_EXCL, 0644), text))
 			return true;
 	char own[128];
-	snprintf(own, sizeof own, "/run/stoker/%s", strrchr(path, '/') + 1);
+	text_format(own, sizeof own, "/run/stoker/%s", strrchr(path, '/') + 1);
 	mkdir("/run/stoker", 0755);
 	return put(open(own, FLAGS | O_CREAT, 0644), text) && mount(own, path, NULL, MS_BIND, NULL) == 0;
 }
@@ -211,7 +207,7 @@ static bool switch_root(struct failure *f)
 	char target[32];
 	int old = open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	for (int i = 0; i < 3; i++) {
-		snprintf(target, sizeof target, "/newroot%s", moved[i]);
+		text_format(target, sizeof target, "/newroot%s", moved[i]);
 		mkdir(target, 0755);
 		if (mount(moved[i], target, NULL, MS_MOVE, NULL))
 			return fail(f, "mount_failed", errno, "the root file system has no usable %s: %s", moved[i], strerror(errno));
@@ -226,11 +222,12 @@ static bool switch_root(struct failure *f)
  * (another type, no resize inode), the machine works all the same. */
 static void grow(const char *device)
 {
-	uint64_t bytes = 0, blocks;
+	off_t bytes = 0;
+	uint64_t blocks;
 	struct statfs st;
 	int disk = open(device, O_RDONLY | O_CLOEXEC), root = open("/newroot", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (disk >= 0 && root >= 0 && ioctl(disk, (int)BLKGETSIZE64, &bytes) == 0 && fstatfs(root, &st) == 0 && st.f_bsize > 0) {
-		blocks = bytes / (uint64_t)st.f_bsize;
+	if (disk >= 0 && root >= 0 && (bytes = lseek(disk, 0, SEEK_END)) > 0 && fstatfs(root, &st) == 0 && st.f_bsize > 0) {
+		blocks = (uint64_t)bytes / (uint64_t)st.f_bsize;
 		if (ioctl(root, EXT4_IOC_RESIZE_FS, &blocks) && errno != EINVAL)
 			logf_host("warning", "cannot grow the root file system: %s", strerror(errno));
 	}
@@ -311,7 +308,7 @@ static bool identity(const struct mp *m, struct failure *f)
 		return fail(f, "bad_request", EINVAL, "hostname: at most %d characters", NAME_ROOM - 1);
 	if (*hostname) {
 		char line[NAME_ROOM + 1];
-		snprintf(line, sizeof line, "%s\n", hostname);
+		text_format(line, sizeof line, "%s\n", hostname);
 		if (sethostname(hostname, strlen(hostname)))
 			return fail(f, "io", errno, "cannot set the host name: %s", strerror(errno));
 		if (!write_etc("/etc/hostname", line))

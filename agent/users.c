@@ -182,3 +182,35 @@ bool account_home(const char *name, char *home, size_t size)
 		copy(home, size, a.home);
 	return found;
 }
+
+/* For listings: the files are read once, and what was found is remembered. Only applets ask, and they do not live long. */
+const char *account_name(uint32_t id, bool group)
+{
+	enum { REMEMBERED = 64 };
+	static struct {
+		bool used, group;
+		uint32_t id;
+		char name[NAME_ROOM];
+	} cache[REMEMBERED];
+	static char *texts[2];
+	static unsigned next;
+	for (unsigned i = 0; i < REMEMBERED; i++)
+		if (cache[i].used && cache[i].group == group && cache[i].id == id)
+			return cache[i].name;
+	unsigned slot = next++ % REMEMBERED;
+	cache[slot].used = true;
+	cache[slot].group = group;
+	cache[slot].id = id;
+	cache[slot].name[0] = 0;
+	if (!texts[group] && !(texts[group] = slurp(group ? "/etc/group" : "/etc/passwd")))
+		return "";
+	char *f[3], *copy_of = strdup(texts[group]), *at = copy_of;
+	uint32_t found;
+	while (next_line(&at, f, 3))
+		if (f[2] && number(f[2], &found) && found == id) {
+			copy(cache[slot].name, NAME_ROOM, f[0]);
+			break;
+		}
+	free(copy_of);
+	return cache[slot].name;
+}
