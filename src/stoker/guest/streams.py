@@ -360,6 +360,10 @@ class Stdin:
         self._link = link
         self.error = None
         if not self.refused:
+            if wanted > self._acked:
+                # The acknowledgement of what the process took may be lost: to one byte it has seen, the agent says it again.
+                at, part = self._kept[0]
+                link.send(DATA, self.number, self._acked, part[self._acked - at : self._acked - at + 1])
             for at, part in self._kept:
                 if at + len(part) > wanted:
                     skip = max(0, wanted - at)
