@@ -1,9 +1,9 @@
 """The user-mode network: a guest that reaches the internet, and neither the host nor what is behind it.
 
-QEMU's own user network (libslirp) needs no privilege, but takes every address inside 10.0.2.0/24 for the host's loopback, and
-connects to private networks as the host would. So each frame of the guest passes a filter (the shim's) that drops those
-destinations. What the guest is left with: public addresses that are not the host's own, and DNS on the nameserver's address,
-which libslirp hands to the host's resolver.
+QEMU's own user network (libslirp) needs no privilege, but takes the gateway's address for the host's loopback (older ones every
+address of 10.0.2.0/24), and connects to private networks as the host would. So each frame of the guest passes a filter (the
+shim's) that drops those destinations. What the guest is left with: public addresses that are not the host's own, and DNS on the
+nameserver's address, which libslirp hands to the host's resolver.
 """
 
 from __future__ import annotations
