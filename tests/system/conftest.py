@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from engine_fixtures import own_data
 from leaks import processes, wait_gone
 from stoker.settings import Settings, load_settings
 
@@ -116,14 +117,23 @@ def settings(data_dir: Path, short_dir: Path, accelerator: str) -> Iterator[Sett
 
 
 @pytest.fixture
-def stoker(settings: Settings) -> CommandLine:
-    """Runs the installed command: ``stoker("run", "debian:12", "--", "true").code``."""
-    return CommandLine(
-        settings,
+def stoker(settings: Settings, short_dir: Path) -> Iterator[CommandLine]:
+    """Runs the installed command: ``stoker("run", "debian:12", "--", "true").code``.
+
+    Its daemon, which the first word starts, keeps its database and disks in a directory of the test's own, and ends with it.
+    """
+    own = own_data(settings, short_dir)
+    command = CommandLine(
+        own,
         {
-            "STOKER_DATA_DIR": str(settings.data_dir),
-            "STOKER_RUN_DIR": str(settings.run_dir),
-            "STOKER_ACCEL": settings.accel,
-            "STOKER_CONFIG": str(settings.config_file),
+            "STOKER_DATA_DIR": str(own.data_dir),
+            "STOKER_RUN_DIR": str(own.run_dir),
+            "STOKER_ACCEL": own.accel,
+            "STOKER_CONFIG": str(own.config_file),
         },
     )
+    yield command
+    if command("daemon", "status").code == 0:
+        command("rm", "--all")
+        ended = command("daemon", "stop")
+        assert ended.code == 0, ended.error

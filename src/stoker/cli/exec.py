@@ -13,11 +13,13 @@ from stoker.cli.options import DURATION, command_words, environment
 from stoker.cli.remote import SANDBOX, with_client
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from stoker.api.models import StartProcess
     from stoker.client.client import AsyncClient
     from stoker.client.process import AsyncProcess
 
-__all__ = ["attach", "exec_command"]
+__all__ = ["attach", "exec_command", "process_request", "reads_input"]
 
 
 def reads_input(interactive: bool) -> bool:
@@ -53,26 +55,30 @@ async def on_streams(process: AsyncProcess, *, stdin: bool, tty: bool, timeout: 
     return code
 
 
-def _request(
+def process_request(
     argv: tuple[str, ...],
     *,
-    env: dict[str, str],
-    workdir: str | None,
-    user: str | None,
-    tag: str | None,
     stdin: bool,
     tty: bool,
-    timeout: float | None,
+    env: Mapping[str, str] | None = None,
+    workdir: str | None = None,
+    user: str | None = None,
+    tag: str | None = None,
+    timeout: float | None = None,
 ) -> StartProcess:
+    """What starts a command for a person: a terminal gets our size and kind."""
     from stoker.api.models import StartProcess, Terminal
     from stoker.cli.terminal import size
 
     terminal = None
+    variables = dict(env or {})
     if tty:
         rows, cols = size()
         terminal = Terminal(rows=rows, cols=cols)
-        env = {**{name: os.environ[name] for name in ("TERM", "COLORTERM") if os.environ.get(name)}, **env}
-    return StartProcess(argv=list(argv), env=env, cwd=workdir, user=user, tag=tag, stdin=stdin, terminal=terminal, timeout=timeout)
+        variables = {**{name: os.environ[name] for name in ("TERM", "COLORTERM") if os.environ.get(name)}, **variables}
+    return StartProcess(
+        argv=list(argv), env=variables, cwd=workdir, user=user, tag=tag, stdin=stdin, terminal=terminal, timeout=timeout
+    )
 
 
 @click.command("exec", context_settings={"allow_interspersed_args": False})
@@ -110,7 +116,7 @@ def exec_command(
     if not words:
         raise click.UsageError("name a command")
     stdin = reads_input(interactive) and not detach
-    request = _request(
+    request = process_request(
         words,
         env=dict(environment(env, env_file)),
         workdir=workdir,

@@ -13,7 +13,7 @@ import click
 from stoker.api.units import parse_duration, parse_size
 from stoker.errors import InvalidRequest
 
-__all__ = ["DURATION", "SIZE", "command_words", "environment"]
+__all__ = ["DURATION", "SIZE", "absolute_image", "absolute_kernel", "command_words", "environment", "existing_file"]
 
 T = TypeVar("T")
 NAME = re.compile(r"[^=\0\s]+")
@@ -106,3 +106,19 @@ def existing_file(option: str, path: str | None) -> Path | None:
     if not os.path.isfile(path):
         raise InvalidRequest("file_missing", f"{option}: there is no file {path}")
     return Path(path).absolute()
+
+
+LOCAL_TRANSPORTS = ("ext4:", "dir:", "oci:", "tar:", "docker-archive:")
+
+
+def absolute_image(reference: str) -> str:
+    """An image that is a path of ours, for a daemon that stands elsewhere: ``ext4:disk.img`` becomes ``ext4:/home/me/disk.img``."""
+    for transport in LOCAL_TRANSPORTS:
+        if reference.startswith(transport) and len(reference) > len(transport):
+            return transport + os.path.abspath(reference.removeprefix(transport))
+    return reference
+
+
+def absolute_kernel(name: str) -> str:
+    """The same for a kernel: whatever has a slash, or is a file here, is a path."""
+    return os.path.abspath(name) if "/" in name or (name and ":" not in name and os.path.exists(name)) else name

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stoker.cli.options import DURATION, SIZE, environment, existing_file
+from stoker.cli.options import DURATION, SIZE, absolute_image, absolute_kernel, environment, existing_file
 from stoker.cli.remote import SANDBOX, Following, each, json_option, labels_of, with_client
 from stoker.cli.table import Column, ago, show, show_json
 
@@ -51,6 +51,8 @@ def create(
     env: tuple[str, ...],
     env_file: tuple[str, ...],
     initrd: str | None,
+    image: str,
+    kernel: str,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -63,7 +65,9 @@ def create(
 
         with Following(quiet) as following:
             box = await AsyncSandbox.create(
+                absolute_image(image),
                 client=client,
+                kernel=absolute_kernel(kernel),
                 env=variables,
                 labels=labels_of(label),
                 initrd=str(initial or ""),

@@ -328,7 +328,12 @@ async def _running(core: Core, box: Box, booted: Booted) -> None:
             workdir=booted.workdir,
             command=list(booted.command),
             resources=replace(record.resources, disk=booted.disk or record.resources.disk),
-            timings={name: round(seconds * 1000, 3) for name, seconds in booted.timings.items()},
+            timings={
+                **{name: round(seconds * 1000, 3) for name, seconds in booted.timings.items()},
+                # Of the guest's own clock: when the agent began, and when it could be spoken to.
+                "agent_started": welcome.started_us / 1000,
+                "agent_ready": welcome.ready_us / 1000,
+            },
             versions=Versions(
                 daemon=stoker.__version__,
                 agent=welcome.agent,
