@@ -185,7 +185,8 @@ async def wait_sandbox(call: Call, query: WaitQuery) -> Sandbox | Reply:
     """
     sandbox = await call.engine.get(call.principal, call.sandbox)
     try:
-        return await call.engine.wait(call.principal, sandbox.id, frozenset(query.state), query.timeout)
+        found = await call.engine.wait(call.principal, sandbox.id, frozenset(query.state), query.timeout)
+        return found if query.state else Reply(204)
     except DeadlineExceeded as e:
         return error_reply(e, 408)
     except NotFound:
