@@ -147,7 +147,7 @@ FAMILIES: dict[str, type[StokerError]] = {
         InternalError,
     )
 }
-_BY_STATUS = {400: InvalidRequest, **{f.status: f for f in FAMILIES.values() if f.status != 422}}
+_BY_STATUS: dict[int, type[StokerError]] = {400: InvalidRequest, **{f.status: f for f in FAMILIES.values() if f.status != 422}}
 
 
 def http_status(error: StokerError) -> int:
