@@ -151,7 +151,8 @@ bool channel_send_ring(uint32_t stream, uint64_t offset, const struct iovec piec
 		return false;
 	put_u32(p + FRAME_HEADER + length, frame_header(p, FRAME_DATA, stream, offset, (uint32_t)length));
 	memcpy(p + FRAME_HEADER, pieces[0].iov_base, first);
-	memcpy(p + FRAME_HEADER + first, pieces[1].iov_base, length - first);
+	if (length > first)
+		memcpy(p + FRAME_HEADER + first, pieces[1].iov_base, length - first);
 	if (queue.end - queue.start >= FLUSH_AT)
 		channel_flush();
 	return true;

@@ -261,7 +261,7 @@ static bool decode(struct request *q, const struct mp *m, struct failure *f)
 		q->launch.cwd = NULL;
 	if (!q->launch.cwd && !q->launch.workdir && agent.mode == MODE_INIT)
 		q->launch.cwd = "/";
-	q->tag = mp_is_text(&tag) && tag.count <= TAG_MAX ? keep_text(q, &tag) : "";
+	q->tag = !mp_is_text(&tag) ? "" : tag.count <= TAG_MAX ? keep_text(q, &tag) : NULL;
 	return q->tag || fail(f, "bad_request", EINVAL, "tag: at most %d bytes", TAG_MAX);
 }
 
