@@ -155,9 +155,11 @@ def stop_daemon(pid: int, *, timeout: float = STOP_TIMEOUT) -> bool:
     except ProcessLookupError:
         return False
     try:
-        signal.pidfd_send_signal(fd, signal.SIGTERM)
         waiting = select.poll()
         waiting.register(fd, select.POLLIN)
+        if waiting.poll(0):
+            return False  # it has ended; its parent has not been told yet
+        signal.pidfd_send_signal(fd, signal.SIGTERM)
         if not waiting.poll(timeout * 1000):
             raise DeadlineExceeded(
                 "daemon_stop_timeout", f"the daemon (pid {pid}) did not end within {timeout:g} s", f"kill -9 {pid}"
