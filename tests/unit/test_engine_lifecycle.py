@@ -285,7 +285,7 @@ async def test_machines_outlive_the_engine(settings: Settings) -> None:
     async with opened(settings) as engine:
         box = await make(engine, name="web")
         dead = await make(engine, name="dead")
-        frozen = await make(engine, name="frozen")
+        await make(engine, name="frozen")
         await engine.freeze(ADMIN, "frozen")
         started = await engine.processes.start(
             ADMIN, box.id, StartProcess(argv=["sh", "-c", "echo before; sleep 1; echo after; sleep 100"], tag="job")

@@ -24,10 +24,13 @@ UNMOUNT: Final = 10.0
 
 async def release_all(core: Core, box: Box, *, tracing: bool = False) -> None:
     """Takes away everything the ledger names as this sandbox's."""
-    for entry in await core.ledger.of(box.id):
-        await release(entry)
-        if tracing and entry.kind is not Kind.LEASE:
-            trace(f"destroy.after_{entry.kind.value}")
+    entries = await core.ledger.of(box.id)
+    for kind in Kind:
+        for entry in entries:
+            if entry.kind is kind:
+                await release(entry)
+        if tracing and kind is not Kind.LEASE:
+            trace(f"destroy.after_{kind.value}")
 
 
 async def detach(box: Box, error: StokerError) -> None:

@@ -41,7 +41,8 @@ async def watch(core: Core, box: Box, live: Live, rows: dict[int, Started] | Non
                 break
             other.result()
             if agent is not None:
-                log.warning("%s: %s", box.id, agent.reason)
+                if box.record.state is not SandboxState.STOPPING:
+                    log.warning("%s: %s", box.id, agent.reason)
                 live.agent = None
                 live.reached.clear()
             else:
@@ -60,7 +61,8 @@ async def _reach(core: Core, box: Box, live: Live, rows: dict[int, Started] | No
     began = loop.time()
     tries = 0
     while True:
-        while box.record.state is SandboxState.FROZEN:
+        # A frozen guest cannot answer, one that shuts down will not.
+        while box.record.state in (SandboxState.FROZEN, SandboxState.STOPPING):
             await box.changed.wait()
             began = loop.time()
         try:

@@ -1,0 +1,100 @@
+"""Drives tests/engine_daemon.py and looks at what a crash left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from stoker.api.models import Principal, SandboxState
+from stoker.engine.engine import Engine
+
+ADMIN = Principal()
+DAEMON = Path(__file__).parent / "engine_daemon.py"
+
+
+class Daemon:
+    """The daemon's process. ``ask`` returns None when it died instead of answering."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+
+    async def ask(self, **words: Any) -> dict[str, Any] | None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(ConnectionError):
+            self.process.stdin.write(json.dumps(words).encode() + b"\n")
+            await self.process.stdin.drain()
+        line = await self.process.stdout.readline()
+        return json.loads(line) if line else None
+
+    async def sure(self, **words: Any) -> dict[str, Any]:
+        answer = await self.ask(**words)
+        assert answer is not None and "error" not in answer or answer and answer.get("error") is None, answer
+        return answer
+
+    async def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        await self.process.wait()
+
+
+@asynccontextmanager
+async def daemon(data: Path, run: Path, kind: str, point: str = "") -> AsyncIterator[Daemon]:
+    env = {**os.environ, "STOKER_TRACE_KILL": point}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, DAEMON, data, run, kind, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=env
+    )
+    found = Daemon(process)
+    try:
+        assert process.stdout is not None
+        assert await process.stdout.readline(), "the daemon did not start"
+        yield found
+    finally:
+        await found.kill()
+
+
+def machines(run: Path) -> set[str]:
+    """Sandboxes that have a process on this host: any whose arguments name their directory."""
+    found = set()
+    prefix = os.fsencode(run / "sandboxes") + b"/"
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                words = Path(entry.path, "cmdline").read_bytes()
+                if prefix in words and b"engine_daemon" not in words:
+                    found.add(words.split(prefix)[1].split(b"/")[0].split(b"\0")[0].decode())
+    return found
+
+
+async def whole(engine: Engine, data: Path, run: Path) -> dict[str, SandboxState]:
+    """Asserts that rows, ledger, files and processes tell the same story; the sandboxes by name."""
+    boxes = (await engine.list(ADMIN, limit=1000)).items
+    living = {box.id for box in boxes if box.state in (SandboxState.RUNNING, SandboxState.FROZEN, SandboxState.LOST)}
+    with_disk = living | {box.id for box in boxes if box.started_at is not None}
+    assert not [box for box in boxes if box.state in (SandboxState.CREATING, SandboxState.STOPPING)], boxes
+    assert {entry.name for entry in os.scandir(data / "pool")} == {f"{name}.qcow2" for name in with_disk}
+    assert {entry.name for entry in os.scandir(run / "sandboxes")} == with_disk
+    assert machines(run) == living
+    owned = await engine._core.ledger.all()
+    assert {entry.owner for entry in owned} == with_disk
+    assert {entry.owner for entry in owned if entry.kind == "process"} == living
+    return {box.name or box.id: box.state for box in boxes}
+
+
+async def output(engine: Engine, name: str, enough: bytes) -> bytes:
+    """What the process tagged ``job`` wrote from its first byte, until ``enough`` is in it."""
+    attached = await engine.processes.attach(ADMIN, name, "job", 0, 0)
+    data = b""
+    async with asyncio.timeout(60):
+        while enough not in data:
+            piece = await attached.read()
+            assert piece is not None and piece.offset == len(data)
+            data += piece.data
+    await attached.aclose()
+    return data

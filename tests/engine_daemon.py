@@ -1,0 +1,75 @@
+"""A daemon without HTTP for crash tests: ``engine_daemon.py DATA RUN host|real``. Commands and answers are JSON lines.
+
+``STOKER_TRACE_KILL=POINT`` makes it kill itself there, as in the real daemon: :class:`stoker.engine.engine.Engine` arms it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engine_host import HostBooter
+from stoker.api.models import CreateSandbox, Principal, SandboxState, StartProcess
+from stoker.engine.engine import Engine
+from stoker.engine.trace import arm
+from stoker.errors import StokerError
+from stoker.settings import Settings
+
+ADMIN = Principal()
+SETTLED = frozenset({SandboxState.RUNNING, SandboxState.FAILED, SandboxState.STOPPED})
+
+
+def settings(data: Path, run: Path) -> Settings:
+    return Settings(data, run, data / "none.toml", accel=os.environ.get("STOKER_ACCEL", "tcg"))
+
+
+async def command(engine: Engine, words: dict[str, Any]) -> Any:
+    match words["do"]:
+        case "create":
+            operation = await engine.create(ADMIN, CreateSandbox(image=words["image"], name=words["name"], memory=256 << 20))
+            box = await engine.wait(ADMIN, operation.sandbox or "", SETTLED, 120)
+            return {"id": box.id, "state": box.state, "error": box.error.message if box.error else None}
+        case "job":
+            request = StartProcess(argv=["sh", "-c", words["script"]], tag="job")
+            return {"process": (await engine.processes.start(ADMIN, words["name"], request)).id}
+        case "settle":
+            # The job has ended.
+            while (await engine.processes.get(ADMIN, words["name"], "job")).running:
+                await asyncio.sleep(0.05)
+        case "arm":
+            arm(words["point"])
+        case "destroy":
+            await engine.destroy(ADMIN, words["name"])
+        case "stop":
+            return {"state": (await engine.stop(ADMIN, words["name"], 0.5)).state}
+        case "start":
+            operation = await engine.start(ADMIN, words["name"])
+            return {"state": (await engine.wait_operation(ADMIN, operation.id, 120)).state}
+        case "list":
+            return {"boxes": {box.name: box.state for box in (await engine.list(ADMIN)).items}}
+    return {}
+
+
+async def main() -> None:
+    data, run, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    async with Engine.open(settings(data, run), booter=HostBooter() if kind == "host" else None) as engine:
+        print(json.dumps({"ready": os.getpid()}), flush=True)
+        while line := await reader.readline():
+            try:
+                answer = await command(engine, json.loads(line))
+            except StokerError as error:
+                answer = {"error": error.code}
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
