@@ -107,12 +107,16 @@ async def test_disks_come_in_order_and_stay_apart(settings: Settings, guest: Gue
     raw.write_bytes(b"read-only disk.." + bytes(4 * MIB - 16))
     overlay = short_dir / "overlay.qcow2"
     create_overlay(overlay, base, 16 * MIB)
-    disks = (Disk("root", overlay, "qcow2", backing=base), Disk("second", raw, "raw", read_only=True))
+    more = tuple(Disk(f"more{number}", short_dir / f"more{number}", "raw") for number in range(8))
+    for disk in more:
+        disk.path.write_bytes(f"{disk.name:<16}".encode() + bytes(MIB - 16))
+    disks = (Disk("root", overlay, "qcow2", backing=base), Disk("second", raw, "raw", read_only=True), *more)
     machine = await launch(probe_spec(guest.kernel, guest.initrd, short_dir / "m", "probe=disks", disks=disks), settings)
     try:
         lines = await console_says(machine, "probe ends")
         assert f"disk vda root {16 * MIB // 512} rw from the base..." in lines
         assert f"disk vdb second {4 * MIB // 512} ro read-only disk.." in lines
+        assert f"disk vdj more7 {MIB // 512} rw more7" in [line.rstrip() for line in lines], "none is lost, whatever its interrupt"
         async with asyncio.timeout(20):
             await machine.wait()
     finally:

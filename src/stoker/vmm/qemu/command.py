@@ -20,9 +20,10 @@ __all__ = ["DiskHandles", "Handles", "command", "kernel_cmdline"]
 MIB = 1 << 20
 MAX_CMDLINE = 2047  # the kernel's COMMAND_LINE_SIZE on x86, less its NUL
 
-TRANSPORTS = 8
-MAX_DISKS = TRANSPORTS - 3
-"""Channel, entropy and network have a transport each."""
+LAST_TRANSPORT = 23
+MAX_DISKS = LAST_TRANSPORT - 3
+"""Channel, entropy and network have a transport each, and number 0 stays empty: it is pin 0 of the second IOAPIC, which QEMU takes
+for the ISA timer's and raises pin 2 instead, so its interrupts never arrive."""
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -105,9 +106,8 @@ def command(spec: MachineSpec, qemu: QemuFacts, handles: Handles) -> list[str]:
         network, device = _network(spec, handles)
         argv += network
         devices.append(device)
-    # Slot 0 stays empty: under TCG its interrupt does not arrive in Debian's 6.1 kernel, and the disk's first read never ends.
-    for slot, text in enumerate(devices, 1):
-        argv += ["-device", f"{text},bus=virtio-mmio-bus.{TRANSPORTS - 1 - slot}"]
+    for index, text in enumerate(devices):
+        argv += ["-device", f"{text},bus=virtio-mmio-bus.{LAST_TRANSPORT - index}"]
     if spec.channel is Channel.VIRTIO_SERIAL:
         argv += ["-device", "virtserialport,chardev=agent,name=stoker.agent"]
     return [*argv[:1], *fdsets.options, *argv[1:]]
@@ -149,7 +149,7 @@ def _machine(spec: MachineSpec, qemu: QemuFacts) -> list[str]:
     software = "max,-erms,-cx16" if qemu.version < (9, 0, 0) else "max,-erms"
     cpu = spec.cpu or (software if tcg else "max")
     return [
-        "-M", "microvm,acpi=on,pcie=off,usb=off,rtc=on",
+        "-M", "microvm,acpi=on,ioapic2=on,pcie=off,usb=off,rtc=on",
         "-accel", f"tcg,thread=multi,tb-size={TRANSLATION_MIB}" if tcg else "kvm",
         "-cpu", cpu,
         "-smp", str(spec.cpus),
