@@ -229,14 +229,15 @@ async def test_silence_ends_a_call_and_a_late_reply_hurts_nobody(path: Path) -> 
         peer.reply(late, {})
         peer.send(frames.PONG, 0, 0, b"never asked")
         peer.send(0x77, 3, 4, b"a type from the future")
-        peer.reply(number, {"uptime": 3, "load": [0.5, 1, 2], "memory": {"total": 5, "available": 3}, "cpus": 4})
+        peer.reply(number, {"uptime_ms": 3000, "load": [50, 100, 2], "memory": {"total": 5, "available": 3}, "new": 4})
 
     async with peered(path, script) as agent:
         with pytest.raises(GuestError) as info:
             await agent.sync(timeout=0.05)
         assert info.value.code == "agent_timeout"
         assert 0 < await agent.ping() < 5
-        assert (await agent.info()).memory.total == 5
+        info = await agent.info()
+        assert (info.memory.total, info.uptime) == (5, 3.0)
 
 
 async def test_a_lost_connection_fails_everyone_who_waits(path: Path) -> None:
@@ -266,14 +267,27 @@ async def test_a_lost_connection_fails_everyone_who_waits(path: Path) -> None:
             await agent.exec(ExecRequest(["y"]))
 
 
-async def test_a_cancelled_exec_kills_what_it_started(path: Path) -> None:
+@pytest.mark.parametrize("started", [True, False])
+async def test_a_cancelled_exec_leaves_nothing(path: Path, started: bool) -> None:
+    """Whether it had started already or never would: killed, forgotten, and no trace of it here."""
     asked = asyncio.Event()
 
     async def script(peer: Peer) -> None:
-        _, arguments = await peer.call()
+        number, arguments = await peer.call()
+        id = arguments["id"]
         asked.set()
         _, kill = await peer.call()
-        assert kill == {"m": "signal", "id": arguments["id"], "signal": 9, "group": True}
+        assert kill == {"m": "signal", "id": id, "signal": 9, "group": True}
+        if started:
+            peer.reply(number, {"pid": 5, "started": 1})
+            peer.send(DATA, id * 4 + 1, 0, b"nobody wants this")
+            peer.send(EOF, id * 4 + 1, 17)
+            peer.event(id, "exit", **{**EXIT, "code": None, "signal": 9})
+            assert (await peer.call())[1] == {"m": "forget", "id": id}
+        else:
+            peer.reply(number, {"error": {"code": "no_such_command"}})
+        number, _ = await peer.call()
+        peer.reply(number, {})
 
     async with peered(path, script) as agent:
         task = asyncio.create_task(agent.exec(ExecRequest(["x"])))
@@ -281,7 +295,10 @@ async def test_a_cancelled_exec_kills_what_it_started(path: Path) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert agent.attached == []
+        async with asyncio.timeout(5):
+            while agent.attached:
+                await asyncio.sleep(0.005)
+        await agent.sync()
 
 
 async def test_configure_says_what_it_was_given(path: Path) -> None:

@@ -12,14 +12,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import msgspec
-from msgspec import Struct
 
-from stoker.errors import GuestError, NotFound, StokerError
+from stoker.errors import GuestError, NotFound
 from stoker.guest import messages as m
-from stoker.guest.frames import ACK, CALL, DATA, EOF, EVENT, PING, PONG, REPLY, WELCOME, Frame, protocol_error
+from stoker.guest.calls import CALL_TIMEOUT, Caller
+from stoker.guest.frames import ACK, DATA, EOF, EVENT, PONG, REPLY, WELCOME, Frame, protocol_error
 from stoker.guest.messages import Configuration, ExecRequest, GuestInfo, ProcessInfo, Welcome
 from stoker.guest.process import Completed, Process
 from stoker.guest.streams import OutputStream, gone
@@ -30,41 +30,20 @@ if TYPE_CHECKING:
 __all__ = ["Agent", "Completed", "Process"]
 
 log = logging.getLogger(__name__)
-CALL_TIMEOUT: Final = 30.0
 MAX_LISTED: Final = 16384
-SIGKILL: Final = 9
-R = TypeVar("R", bound=Struct)
 
 
-class _Pending:
-    """A call that waits for its reply. ``then`` runs inside the reader, before any frame behind the reply is looked at."""
-
-    __slots__ = ("future", "kind", "then", "what")
-
-    def __init__(self, future: asyncio.Future[Any], kind: type[Struct], what: str, then: Callable[[Any], None] | None) -> None:
-        self.future = future
-        self.kind = kind
-        self.what = what
-        self.then = then
-
-
-class Agent:
+class Agent(Caller):
     """Made by :func:`stoker.guest.channel.connect`."""
 
     welcome: Welcome
 
     def __init__(self, channel: Channel) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._channel = channel
+        super().__init__(channel)
         self._greeting: asyncio.Future[Welcome] | None = self._loop.create_future()
-        self._pending: dict[int, _Pending] = {}
-        self._pings: dict[bytes, asyncio.Future[None]] = {}
-        self._number = 0
         self._next_id = 0
         self._processes: dict[int, Process] = {}
         self._outputs: dict[int, OutputStream] = {}
-        self.closed = asyncio.Event()
-        self.reason: GuestError | None = None
         self.on_log: Callable[[str, str], None] | None = None
         """Called with level and text of what the agent logs; by default it goes to this module's logger."""
         self.on_oom: Callable[[int], None] | None = None
@@ -104,19 +83,10 @@ class Agent:
 
     def on_lost(self, reason: GuestError) -> None:
         """The channel is over."""
-        self.reason = reason
-        self.closed.set()
-        waiting: list[asyncio.Future[Any]] = [pending.future for pending in self._pending.values()]
-        waiting += self._pings.values()
-        if self._greeting is not None:
-            waiting.append(self._greeting)
-        for future in waiting:
-            if not future.done():
-                future.set_exception(gone(reason))
-                # Whoever waited may have been cancelled; then nobody fetches this, and that is no error.
-                future.exception()
-        self._pending.clear()
-        self._pings.clear()
+        self._fail_waiting(reason)
+        if self._greeting is not None and not self._greeting.done():
+            self._greeting.set_exception(gone(reason))
+            self._greeting.exception()
         for process in self._processes.values():
             process.on_lost(reason)
 
@@ -146,29 +116,9 @@ class Agent:
             elif type == EVENT:
                 self._on_event(channel, payload)
             elif type == PONG:
-                future = self._pings.pop(payload, None)
-                if future is not None and not future.done():
-                    future.set_result(None)
+                self._on_pong(payload)
             elif type == WELCOME:
                 raise protocol_error("a second welcome")
-
-    def _on_reply(self, number: int, payload: bytes) -> None:
-        pending = self._pending.pop(number, None)
-        if pending is None:
-            # A call nobody waits for (see _post), or one that was given up.
-            return
-        try:
-            result = m.reply(pending.kind, payload, pending.what)
-            if pending.then is not None:
-                pending.then(result)
-        except StokerError as e:
-            if not pending.future.done():
-                pending.future.set_exception(e)
-            if e.code == "protocol_error":
-                raise
-        else:
-            if not pending.future.done():
-                pending.future.set_result(result)
 
     def _on_event(self, channel: int, payload: bytes) -> None:
         event = m.decode(m.Event, payload)
@@ -191,47 +141,10 @@ class Agent:
 
     # -- calls ------------------------------------------------------------------------------------------------------------------
 
-    def _check(self) -> None:
-        if self.reason is not None:
-            raise gone(self.reason)
-
-    def _send_call(self, payload: bytes) -> int:
-        self._number = (self._number + 1) & 0xFFFFFFFF
-        self._channel.send(CALL, self._number, 0, payload)
-        return self._number
-
-    def _post(self, method: str, **arguments: Any) -> None:
-        """A call whose result nobody waits for."""
-        if self.reason is None:
-            self._send_call(m.call(method, **arguments))
-
-    def _begin(
-        self, what: str, payload: bytes, kind: type[Struct], then: Callable[[Any], None] | None = None
-    ) -> tuple[int, asyncio.Future[Any]]:
-        self._check()
-        future = self._loop.create_future()
-        number = self._send_call(payload)
-        self._pending[number] = _Pending(future, kind, what, then)
-        return number, future
-
-    async def _finish(self, what: str, number: int, future: asyncio.Future[Any], timeout: float) -> Any:
-        try:
-            async with asyncio.timeout(timeout):
-                return await future
-        except TimeoutError:
-            raise GuestError("agent_timeout", f"the guest's agent did not answer {what} within {timeout:g} s") from None
-        finally:
-            self._pending.pop(number, None)
-
-    async def _call(self, kind: type[R], method: str, timeout: float = CALL_TIMEOUT, **arguments: Any) -> R:
-        number, future = self._begin(method, m.call(method, **arguments), kind)
-        result: R = await self._finish(method, number, future, timeout)
-        return result
-
     async def configure(self, configuration: Configuration, *, timeout: float = 60.0) -> bool:
         """Makes the fresh guest this machine (root, name, network, time). True when the agent is the guest's init."""
-        number, future = self._begin("configure", m.encode_map(configuration), m.Configured)
-        configured: m.Configured = await self._finish("configure", number, future, timeout)
+        number = self._begin("configure", m.encode_map(configuration), m.Configured)
+        configured: m.Configured = await self._finish(number, timeout)
         return configured.pid1
 
     async def processes(self) -> list[ProcessInfo]:
@@ -239,7 +152,7 @@ class Agent:
         found: list[ProcessInfo] = []
         while True:
             after = found[-1].id if found else 0
-            page = await self._call(m.Processes, "processes", after=after)
+            page = await self.call(m.Processes, "processes", after=after)
             if any(info.id <= after for info in page.processes) or len(found) > MAX_LISTED:
                 raise protocol_error("a list of processes without an end")
             found += page.processes
@@ -248,40 +161,23 @@ class Agent:
 
     async def info(self) -> GuestInfo:
         """Counters for metrics."""
-        return await self._call(GuestInfo, "info")
-
-    async def ping(self, timeout: float = 5.0) -> float:
-        """The round trip to the agent and back in seconds."""
-        self._check()
-        self._number = (self._number + 1) & 0xFFFFFFFF
-        payload = self._number.to_bytes(8, "little")
-        future = self._pings[payload] = self._loop.create_future()
-        begin = time.perf_counter()
-        self._channel.send(PING, 0, 0, payload)
-        try:
-            async with asyncio.timeout(timeout):
-                await future
-        except TimeoutError:
-            raise GuestError("agent_timeout", f"the guest's agent did not answer within {timeout:g} s") from None
-        finally:
-            self._pings.pop(payload, None)
-        return time.perf_counter() - begin
+        return await self.call(GuestInfo, "info")
 
     async def sync(self, timeout: float = 120.0) -> None:
         """Writes the guest's file systems out."""
-        await self._call(m.Nothing, "sync", timeout)
+        await self.call(m.Nothing, "sync", timeout)
 
     async def shutdown(self, how: str = "poweroff", grace: float = 5.0) -> None:
         """Begins to power off: SIGTERM to all, ``grace`` seconds, SIGKILL, unmount. Wait for the machine to see it done."""
-        await self._call(m.Nothing, "shutdown", how=how, grace=round(grace * 1000))
+        await self.call(m.Nothing, "shutdown", how=how, grace=round(grace * 1000))
 
     async def set_time(self, realtime: int | None = None) -> None:
         """Sets the guest's clock (nanoseconds of the epoch; the host's now by default)."""
-        await self._call(m.Nothing, "time", realtime=time.time_ns() if realtime is None else realtime)
+        await self.call(m.Nothing, "time", realtime=time.time_ns() if realtime is None else realtime)
 
     async def reseed(self, entropy: bytes) -> None:
         """Gives the guest's random generator fresh entropy: after every restore and fork."""
-        await self._call(m.Nothing, "reseed", entropy=entropy)
+        await self.call(m.Nothing, "reseed", entropy=entropy)
 
     # -- processes --------------------------------------------------------------------------------------------------------------
 
@@ -314,27 +210,31 @@ class Agent:
             request = msgspec.structs.replace(request, id=await self.new_id())
         process = Process(self._channel, request, window=window, persistent=persistent)
         payload = m.encode_map(request)
-        self._adopt(process)
+        with self._channel.batch():
+            number = self._begin(f"exec of {m.printable(str(request.argv[:1]), 100)}", payload, m.Started, process.on_started)
+            pending = self._pending[number]
+            self._adopt(process)
+            if window is not None:
+                self.post("stream", id=request.id, mode=request.mode, window=window)
+            if input is not None and not again:
+                process.stdin.write_now(input)
+                process.stdin.close()
         try:
-            with self._channel.batch():
-                number, future = self._begin("exec", payload, m.Started, process.on_started)
-                if window is not None:
-                    self._post("stream", id=request.id, mode=request.mode, window=window)
-                if input is not None and not again:
-                    process.stdin.write_now(input)
-                    process.stdin.close()
-            await self._finish(f"exec of {m.printable(str(request.argv[:1]), 100)}", number, future, timeout)
+            await self._finish(number, timeout)
             if again:
                 process.start_over()
                 await self.resume(process)
                 if input is not None and not process.stdin.closed:
                     process.stdin.write_now(input[process.stdin.sent :])
                     process.stdin.close()
-        except BaseException as e:
+        except asyncio.CancelledError:
+            # It may have started, or be about to. Nobody will ever ask for it.
+            process.dispose()
+            if not pending.future.done() or pending.future.cancelled():
+                self._give_up(number, pending, lambda: self.release(process))
+            raise
+        except BaseException:
             self.release(process)
-            if isinstance(e, asyncio.CancelledError):
-                # It may have started, or be about to. Nobody will ever ask for it.
-                self._post("signal", id=request.id, signal=SIGKILL, group=True)
             raise
         return process
 
@@ -352,13 +252,8 @@ class Agent:
         process = await self.exec(request, input=input if small else None)
         try:
             return await process.communicate(None if small else input, limit=limit, timeout=timeout)
-        except asyncio.CancelledError:
-            self._post("signal", id=process.id, signal=SIGKILL, group=True)
-            raise
         finally:
-            self.release(process)
-            if process.status is not None:
-                self._post("forget", id=process.id)
+            process.dispose()
 
     async def attach(
         self, id: int, out: int | None = None, err: int | None = None, *, window: int | None = None, persistent: bool = False
@@ -384,12 +279,12 @@ class Agent:
             if self._outputs.get(stream.number) is stream:
                 del self._outputs[stream.number]
         if self._processes.get(process.id) is process:
-            self._post("detach", id=process.id)
+            self.post("detach", id=process.id)
 
     def dismiss(self, process: Process) -> None:
         """See :meth:`Process.dismiss`."""
         self.release(process)
-        self._post("forget", id=process.id)
+        self.post("forget", id=process.id)
 
     @property
     def link(self) -> Channel:
@@ -413,10 +308,10 @@ class Agent:
 
         with self._channel.batch():
             if process.window is not None:
-                self._post("stream", id=process.id, mode=process.mode, window=process.window)
+                self.post("stream", id=process.id, mode=process.mode, window=process.window)
             arguments = {"id": process.id, "out": process.stdout.resume_at, "err": process.stderr.resume_at}
-            number, future = self._begin("attach", m.call("attach", **arguments), ProcessInfo, attached)
-        await self._finish(f"attach to process {process.id}", number, future, CALL_TIMEOUT)
+            number = self._begin(f"attach to process {process.id}", m.call("attach", **arguments), ProcessInfo, attached)
+        await self._finish(number)
 
     async def take_over(self, former: Agent) -> None:
         """Goes on here with every process of a connection that is gone. One the guest no longer knows ends with ``NotFound``."""

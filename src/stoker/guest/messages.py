@@ -105,7 +105,8 @@ class Configuration(Struct, frozen=True, omit_defaults=True, tag_field="m", tag=
 class ExecRequest(Struct, frozen=True, omit_defaults=True, tag_field="m", tag="exec"):
     """A process to start. ``id`` 0 lets the :class:`~stoker.guest.agent.Agent` choose one; without ``stdin`` it reads /dev/null.
 
-    ``rlimits`` are (resource number, soft, hard); ``ring`` is a power of two from 4 KiB to 8 MiB.
+    ``rlimits`` are (resource number, soft, hard); ``ring`` is a power of two from 4 KiB to 8 MiB. With
+    ``builtin``, ``argv`` names one of the agent's applets and ``args`` has its arguments (docs/files.md).
     """
 
     argv: Sequence[Text]
@@ -126,6 +127,7 @@ class ExecRequest(Struct, frozen=True, omit_defaults=True, tag_field="m", tag="e
     umask: int | None = None
     attach: bool = True
     builtin: bool = False
+    args: Mapping[str, Any] | None = None
 
 
 class ExitStatus(Struct, frozen=True):

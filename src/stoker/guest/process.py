@@ -72,6 +72,7 @@ class Process:
         self.stdout = OutputStream(self.id * 4 + 1, link, window=bound, start=starts[0], strict=strict)
         self.stderr = OutputStream(self.id * 4 + 2, link, window=bound, start=starts[1], strict=strict)
         self._fresh = request is None
+        self._disposed = False
         self._rewound = False
         self.info: ProcessInfo | None = None
         """What the guest said when it was attached last."""
@@ -121,7 +122,7 @@ class Process:
 
     async def signal(self, number: int, *, group: bool = True) -> None:
         """Sends a signal, to the whole process group by default. ``NotFound`` when it has ended."""
-        await self.agent._call(m.Nothing, "signal", id=self.id, signal=int(number), group=group)
+        await self.agent.call(m.Nothing, "signal", id=self.id, signal=int(number), group=group)
 
     async def kill(self) -> None:
         """SIGKILL to the process group; no error when it has ended."""
@@ -133,14 +134,14 @@ class Process:
 
     async def resize(self, rows: int, cols: int) -> None:
         """Sets the terminal's size."""
-        await self.agent._call(m.Nothing, "resize", id=self.id, rows=rows, cols=cols)
+        await self.agent.call(m.Nothing, "resize", id=self.id, rows=rows, cols=cols)
 
     async def set_stream(self, mode: Mode, window: int | None = None) -> None:
         """What happens when nobody reads (``block``: the process waits, ``discard``: the ring keeps the last bytes); the window."""
         if mode == "discard":
             self.stdout.strict = self.stderr.strict = False
         size = window or self.window or self.stdout.window
-        await self.agent._call(m.Nothing, "stream", id=self.id, mode=mode, window=size)
+        await self.agent.call(m.Nothing, "stream", id=self.id, mode=mode, window=size)
         self.mode = mode
         if window is not None:
             self.window = window
@@ -150,11 +151,11 @@ class Process:
     async def detach(self) -> None:
         """No more output is sent here; the process goes on. Attach again with :meth:`reattach`, from where the streams are."""
         self.agent.release(self)
-        await self.agent._call(m.Nothing, "detach", id=self.id)
+        await self.agent.call(m.Nothing, "detach", id=self.id)
 
     async def forget(self) -> None:
         """Frees what the guest keeps of an ended process."""
-        await self.agent._call(m.Nothing, "forget", id=self.id)
+        await self.agent.call(m.Nothing, "forget", id=self.id)
         self.agent.release(self)
 
     def dismiss(self) -> None:
@@ -198,6 +199,23 @@ class Process:
         self.stderr = OutputStream(self.stderr.number, link, window=self.stderr.window, start=second, strict=False)
         self._rewound = True
 
+    def dispose(self) -> None:
+        """Ends it, if it has not ended, and forgets it once it has: without anyone waiting, output and all. For cleaning up."""
+        if self._disposed:
+            return
+        self._disposed = True
+        self.persistent = False
+        for stream in (self.stdout, self.stderr):
+            stream.collect(0)
+        if self.status is not None:
+            self._forget_now()
+        else:
+            self.agent.post("signal", id=self.id, signal=SIGKILL, group=True)
+
+    def _forget_now(self) -> None:
+        self.agent.release(self)
+        self.agent.post("forget", id=self.id)
+
     def abandon(self, error: StokerError) -> None:
         """Gives a process up whose machine is gone: everyone who waits gets ``error``."""
         self.persistent = False
@@ -234,6 +252,8 @@ class Process:
         self.status = status
         self.stdin.on_refused()
         wake(self._waiters)
+        if self._disposed:
+            self._forget_now()
 
     def on_lost(self, reason: GuestError) -> None:
         self._fail(None if self.persistent else reason)
