@@ -22,6 +22,7 @@ from stoker.host.run import run, tool_environment
 from stoker.images import debian
 from stoker.images.progress import Progress
 from stoker.images.store import Stage, no_space
+from stoker.images.tools import run_tied
 from stoker.settings import Settings
 
 __all__ = ["BUILD_SPACE", "bootstrap", "make_ext4", "remove_foreign_tree"]
@@ -158,7 +159,7 @@ async def bootstrap(suite: str, settings: Settings, stage: Stage, progress: Prog
     try:
         with open(archive, "xb") as out:
             environment = tool_environment({"TMPDIR": str(temporary)})
-            await run(debian.tied(argv), env=environment, stdout=out.fileno(), pass_fds=(stage.lock_fd,), on_line=steps)
+            await run_tied(argv, env=environment, stdout=out.fileno(), pass_fds=(stage.lock_fd,), on_line=steps)
     except HostError as e:
         raise (no_space(temporary, f"installing Debian {suite}") if steps.full else _bootstrap_error(e, suite)) from None
     finally:
@@ -181,7 +182,7 @@ def _bootstrap_error(e: HostError, suite: str) -> HostError:
         hint = "check the network and the mirror: apt-get update; or set STOKER_DEBIAN_MIRROR"
         return HostError("fetch_failed", f"Debian {suite} cannot be fetched: {reason}", hint, details=e.details)
     return HostError(
-        "build_failed", f"Debian {suite} cannot be installed: {reason}", "STOKER_LOG=debug shows the commands", details=e.details
+        "build_failed", f"Debian {suite} cannot be installed: {reason}", "STOKER_DEBUG=1 shows more", details=e.details
     )
 
 
@@ -217,14 +218,14 @@ async def make_ext4(archive: Path, stage: Stage, image: Path, progress: Progress
         "-p",
         "--delay-directory-restore",
     ]
-    await run(debian.tied([*argv, "-C", tree, "-xf", archive]), pass_fds=(stage.lock_fd,))
+    await run_tied([*argv, "-C", tree, "-xf", archive], pass_fds=(stage.lock_fd,))
     progress.step(name, 1, 4, "measuring")
     script = await asyncio.to_thread(_differences, archive, tree)
     archive.unlink()
     blocks, inodes = await asyncio.to_thread(ext4.measure, tree)
     plan = ext4.plan_size(blocks, inodes, free)
     progress.step(name, 2, 4, f"{plan.size >> 20} MiB")
-    await run(debian.tied(ext4.mke2fs_command(tree, image, plan, str(uuid.uuid4()))), pass_fds=(stage.lock_fd,))
+    await run_tied(ext4.mke2fs_command(tree, image, plan, str(uuid.uuid4())), pass_fds=(stage.lock_fd,))
     progress.step(name, 3, 4, "owners")
     await _own(image, script, stage)
     os.chmod(image, 0o444)
@@ -264,12 +265,15 @@ async def _own(image: Path, script: str, stage: Stage) -> None:
         return
     commands = stage.path / "debugfs"
     commands.write_text(script)
-    done = await run(debian.tied(["debugfs", "-w", "-f", commands, image]), pass_fds=(stage.lock_fd,))
+    done = await run_tied(["debugfs", "-w", "-f", commands, image], pass_fds=(stage.lock_fd,))
     # debugfs ends with 0 whatever happens; it says what went wrong, and only that, behind its banner.
     said = [
         line for line in done.stderr.decode(errors="replace").splitlines() if line.strip() and not line.startswith("debugfs 1.")
     ]
     if said:
         raise HostError(
-            "build_failed", f"debugfs could not set the owners of files: {said[0]}", "report this", details={"stderr": said[:20]}
+            "build_failed",
+            f"debugfs could not set the owners of files: {said[0]}",
+            "please report it",
+            details={"stderr": said[:20]},
         )

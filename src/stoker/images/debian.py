@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from stoker.errors import HostError
 from stoker.host.run import Completed, run, tool_environment
 from stoker.images.progress import Progress
 from stoker.images.store import Store
+from stoker.images.tools import run_tied
 from stoker.settings import Settings
 
-__all__ = ["Mirrors", "fetch_packages", "find_mirrors", "keyring", "render_sources", "tied"]
+__all__ = ["Mirrors", "fetch_packages", "find_mirrors", "keyring", "render_sources"]
 
 WITHOUT_UPDATES = frozenset({"sid"})
 KEYRINGS = ("/usr/share/keyrings/debian-archive-keyring.gpg", "/usr/share/keyrings/debian-archive-keyring.pgp")
@@ -111,11 +112,6 @@ async def _mirrors_of_mmdebstrap(suite: str) -> Mirrors:
     return Mirrors(main, next((uri for uri, name in found if name == f"{suite}-security"), ""))
 
 
-def tied(argv: Sequence[str | Path]) -> list[str | Path]:
-    """The command as one that the kernel ends when we end: a fetch or build must not go on alone after a ``kill -9``."""
-    return ["setpriv", "--pdeathsig", "TERM", "--", *argv]
-
-
 def render_apt_configuration(root: Path, sandbox: bool) -> str:
     """apt.conf for a private root. The host's own files are read before it; hooks from there do not apply to us."""
     sources = root / "sources"
@@ -167,7 +163,7 @@ class PrivateApt:
     async def __call__(self, tool: str, *words: str, on_line: Callable[[str], None] | None = None) -> Completed:
         argv: list[str | Path] = [tool, "-c", str(self.configuration), *words]
         environment = tool_environment({"LC_ALL": "C.UTF-8"})
-        return await run(tied(argv), env=environment, cwd=self.root / "packages", on_line=on_line)
+        return await run_tied(argv, env=environment, cwd=self.root / "packages", on_line=on_line)
 
 
 def _report(progress: Progress, name: str) -> Callable[[str], None]:

@@ -123,15 +123,14 @@ async def _fetch(store: Store, settings: Settings, version: str, name: str, prog
 
 
 async def _unpack(store: Store, stage: Stage, packages: list[Path], name: str, progress: Progress) -> str:
-    from stoker.host.run import run
-    from stoker.images.debian import tied
+    from stoker.images.tools import run_tied
 
     step = "unpacking the kernel"
     content = stage.path / "package"
     for index, deb in enumerate(packages):
         progress.step(step, index, len(packages) + 2, deb.name)
         try:
-            await run(tied(["dpkg-deb", "-x", deb, content]), pass_fds=(stage.lock_fd,))
+            await run_tied(["dpkg-deb", "-x", deb, content], pass_fds=(stage.lock_fd,))
         except HostError as e:
             if e.code == "tool_failed" and "No space left" not in e.message:
                 deb.unlink(missing_ok=True)

@@ -154,7 +154,7 @@ class Store:
     # ---- making
 
     def directory(self, *parts: str) -> Path:
-        """A directory of the store, made if need be; whatever the umask, an unprivileged VMM must be able to read its kernel here."""
+        """A directory of the store, made if need be; whatever the umask, an unprivileged VMM has to read its kernel here."""
         path = self.root.joinpath(*parts)
         if path.is_dir():
             return path
