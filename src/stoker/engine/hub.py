@@ -33,6 +33,8 @@ ENDED_KEPT: Final = 64
 ENDED_SECONDS: Final = 300.0
 WINDOW: Final = 256 << 10
 REFRESHED: Final = 32
+STARTING: Final = 16
+"""Starts that are asked of the guest at a time. It makes one after the other anyway, and each has only so long to be answered."""
 
 
 class Started(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -144,6 +146,7 @@ class Hub:
         self._keep = keep
         self._all: dict[int, _Tracked] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._starting = asyncio.Semaphore(STARTING)
         self.error: StokerError | None = None
 
     # -- starting -----------------------------------------------------------------------------------------------------
@@ -167,7 +170,8 @@ class Hub:
     async def _exec(self, agent: Agent, request: StartProcess, *, attach: bool, lossless: bool = False) -> _Tracked:
         number = await agent.new_id()
         wire = translate(replace(request, mode=OutputMode.BLOCK) if lossless else request, number, attach=attach)
-        process = await agent.exec(wire, window=WINDOW if wire.ring > WINDOW else None, persistent=True)
+        async with self._starting:
+            process = await agent.exec(wire, window=WINDOW if wire.ring > WINDOW else None, persistent=True)
         started = Started(
             id=number,
             argv=request.argv,
