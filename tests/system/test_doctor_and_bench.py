@@ -1,0 +1,69 @@
+"""``stoker doctor`` and ``stoker bench`` on the real host, as programs read them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from command_line import CommandLine
+
+FACILITIES = {
+    "agent",
+    "data-directory",
+    "qemu-system-x86_64",
+    "kvm",
+    "tun",
+    "reflink",
+    "loop",
+    "device-mapper",
+    "userfaultfd",
+    "vsock",
+    "systemd",
+    "nftables",
+    "dnsmasq",
+    "mmdebstrap",
+    "mke2fs",
+}
+
+
+def test_doctor_knows_this_host(stoker: CommandLine) -> None:
+    done = stoker("doctor", "--json")
+    assert done.code == 0, done.text
+    report = json.loads(done.out)
+    rows = {row["name"]: row for row in report["facilities"]}
+    assert report["ok"] is True and report["accelerator"] in ("kvm", "tcg")
+    assert rows.keys() >= FACILITIES
+    for row in rows.values():
+        assert row["status"] in ("ok", "missing", "broken", "unknown") and row["enables"]
+        assert row["status"] == "ok" or (row["get"] and row["detail"]), row
+    assert rows["qemu-system-x86_64"]["detail"][0].isdigit()
+
+
+def test_doctor_says_what_is_missing_and_fails(stoker: CommandLine) -> None:
+    done = stoker("doctor", env={"STOKER_QEMU": "no-such-qemu", "STOKER_ACCEL": "tcg"})
+    assert done.code == 1
+    assert "no-such-qemu is missing" in done.text
+    assert "qemu-system-x86" in done.text.partition("apt-get install")[2]
+
+
+@pytest.mark.timeout(600)
+def test_bench_start_prints_one_object(stoker: CommandLine) -> None:
+    done = stoker("bench", "start", "-n", "2", "--json", timeout=500)
+    assert done.code == 0, done.error
+    report = json.loads(done.out)
+    assert (report["name"], report["n"], report["failures"]) == ("start", 2, 0)
+    assert report["p50_ms"] <= report["p90_ms"] <= report["p99_ms"]
+    assert 0.5 < report["ratios"]["bare_qemu"] < 10
+    assert set(report["split_p50_ms"]) == {"host", "vmm", "kernel", "agent", "command"}
+    assert all(value > 0 for value in report["split_p50_ms"].values())
+
+
+@pytest.mark.timeout(600)
+def test_bench_channel_prints_one_object(stoker: CommandLine) -> None:
+    done = stoker("bench", "channel", "-n", "100", "--size", "16M", "--json", timeout=500)
+    assert done.code == 0, done.error
+    report = json.loads(done.out)
+    assert (report["name"], report["n"], report["failures"]) == ("channel", 100, 0)
+    assert report["out_mb_s"] > 1 and report["in_mb_s"] > 1
+    assert report["agent_resident_kib"] <= 1024
