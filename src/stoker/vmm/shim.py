@@ -121,10 +121,11 @@ def _parse_status(line: bytes, program: str) -> Supervised:
     try:
         status = json.loads(line)
         if "error" not in status:
-            return _supervised(status)
+            # The VMM may have ended since; that it ran is what counts, and exit.json tells the rest.
+            return _identities(status)
         code, what = int(status["errno"]), str(status["error"])
-    except (ValueError, TypeError, KeyError, ProcessLookupError):
-        raise HostError("vmm_not_started", f"{program} ended, or its supervisor did, before it ran") from None
+    except (ValueError, TypeError, KeyError):
+        raise HostError("vmm_not_started", f"the supervisor of {program} ended before it ran") from None
     reason = os.strerror(code) if code else "bad argument"
     raise HostError("vmm_not_started", f"{program} was not started: {what}: {reason}", details={"step": what, "errno": code})
 
@@ -162,14 +163,15 @@ async def _read_line(fd: int) -> bytes:
         loop.remove_reader(fd)
 
 
-def _supervised(record: dict[str, Any]) -> Supervised:
+def _identities(record: dict[str, Any]) -> Supervised:
     found = []
     for name in ("shim", "vmm"):
         identity = ProcessIdentity(int(record[name]["pid"]), int(record[name]["start"]))
-        now = ProcessIdentity.of(identity.pid)
-        if now.start != identity.start:
-            raise ProcessLookupError(f"{name} is gone")
-        found.append(now)
+        try:
+            now = ProcessIdentity.of(identity.pid)
+        except ProcessLookupError:
+            now = identity
+        found.append(now if now.start == identity.start else identity)
     return Supervised(found[0], found[1])
 
 
@@ -179,8 +181,8 @@ def find(directory: Path) -> Supervised | None:
         record = json.loads((directory / "shim.json").read_bytes())
         if record["boot"] != boot_id():
             return None
-        supervised = _supervised(record)
-    except (FileNotFoundError, ProcessLookupError, ValueError, TypeError, KeyError):
+        supervised = _identities(record)
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
     return supervised if supervised.vmm.alive() and supervised.shim.alive() else None
 

@@ -37,7 +37,7 @@ ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 class QemuMachine:
     """A running QEMU (:class:`stoker.vmm.driver.Machine`)."""
 
-    def __init__(self, name: str, directory: Path, pair: shim.Supervised, owner: int | None) -> None:
+    def __init__(self, name: str, directory: Path, pair: shim.Supervised, owner: int | None, *, child: bool) -> None:
         self.spec_name = name
         self.directory = directory
         self.vmm: ProcessIdentity = pair.vmm
@@ -47,10 +47,14 @@ class QemuMachine:
         self._qmp: Qmp | None = None
         self._qmp_lock = asyncio.Lock()
         self._shim_pid = pair.shim.pid
+        # A child of ours that ended is there to be opened until it is waited for, so a shim may have ended by now, and its VMM too.
         with ExitStack() as undo:
-            self._shim_fd = pair.shim.open_pidfd()
+            self._shim_fd = os.pidfd_open(pair.shim.pid) if child else pair.shim.open_pidfd()
             undo.callback(os.close, self._shim_fd)
-            self._vmm_fd = pair.vmm.open_pidfd()
+            try:
+                self._vmm_fd: int | None = pair.vmm.open_pidfd()
+            except ProcessLookupError:
+                self._vmm_fd = None
             undo.pop_all()
         self._closed = False
 
@@ -61,12 +65,8 @@ class QemuMachine:
         if self._exit is None:
             self._check_open()
             # The shim ends after it has written how the VMM did; if it was killed, its end takes the VMM along.
-            vmm_fd = os.dup(self._vmm_fd)
-            try:
-                await wait_pidfd(self._shim_fd)
-                await wait_pidfd(vmm_fd)
-            finally:
-                os.close(vmm_fd)
+            waits = [wait_pidfd(fd) for fd in (self._shim_fd, self._vmm_fd) if fd is not None]
+            await asyncio.gather(*waits)
             self._reap()
             if self._exit is None:
                 self._exit = shim.exit_of(shim.read_exit(self.directory), self._requested)
@@ -107,7 +107,8 @@ class QemuMachine:
             self._check_open()
             self._requested = True
             send_signal(self._shim_fd, 15)  # so that exit.json says it was asked for
-            send_signal(self._vmm_fd, 9)
+            if self._vmm_fd is not None:
+                send_signal(self._vmm_fd, 9)
         return await self.wait()
 
     async def close(self) -> None:
@@ -144,7 +145,7 @@ async def launch(spec: MachineSpec, settings: Settings) -> QemuMachine:
             argv = command(spec, qemu, opened.handles)
             (directory / "machine.json").write_text(json.dumps({"name": spec.name}))
             pair = await shim.start(shim_path(), opened.options, argv, ENVIRONMENT)
-        machine = _machine(spec.name, directory, pair, opened.owner)
+        machine = QemuMachine(spec.name, directory, pair, opened.owner, child=True)
         keep.pop_all()
         return machine
 
@@ -157,19 +158,8 @@ async def adopt(directory: Path) -> QemuMachine | None:
         return None
     try:
         name = str(json.loads((directory / "machine.json").read_bytes())["name"])
-        return _machine(name, directory, pair, None)
+        return QemuMachine(name, directory, pair, None, child=False)
     except ProcessLookupError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise HostError("machine_unreadable", f"{directory}/machine.json: {e}") from None
-
-
-def _machine(name: str, directory: Path, pair: shim.Supervised, owner: int | None) -> QemuMachine:
-    try:
-        return QemuMachine(name, directory, pair, owner)
-    except ProcessLookupError:
-        if owner is None:
-            raise
-        raise HostError(
-            "vmm_gone", f"machine {name}: QEMU ended at once", details={"log": list(tail(directory / "vmm.log"))}
-        ) from None
