@@ -246,6 +246,9 @@ void applet_watch(void)
 	static _Alignas(struct inotify_event) char buffer[65536];
 	char *path = path_argument("path", false);
 	struct stat st;
+	/* A directory that is somebody's working directory is not gone when it is removed: it must not be ours. */
+	if (chdir("/"))
+		die_errno("/");
 	recursive = mp_bool_or(&applet_args, "recursive", false);
 	limit = (unsigned)mp_u64_or(&applet_args, "limit", WATCHES, 1 << 20);
 	notify = inotify_init1(IN_CLOEXEC);
