@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["login", "ssh_server"]
 
 META = "task-ssh-server"
-PACKAGES = r"openssh-server|lib(?:wrap0|wtmpdb0|ssl3(?:t64)?|gssapi-krb5-2|krb5-3|k5crypto3|krb5support0|keyutils1|com-err2)"
+PACKAGES = r"openssh-server|lib(?:wrap0|nsl2|tirpc3|wtmpdb0|ssl3(?:t64)?|gssapi-krb5-2|krb5-3|k5crypto3|krb5support0|keyutils1|com-err2)"
 CONFIG = """HostKey /root/bench/host
 AuthorizedKeysFile /root/bench/user.pub
 PermitRootLogin yes
