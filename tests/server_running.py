@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from blockbuster import BlockBuster
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
 
 from server_fakes import FakeEngine
@@ -61,7 +62,7 @@ test_settings.__test__ = False  # type: ignore[attr-defined]
 
 
 @asynccontextmanager
-async def running(directory: Path, *, auto: bool = False, **changes: Any) -> AsyncIterator[Running]:
+async def running(directory: Path, *, auto: bool = False, guarded: bool = False, **changes: Any) -> AsyncIterator[Running]:
     settings = replace(test_settings(directory), **changes)
     settings.data_dir.mkdir()
     (directory / "guest").mkdir()
@@ -81,12 +82,20 @@ async def running(directory: Path, *, auto: bool = False, **changes: Any) -> Asy
     if not ready.is_set():
         waiting.cancel()
         await task
+    # From here on nothing of the server may block the loop (its start may: nobody waits for it yet).
+    guard = BlockBuster(["stoker.server", "stoker.api"])
+    if guarded:
+        guard.activate()
     transport = httpx.AsyncHTTPTransport(uds=str(settings.socket))
     async with (
         httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client,
         httpx.AsyncClient(base_url=f"http://{settings.listen}", timeout=20, trust_env=False) as tcp,
     ):
-        yield Running(engine, settings, client, tcp, task)
+        try:
+            yield Running(engine, settings, client, tcp, task)
+        finally:
+            if guarded:
+                guard.deactivate()
     if not task.done():
         import os
         import signal

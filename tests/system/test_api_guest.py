@@ -355,9 +355,10 @@ def test_stop_keeps_the_disk_and_start_boots_from_it(daemon: DaemonProcess) -> N
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_two_hundred_streams_at_once(daemon: DaemonProcess) -> None:
+    daemon.create(name="wide", memory=512 * MIB)
     sockets = []
     for number in range(200):
-        socket = daemon.websocket("/sandboxes/box/processes/stream")
+        socket = daemon.websocket("/sandboxes/wide/processes/stream")
         say(socket, wire.Start(process=StartProcess(argv=["sh", "-c", f"echo {number}; cat"], stdin=True)))
         sockets.append(socket)
     for number, socket in enumerate(sockets):
