@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["login", "ssh_server"]
 
 META = "task-ssh-server"
-PACKAGES = r"openssh-server|lib(?:wrap0|nsl2|tirpc3|wtmpdb0|ssl3(?:t64)?|gssapi-krb5-2|krb5-3|k5crypto3|krb5support0|keyutils1|com-err2)"
+LIBRARIES = "wrap0|nsl2|tirpc3|wtmpdb0|ssl3(?:t64)?|gssapi-krb5-2|krb5-3|k5crypto3|krb5support0|keyutils1|com-err2"
+PACKAGES = rf"openssh-server|lib(?:{LIBRARIES})"
+"""sshd, and what it links to beyond a base system."""
 CONFIG = """HostKey /root/bench/host
 AuthorizedKeysFile /root/bench/user.pub
 PermitRootLogin yes
