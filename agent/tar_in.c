@@ -96,6 +96,9 @@ static uint64_t number(const char *field, size_t size)
 
 static bool checksum_good(const struct tar_header *h)
 {
+#ifdef FUZZING_BUILD_MODE_UNSAFE_FOR_PRODUCTION
+	return true; /* no fuzzer would ever come further */
+#endif
 	unsigned sum = 0;
 	const uint8_t *p = (const uint8_t *)h;
 	size_t at = (size_t)(h->checksum - (const char *)h);
