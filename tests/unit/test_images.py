@@ -195,7 +195,11 @@ class Recorder:
 def test_what_mmdebstrap_says_becomes_progress_that_never_goes_back_within_a_phase() -> None:
     recorder = Recorder()
     steps = bootstrap._Steps(recorder, "installing")
-    lines = ["I: running apt-get update...", "Get:1 http://m bookworm InRelease [1 kB]", "I: downloading packages with apt..."]
+    lines = [
+        "I: running --setup-hook directly: x",
+        "Get:1 http://m bookworm InRelease [1 kB]",
+        "I: downloading packages with apt...",
+    ]
     lines += ["0 upgraded, 2 newly installed, 0 to remove"]
     lines += ["Get:1 http://m bookworm/main amd64 libc6 amd64 2 [1 kB]", "Get:2 http://m bookworm/main amd64 dash amd64 1 [1 kB]"]
     lines += [

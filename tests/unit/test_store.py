@@ -299,3 +299,24 @@ def test_a_tree_with_closed_directories_is_removed(tmp_path: Path) -> None:
     remove_tree(tree)
     assert not tree.exists()
     assert (tmp_path / "kept").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+async def test_removal_stops_at_mounts_and_the_sweep_takes_them_away(store: Store, tmp_path: Path) -> None:
+    kept, garbage = tmp_path / "kept", store.directory("staging") / "0123"
+    for directory in (kept, garbage / "a b" / "inner"):
+        directory.mkdir(parents=True)
+    (kept / "precious").touch()
+    mount(kept, garbage / "a b" / "inner")  # of the same file system: its device number tells nothing
+    with pytest.raises(OSError, match="mounted") as caught:
+        remove_tree(garbage)
+    assert caught.value.errno == errno.EBUSY
+    assert (garbage / "a b" / "inner" / "precious").exists()
+    await store.sweep()
+    assert not garbage.exists()
+    assert (kept / "precious").exists()
+
+
+def mount(source: Path, target: Path) -> None:
+    if subprocess.run(["mount", "--bind", source, target], capture_output=True).returncode:
+        pytest.skip("mounts are not allowed here")

@@ -1,21 +1,54 @@
-"""Whole trees of files: removing one, and the checksums of one."""
+"""Whole trees of files: removing one, and the checksums of one. A removal never leaves the file system it began on."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-__all__ = ["remove_tree", "tree_sums"]
+__all__ = ["mounts_below", "remove_tree", "tree_sums", "unmount"]
+
+
+def mounts_below(path: Path) -> list[Path]:
+    """The mount points at or below a path, the innermost first."""
+    wanted = os.path.realpath(path)
+    found = []
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        # Spaces and the like are written in octal.
+        name = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), line.split()[4]).decode(errors="surrogateescape")
+        if name == wanted or name.startswith(f"{wanted}/"):
+            found.append(Path(name))
+    return found[::-1]
+
+
+def unmount(path: Path) -> None:
+    """Takes a mount away, also when it is in use."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(os.fsencode(path), 2 | 8) != 0:  # MNT_DETACH | UMOUNT_NOFOLLOW
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))
 
 
 def remove_tree(path: Path) -> None:
     """Removes a tree of our own, what is in directories without write permission included.
 
-    Raises :class:`PermissionError` when something in it belongs to another user.
+    Nothing is mounted below it, or it is refused (EBUSY) before anything is removed. Raises :class:`PermissionError` when something
+    in it belongs to another user.
     """
+    if mounts := mounts_below(path):
+        raise OSError(errno.EBUSY, "something is mounted there", str(mounts[0]))
+    _remove(path, os.lstat(path).st_dev)
+
+
+def _remove(path: Path, device: int) -> None:
+    if os.lstat(path).st_dev != device:
+        raise OSError(errno.EBUSY, "something is mounted there", str(path))
     with os.scandir(path) as items:
         found = list(items)
     mode = os.lstat(path).st_mode
@@ -24,11 +57,11 @@ def remove_tree(path: Path) -> None:
     for item in found:
         if item.is_dir(follow_symlinks=False):
             try:
-                remove_tree(Path(item.path))
+                _remove(Path(item.path), device)
             except PermissionError:
                 # Not even readable: make it so, if it is ours.
                 os.chmod(item.path, stat.S_IRWXU)
-                remove_tree(Path(item.path))
+                _remove(Path(item.path), device)
         else:
             os.unlink(item.path)
     os.rmdir(path)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from stoker.errors import HostError
 from stoker.host import ext4
+from stoker.host.files import mounts_below
 from stoker.host.run import run, tool_environment
 from stoker.images import debian
 from stoker.images.progress import Progress
@@ -51,7 +52,7 @@ class _Steps:
     """A tool said that there is no space left: mmdebstrap's own last words do not tell."""
     marks: tuple[tuple[str, float, float], ...] = field(
         default=(
-            ("I: running apt-get update", 0, 10),
+            ("I: running --setup-hook", 0, 10),
             ("I: downloading packages", 10, 25),
             ("I: extracting archives", 35, 10),
             ("I: installing essential", 45, 40),
@@ -73,7 +74,7 @@ class _Steps:
                 return
         if found := re.match(r"\d+ upgraded, (\d+) newly installed", line):
             self.packages = int(found[1])
-        elif found := re.match(r"(?:Get:\d+ \S+ \S+ \S+ |Unpacking |Setting up )(\S+)", line):
+        elif found := re.match(r"(?:Get:\d+ \S+ \S+ \S+ (?=.* (?:amd64|all) )|Unpacking |Setting up )(\S+)", line):
             self.seen += 1
             total = self.packages * (1 if line.startswith("Get:") else 2) or 200
             self.progress.step(self.name, self.phase + self.width * min(1.0, self.seen / total), 100.0, found[1])
@@ -135,6 +136,20 @@ def _temporary_directory(stage: Stage, mode: str) -> Path:
     return outside
 
 
+async def _own_mounts(mode: str) -> list[str]:
+    """What puts mmdebstrap in a mount namespace of its own, so that a killed build leaves no mounts on the host.
+
+    In a user namespace it has one. As root, ``private`` keeps its mounts from the host's shared tree; in a chroot, whose root is no
+    mount point, that cannot be said, and a container may allow neither.
+    """
+    if mode == "root":
+        for propagation in ("private", "unchanged"):
+            prefix = ["unshare", "--mount", "--propagation", propagation]
+            if (await run([*prefix, "true"], check=False)).code == 0:
+                return prefix
+    return []
+
+
 async def bootstrap(suite: str, settings: Settings, stage: Stage, progress: Progress) -> Path:
     """Installs a minimal Debian with apt; returns a tar archive of it inside the stage."""
     _require_tools()
@@ -142,14 +157,8 @@ async def bootstrap(suite: str, settings: Settings, stage: Stage, progress: Prog
     sources = stage.path / "debian.sources"
     sources.write_text(debian.render_sources(suite, await debian.find_mirrors(settings, suite), keyring))
     archive, temporary = stage.path / "tree.tar", _temporary_directory(stage, mode)
-    argv: list[str | Path] = [
-        "mmdebstrap",
-        "--verbose",
-        "--variant=minbase",
-        f"--mode={mode}",
-        "--format=tar",
-        "--architectures=amd64",
-    ]
+    argv: list[str | Path] = [*await _own_mounts(mode), "mmdebstrap", "--verbose", "--variant=minbase", f"--mode={mode}"]
+    argv += ["--format=tar", "--architectures=amd64"]
     argv += [f"--hook-dir={HOOKS}"] if HOOKS.is_dir() else []
     argv += ['--customize-hook=mv "$1"/etc/apt/sources.list.d/0000debian.sources "$1"/etc/apt/sources.list.d/debian.sources']
     argv += [suite, "-", sources]
@@ -164,7 +173,7 @@ async def bootstrap(suite: str, settings: Settings, stage: Stage, progress: Prog
         raise (no_space(temporary, f"installing Debian {suite}") if steps.full else _bootstrap_error(e, suite)) from None
     finally:
         if temporary.parent != stage.path:
-            await _clear(temporary)
+            await remove_foreign_tree(temporary)
     progress.step(name, 100.0, 100.0)
     return archive
 
@@ -186,20 +195,10 @@ def _bootstrap_error(e: HostError, suite: str) -> HostError:
     )
 
 
-async def _clear(directory: Path) -> None:
-    try:
-        await asyncio.to_thread(shutil.rmtree, directory)
-    except FileNotFoundError:
-        pass
-    except PermissionError:
-        await remove_foreign_tree(directory)
-
-
 async def remove_foreign_tree(tree: Path) -> None:
-    """Removes a tree whose files a user namespace of this user owns."""
-    await run(["mmdebstrap", "--unshare-helper", "rm", "-rf", "--one-file-system", tree], check=False)
-    if tree.exists():
-        shutil.rmtree(tree, ignore_errors=True)
+    """Removes a tree in which a user namespace of this user owns files (mmdebstrap's helper enters such a namespace)."""
+    if not mounts_below(tree):
+        await run(["mmdebstrap", "--unshare-helper", "rm", "-rf", "--one-file-system", tree], check=False)
 
 
 async def make_ext4(archive: Path, stage: Stage, image: Path, progress: Progress, *, free: int = FREE) -> ext4.Plan:

@@ -41,7 +41,7 @@ import msgspec
 
 from stoker.errors import HostError, NotFound
 from stoker.host.durable import sync_directory, sync_filesystem, write_atomically
-from stoker.host.files import remove_tree, tree_sums
+from stoker.host.files import mounts_below, remove_tree, tree_sums, unmount
 from stoker.host.lock import hold_directory, locked
 from stoker.images.progress import NullProgress, Progress
 from stoker.settings import Settings
@@ -293,10 +293,15 @@ async def _remove_garbage(path: Path) -> None:
         if not os.path.lexists(tree):
             continue
         try:
+            for mount in mounts_below(tree):
+                unmount(mount)  # a build that was killed where it could have no mount namespace of its own
             await asyncio.to_thread(remove_tree, tree)
         except PermissionError:
             from stoker.images.bootstrap import remove_foreign_tree
 
             await remove_foreign_tree(tree)
+        except OSError as e:
+            log.warning("%s cannot be removed: %s", tree, e)
+            continue
         if os.path.lexists(tree):
             log.warning("%s could not be removed", tree)
