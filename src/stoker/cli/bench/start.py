@@ -42,7 +42,7 @@ class Samples:
     failures: list[str] = field(default_factory=list)
 
 
-async def _timed(argv: list[str], line: str, timeout: float = 180.0) -> tuple[float, float]:
+async def _timed(argv: list[str], line: str, timeout: float = 60.0) -> tuple[float, float]:
     """Start of the process and arrival of the line, in seconds of CLOCK_MONOTONIC."""
     from stoker.host.run import run
 
@@ -102,14 +102,14 @@ async def _measure(image: str, kernel: str, memory: int, runs: int, settings: Se
         try:
             began, arrived = await _timed(own, WORD)
             parts = split(began, arrived, json.loads((directory / "timings").read_text()))
+            bare_began, bare_arrived = await _timed(bare, LINE.decode().strip())
         except StokerError as e:
             samples.failures.append(e.message)
             continue
         samples.total.append(arrived - began)
+        samples.bare.append(bare_arrived - bare_began)
         for part, seconds in parts.items():
             samples.parts[part].append(seconds)
-        began, arrived = await _timed(bare, LINE.decode().strip())
-        samples.bare.append(arrived - began)
     return samples, str(accel.accelerator)
 
 
