@@ -12,6 +12,7 @@
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -133,6 +134,14 @@ static void watch_signals(void)
 		sigaddset(&deadly, SIGTERM);
 		sigaddset(&deadly, SIGHUP);
 		sigprocmask(SIG_UNBLOCK, &deadly, NULL);
+	}
+	if (agent.mode != MODE_INIT) {
+		/* What whoever started us ignores must not be ignored by every command; past the library, which hides two of them. */
+		const unsigned long standard[4] = {0};
+		unsigned long old[4];
+		for (int number = 1; number <= 64; number++)
+			if (syscall(SYS_rt_sigaction, number, NULL, old, 8) == 0 && old[0] == (unsigned long)SIG_IGN)
+				syscall(SYS_rt_sigaction, number, standard, NULL, 8);
 	}
 	signal(SIGPIPE, SIG_IGN);
 	w.fd = signalfd(-1, &some, SFD_CLOEXEC | SFD_NONBLOCK);
