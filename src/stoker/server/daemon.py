@@ -18,7 +18,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from uvicorn import Config, Server
@@ -110,7 +110,7 @@ async def _end_when_idle(server: _Server, engine: EngineProtocol, seconds: float
 def _open_real(settings: Settings) -> AbstractAsyncContextManager[EngineProtocol]:
     from stoker.engine.engine import Engine
 
-    return cast("AbstractAsyncContextManager[EngineProtocol]", Engine.open(settings))
+    return Engine.open(settings)
 
 
 def _sockets(settings: Settings, group: int | None, stack: AsyncExitStack) -> list[socket.socket]:
