@@ -309,12 +309,11 @@ async def survive(proxy: LossyProxy, process: Process, done: asyncio.Event, cut_
             # Connecting may be cut as well.
             proxy.budget = proxy.random.randint(60_000, 400_000)
             try:
-                new = await connect(proxy.listen, fresh=False, timeout=10)
-                await new.take_over(agent)
+                former, agent = agent, await connect(proxy.listen, fresh=False, timeout=10)
+                await agent.take_over(former)
             except GuestError as e:
                 assert e.code in ("agent_unreachable", "agent_lost"), e
                 continue
-            agent = new
             break
     proxy.budget = None
     await agent.aclose()

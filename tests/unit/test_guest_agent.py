@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from stoker.errors import (
 )
 from stoker.guest import frames
 from stoker.guest import messages as m
+from stoker.guest.agent import Agent
 from stoker.guest.channel import connect
 from stoker.guest.frames import DATA, EOF, ZEROS
 from stoker.guest.messages import Configuration, ExecRequest, ExitStatus
@@ -470,3 +472,68 @@ def test_importing_the_client_is_cheap() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names == {"stoker"}
+
+
+class Silent:
+    """A channel that goes nowhere."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def send(self, type: int, channel: int, offset: int = 0, payload: bytes | memoryview = b"") -> None:
+        self.sent += 1
+
+    def send_ack(self, channel: int, offset: int) -> None:
+        self.sent += 1
+
+    async def drain(self) -> None: ...
+
+    def batch(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+maps = st.dictionaries(
+    st.sampled_from(["e", "id", "pid", "code", "signal", "out", "error", "stdin", "exit", "level", "text", "processes"]),
+    st.sampled_from(["exit", "stdin_closed", "log", "oom", "x", 0, 1, 2, 255, -1, 2**63, None, True, b"b", [], {}, {"code": "io"}]),
+    max_size=8,
+).map(msgspec.msgpack.encode)
+any_frame = st.builds(
+    frames.Frame,
+    st.sampled_from([frames.WELCOME, frames.REPLY, frames.EVENT, DATA, frames.ACK, EOF, frames.PONG, 0x77, frames.CALL]),
+    st.integers(0, 14),
+    st.integers(0, 12) | st.sampled_from([2**31, 2**63, 2**64 - 1]),
+    maps | st.binary(max_size=12),
+)
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(st.lists(any_frame, max_size=25))
+def test_any_sequence_of_frames_is_understood_or_a_protocol_error(sequence: list[frames.Frame]) -> None:
+    """Two processes and a ping are under way; whatever the guest says, it ends in order or in a GuestError."""
+
+    async def scenario() -> None:
+        agent = Agent(Silent())  # type: ignore[arg-type]
+        agent.on_log = lambda level, text: None
+        agent.on_frames([frames.Frame(frames.WELCOME, 0, 0, msgspec.msgpack.encode(WELCOME))])
+        await agent.greeted()
+        tasks = [
+            asyncio.create_task(agent.exec(ExecRequest(["a"], id=1, stdin=True), input=b"input")),
+            asyncio.create_task(agent.run(ExecRequest(["b"], id=2, mode="discard"))),
+            asyncio.create_task(agent.attach(3)),
+            asyncio.create_task(agent.ping()),
+        ]
+        await asyncio.sleep(0)
+        for frame in sequence:
+            try:
+                agent.on_frames([frame])
+            except GuestError as e:
+                assert e.code == "protocol_error"
+                break
+            await asyncio.sleep(0)
+        agent.on_lost(GuestError("agent_lost", "over"))
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert not isinstance(result, BaseException) or isinstance(result, StokerError), result
+
+    asyncio.run(scenario())

@@ -295,10 +295,12 @@ class Agent(Caller):
         """Attaches ``process`` here from where its streams are. Use :meth:`Process.reattach`."""
         self._check()
         previous = self._processes.get(process.id)
-        if previous is not None:
+        if previous is not None and previous is not process:
             self.release(previous)
-            if previous is not process:
-                previous.on_lost(GuestError("superseded", f"process {process.id} was attached again"))
+            previous.on_lost(GuestError("superseded", f"process {process.id} was attached again"))
+        # What is on its way from before the call was seen belongs to nobody.
+        for stream in (process.stdout, process.stderr):
+            self._outputs.pop(stream.number, None)
 
         def attached(info: ProcessInfo) -> None:
             if info.id != process.id:
@@ -311,11 +313,22 @@ class Agent(Caller):
                 self.post("stream", id=process.id, mode=process.mode, window=process.window)
             arguments = {"id": process.id, "out": process.stdout.resume_at, "err": process.stderr.resume_at}
             number = self._begin(f"attach to process {process.id}", m.call("attach", **arguments), ProcessInfo, attached)
-        await self._finish(number)
+        try:
+            await self._finish(number)
+        except NotFound:
+            self.release(process)
+            raise
 
     async def take_over(self, former: Agent) -> None:
-        """Goes on here with every process of a connection that is gone. One the guest no longer knows ends with ``NotFound``."""
-        for process in former.attached:
+        """Goes on here with every process of a connection that is gone. One the guest no longer knows ends with ``NotFound``.
+
+        They are this agent's from the first moment: should this connection be lost meanwhile, the next one takes over from here.
+        """
+        moving = former.attached
+        for process in moving:
+            former.release(process)
+            self._processes.setdefault(process.id, process)
+        for process in moving:
             try:
                 await process.reattach(self)
             except NotFound as e:
