@@ -100,7 +100,10 @@ async def start(shim: Path, options: ShimOptions, vmm: Sequence[str], environmen
         undo.callback(os.close, status)
         try:
             # dup2 onto itself is posix_spawn's way to let a descriptor through; nothing becomes inheritable in this process.
-            actions = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (theirs, *options.descriptors())]
+            actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (theirs, *options.descriptors())]
+            # A detached machine must not hold open the pipe that somebody reads our own output from.
+            actions.append((os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0))
+            actions += [(os.POSIX_SPAWN_DUP2, 0, fd) for fd in (1, 2)]
             words = shim_command(shim, options, theirs, vmm)
             pid = os.posix_spawn(shim, words, environment, file_actions=actions)  # noqa: ASYNC221 - a vfork, no waiting
         finally:
