@@ -89,12 +89,14 @@ bool channel_synced(void)
 	return synced && greeted;
 }
 
-/* The host went away. A virtio port stays open and is told of the next host by its preamble. */
+/* The other end is gone. Of a virtio port this is no more than a hint: the driver may hand over the first bytes of a new host
+ * before it says that there is one, so nothing is forgotten here. The next host's zeros and preamble sort it out. */
 static void host_gone(void)
 {
-	out_of_sync();
 	readable = false;
+	processes_detach_all();
 	if (listener.fd >= 0) {
+		out_of_sync();
 		watch_close(&port_in);
 		port_out.fd = -1;
 	} else if (agent.mode == MODE_STDIO) {

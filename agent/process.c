@@ -144,10 +144,12 @@ static void remember_ended(struct process *p)
 		process_drop(ended_first);
 }
 
-/* The kernel counts its OOM kills; a process that died by SIGKILL just when the number rose was most likely one of them. */
+/* The kernel counts its OOM kills; a process that died by SIGKILL just when the number rose was most likely one of them (or
+ * is a shell that says so of its child). */
 static bool killed_for_memory(int status)
 {
-	if (!WIFSIGNALED(status) || WTERMSIG(status) != SIGKILL)
+	bool killed = WIFSIGNALED(status) ? WTERMSIG(status) == SIGKILL : WEXITSTATUS(status) == 128 + SIGKILL;
+	if (!killed)
 		return false;
 	static char text[8192];
 	read_small("/proc/vmstat", text, sizeof text);
