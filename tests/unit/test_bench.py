@@ -40,13 +40,13 @@ def test_the_parts_of_a_start_add_up() -> None:
     timings = {
         "marks": {"parsed": 10.05, "exec": 12.0, "first_byte": 12.1},
         "laps": {"images": 0.01, "accel": 0.0, "clone": 0.01, "vmm": 0.05, "guest": 1.5, "configure": 0.1},
-        "guest": {"started": 1.2, "ready": 1.4},
+        "guest": {"started": 0.9, "ready": 1.1},
     }
-    parts = split(10.0, 12.11, timings)
+    parts = split(10.0, 12.11, timings, 0.03)
     assert set(parts) == set(PARTS)
-    assert parts["kernel"] == pytest.approx(1.2)
+    assert parts["kernel"] == pytest.approx(1.27)
     assert parts["agent"] == pytest.approx(0.3)
-    assert parts["vmm"] == pytest.approx(0.15)
+    assert parts["vmm"] == pytest.approx(0.08)
     assert sum(parts.values()) == pytest.approx(2.11)
 
 

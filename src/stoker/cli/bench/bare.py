@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stoker.images.cpio import Archive
 
-__all__ = ["LINE", "bare_command", "write_bare_initramfs"]
+__all__ = ["LINE", "bare_command", "idle_command", "write_bare_initramfs"]
 
 LINE = b"bare-guest-speaks\n"
 LOAD = 0x400000
@@ -50,7 +50,7 @@ def write_bare_initramfs(path: Path) -> None:
 def bare_command(qemu: str, kernel: Path, initrd: Path, memory: int, accelerator: str, cpu: str) -> list[str]:
     """``-M microvm`` with the same kernel, memory and accelerator that Stoker's own machine gets, and nothing else.
 
-    Without ACPI: with it, on a busy host without hardware virtualisation, a stock kernel finds no clock to calibrate by and stands still.
+    Without ACPI: with it, on a busy host, a stock kernel in software emulation finds no clock to calibrate by and stands still.
     """
     # fmt: off
     return [
@@ -60,3 +60,8 @@ def bare_command(qemu: str, kernel: Path, initrd: Path, memory: int, accelerator
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
     ]
     # fmt: on
+
+
+def idle_command(bare: list[str]) -> list[str]:
+    """The same machine, which never runs: its monitor speaks when the guest's first instruction would be due."""
+    return [*bare[: bare.index("-serial")], "-S", "-qmp", "stdio"]

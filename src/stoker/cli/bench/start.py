@@ -1,8 +1,8 @@
 """``stoker bench start``: from the start of the process to the first byte of the command's output, and where the time went.
 
-Runs of ``stoker run`` and of the bare QEMU line alternate, so that both see the same host. The parts, from clocks of the host, the
-VMM's start and the guest's kernel keep: *host* is Python, the store, the disk's clone; *vmm* the VMM until its guest's first
-instruction; *kernel* until the agent starts; *agent* until the guest is configured; *command* until the first byte.
+Runs of ``stoker run``, of the bare QEMU line and of a QEMU that only starts alternate, so that all see the same host. The parts:
+*host* is Python, the daemon, the store, the disk's clone; *vmm* the supervisor and QEMU until its guest's first instruction;
+*kernel* until the agent starts; *agent* until the guest is configured; *command* until the first byte.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Samples:
     failures: list[str] = field(default_factory=list)
 
 
-async def _timed(argv: list[str], line: str, timeout: float = 60.0) -> tuple[float, float]:
+async def _timed(argv: list[str], line: str, timeout: float = 60.0, input: bytes | None = None) -> tuple[float, float]:
     """Start of the process and arrival of the line, in seconds of CLOCK_MONOTONIC."""
     from stoker.host.run import run
 
@@ -55,22 +55,25 @@ async def _timed(argv: list[str], line: str, timeout: float = 60.0) -> tuple[flo
             seen.append(time.monotonic())
 
     began = time.monotonic()
-    done = await run(argv, check=False, env=os.environ, timeout=timeout, on_line=on_line)
+    done = await run(argv, check=False, env=os.environ, input=input, timeout=timeout, on_line=on_line)
     if not seen:
         raise StokerError("no_output", f"{Path(argv[0]).name} ended with {done.code}: {said[-1] if said else 'it said nothing'}")
     return began, seen[0]
 
 
-def split(began: float, arrived: float, timings: dict[str, Any]) -> dict[str, float]:
-    """The parts of one run, from its marks, the boot's laps and the guest's own clock."""
+def split(began: float, arrived: float, timings: dict[str, Any], vmm_start: float) -> dict[str, float]:
+    """The parts of one run, from its marks, the boot's laps, the guest's own clock, and the time QEMU needs to be ready.
+
+    A kernel's clock starts late in its boot, so what the guest's lap holds besides QEMU's start and the agent is the kernel's.
+    """
     marks, laps, guest = timings["marks"], timings["laps"], timings["guest"]
-    before_guest = sum(laps.get(name, 0.0) for name in ("images", "accel", "clone"))
     command = marks["first_byte"] - marks["exec"]
-    kernel = guest["started"]
-    agent = (guest["ready"] - guest["started"]) + laps["configure"]
-    vmm = max(0.0, laps["vmm"] + laps["guest"] - guest["ready"])
-    host = (arrived - began) - command - kernel - agent - vmm
-    return {"host": max(host, before_guest), "vmm": vmm, "kernel": kernel, "agent": agent, "command": command}
+    waiting = guest["ready"] - guest["started"]
+    vmm = laps["vmm"] + min(vmm_start, laps["guest"])
+    kernel = max(0.0, laps["guest"] - vmm_start - waiting)
+    agent = waiting + laps["configure"]
+    host = max(0.0, (arrived - began) - command - kernel - agent - vmm)
+    return {"host": host, "vmm": vmm, "kernel": kernel, "agent": agent, "command": command}
 
 
 def _stoker() -> list[str]:
@@ -79,7 +82,7 @@ def _stoker() -> list[str]:
 
 
 async def _measure(image: str, kernel: str, memory: int, runs: int, settings: Settings, directory: Path) -> tuple[Samples, str]:
-    from stoker.cli.bench.bare import LINE, bare_command, write_bare_initramfs
+    from stoker.cli.bench.bare import LINE, bare_command, idle_command, write_bare_initramfs
     from stoker.host.binaries import agent_path
     from stoker.images.initramfs import build_initramfs
     from stoker.images.kernel import resolve_kernel
@@ -101,8 +104,11 @@ async def _measure(image: str, kernel: str, memory: int, runs: int, settings: Se
     for _ in range(runs):
         try:
             began, arrived = await _timed(own, WORD)
-            parts = split(began, arrived, json.loads((directory / "timings").read_text()))
             bare_began, bare_arrived = await _timed(bare, LINE.decode().strip())
+            vmm_began, vmm_ready = await _timed(
+                idle_command(bare), '"QMP"', input=b'{"execute":"qmp_capabilities"}{"execute":"quit"}'
+            )
+            parts = split(began, arrived, json.loads((directory / "timings").read_text()), vmm_ready - vmm_began)
         except StokerError as e:
             samples.failures.append(e.message)
             continue
