@@ -265,6 +265,25 @@ async def test_a_device_of_its_own(pipes: Pipes) -> None:
     assert device.stat().st_uid == 0
 
 
+async def test_a_control_group(pipes: Pipes) -> None:
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    group = next((Path(mount[1]) for mount in mounts if mount[2] == "cgroup2"), Path("/none")) / f"stoker-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("no control group can be made here")
+    try:
+        pair = await start(shim_path(), pipes.options(cgroup=group), SLEEP, ENVIRONMENT)
+        assert (group / "cgroup.procs").read_text().split() == [str(pair.vmm.pid)]
+        os.kill(pair.shim.pid, signal.SIGTERM)
+        await ended(pair)
+        with pytest.raises(HostError) as caught:
+            await start(shim_path(), pipes.options(cgroup=group / "none"), SLEEP, ENVIRONMENT)
+        assert "cgroup" in caught.value.message
+    finally:
+        group.rmdir()
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -35,7 +35,7 @@ class Opened:
 
 def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened:
     """Opens everything. What ``keep`` closes on failure is the caller's afterwards."""
-    drop = os.geteuid() == 0
+    drop = has_user_of_its_own()
     console, vmm_console = _pipe(close)
     net_out, vmm_net_out = _pair(close) if spec.network is not None else (None, None)
     net_in, vmm_net_in = _pair(close) if spec.network is not None else (None, None)
@@ -84,6 +84,11 @@ def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened
         net_deny=rules,
     )
     return Opened(handles, options, owner)
+
+
+def has_user_of_its_own() -> bool:
+    """Whether the VMM runs under another user than this process: only root can do that."""
+    return os.geteuid() == 0
 
 
 def _pipe(close: ExitStack) -> tuple[int, int]:
