@@ -81,7 +81,7 @@ static bool has_pci(void)
 
 /*
  * One line of /modules/list (docs/initramfs.md): `?` before the name: may fail; `net:`: only with a network; `pci:`: only on a
- * machine that has a PCI bus; `later:`: only when configure names it.
+ * machine that has a PCI bus; `vsock:`: only when that is the channel; `later:`: only when configure names it.
  */
 static void load_line(const char *line, bool network)
 {
@@ -98,6 +98,10 @@ static void load_line(const char *line, bool network)
 			if (network || !has_pci())
 				return;
 			line += 4;
+		} else if (!strncmp(line, "vsock:", 6)) {
+			if (network || !on_command_line("stoker.channel=vsock"))
+				return;
+			line += 6;
 		} else if (!strncmp(line, "later:", 6)) {
 			return;
 		} else {

@@ -100,6 +100,8 @@ VIRTIO = {
     "drivers/net/virtio_net.ko": module("depends=net_failover,virtio", "name=virtio_net"),
     "net/net_failover.ko": module("depends=failover", "name=net_failover"),
     "net/failover.ko": module("depends=", "name=failover"),
+    "net/vmw_vsock/vsock.ko": module("depends=", "name=vsock"),
+    "net/vmw_vsock/vmw_vsock_virtio_transport.ko": module("depends=vsock,virtio", "name=vmw_vsock_virtio_transport"),
     "fs/erofs/erofs.ko": module("depends=libcrc32c", "softdep=pre: crypto-fancy post: other", "name=erofs"),
     "lib/libcrc32c.ko": module("depends=", "name=libcrc32c"),
     "crypto/crypto_fancy.ko": module("depends=", "name=crypto_fancy"),

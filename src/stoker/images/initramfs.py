@@ -22,14 +22,15 @@ from stoker.settings import Settings
 
 __all__ = ["build_initramfs", "plan_modules", "render_initramfs"]
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache key: raise it when the archive's content changes for the same inputs."""
 MAX_BASE = 1 << 30
 KEPT_SECONDS = 30 * 24 * 3600
 
 TRANSPORTS = ("virtio_mmio", "virtio_pci")
 NETWORK = ("virtio_net",)
-LATER = ("vmw_vsock_virtio_transport", "virtio_rng", "overlay", "erofs")
+VSOCK = ("vmw_vsock_virtio_transport",)
+LATER = ("virtio_rng", "overlay", "erofs")
 
 
 async def build_initramfs(kernel: Kernel, agent: Path, settings: Settings, *, network: bool, base: Path | None = None) -> Path:
@@ -176,6 +177,7 @@ def plan_modules(kernel: Kernel, *, network: bool) -> tuple[list[str], dict[str,
     add("", ("virtio_mmio",))
     add("pci:" if mmio else "", ("virtio_pci",))
     add("", ("virtio_blk", "virtio_console", "ext4"))
+    add("vsock:", VSOCK)
     if network:
         add("net:", NETWORK)
     add("later:", LATER)
