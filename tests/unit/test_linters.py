@@ -33,7 +33,7 @@ def check(*words: str) -> None:
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NO_COLOR": "1"}
     done = subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env)
     if done.returncode:
-        pytest.fail(f"{' '.join(words)}\n{(done.stdout + done.stderr)[-8000:]}", pytrace=False)
+        pytest.fail(f"{' '.join(words[:6])}\n{(done.stdout + done.stderr)[-8000:]}", pytrace=False)
 
 
 def tracked(*patterns: str) -> list[str]:
