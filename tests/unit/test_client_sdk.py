@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 import os
+import tarfile
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -23,11 +24,14 @@ from stoker import (
     CommandTimeout,
     Conflict,
     DeadlineExceeded,
+    HostError,
     InvalidRequest,
     NotFound,
     Sandbox,
+    StokerError,
     Unauthenticated,
 )
+from stoker.client import archive
 
 pytestmark = pytest.mark.anyio
 
@@ -337,3 +341,93 @@ async def test_a_daemon_that_went_away_is_said_plainly(server: Running) -> None:
         with pytest.raises(Exception, match="cannot connect"):
             await client.version()
         assert time.monotonic() - began < 2
+
+
+def make_tree(top: Path) -> None:
+    (top / "a/b").mkdir(parents=True)
+    for i in range(5):
+        (top / f"a/b/{i}").write_bytes(os.urandom(700_000))
+    (top / "a/run").write_text("x")
+    (top / "a/run").chmod(0o755)
+    (top / "link").symlink_to("a/run")
+    (top / "empty").mkdir()
+
+
+def tree(top: Path) -> dict[str, object]:
+    def content(path: Path) -> object:
+        return os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+
+    return {str(p.relative_to(top)): (content(p), p.is_symlink() or p.stat().st_mode) for p in top.rglob("*")}
+
+
+async def test_trees_packed_and_unpacked(tmp_path: Path) -> None:
+    make_tree(tmp_path / "one")
+    await archive.unpack(archive.pack(tmp_path / "one"), tmp_path / "two")
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    with pytest.raises(HostError) as caught:
+        async for _ in archive.pack(tmp_path / "none"):
+            pass
+    assert caught.value.code == "file_failed"
+    # Whoever stops early leaves no thread behind that waits for him.
+    pieces = archive.pack(tmp_path / "one")
+    async for _ in pieces:
+        break
+    await pieces.aclose()  # type: ignore[attr-defined]
+    with pytest.raises(HostError):
+        await archive.unpack(archive.pack(tmp_path / "one"), Path("/proc/none"))
+
+
+def forged(*members: tuple[str, dict[str, object], bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, fields, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for field, value in fields.items():
+                setattr(info, field, value)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+LINK = {"type": tarfile.SYMTYPE}
+
+
+@pytest.mark.parametrize(
+    "archived",
+    [
+        forged(("../out", {}, b"x")),
+        forged(("/etc/out", {}, b"x")),
+        forged(("link", {**LINK, "linkname": ".."}, b""), ("link/out", {}, b"x")),
+        forged(("link", {**LINK, "linkname": "/"}, b"")),
+        forged(("d", {"type": tarfile.DIRTYPE}, b""), ("link", {**LINK, "linkname": "d"}, b""), ("link/out", {}, b"x")),
+        forged(("hard", {"type": tarfile.LNKTYPE, "linkname": "../secret"}, b"")),
+        forged(("null", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}, b"")),
+        b"no archive at all" * 100,
+        forged(("cut", {}, b"x" * 5000))[:2000],
+    ],
+)
+async def test_what_a_sandbox_sends_cannot_leave_its_place(tmp_path: Path, archived: bytes) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "down").mkdir()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(archived), 512):
+            yield archived[start : start + 512]
+
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StokerError) as caught:
+        await archive.unpack(pieces(), tmp_path / "down")
+    assert caught.value.code in ("unsafe_archive", "bad_archive", "file_failed")
+    assert {p for p in tmp_path.rglob("*") if "down/" not in str(p)} == set(before)
+    assert (tmp_path / "secret").read_text() == "secret"
+
+
+async def test_a_download_that_breaks_leaves_the_old_file(tmp_path: Path) -> None:
+    async def breaking() -> AsyncIterator[bytes]:
+        yield b"new"
+        raise HostError("connection_lost", "gone")
+
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(HostError):
+        await archive.save(breaking(), tmp_path / "file", 0o644)
+    assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

@@ -102,6 +102,8 @@ def _refuse_links(destination: Path, name: str) -> None:
     The filter alone resolves such names, and has been fooled by paths that are too long to resolve.
     """
     place = destination
+    if name.startswith("/"):
+        raise InvalidRequest("unsafe_archive", f"{name[:200]!r} in the archive is an absolute name")
     for part in Path(name).parts[:-1]:
         place = place / part
         if part == ".." or place.is_symlink():
@@ -128,14 +130,15 @@ def _read_tree(pipe: _Pipe, destination: Path) -> None:
 
 
 def _guarded(work: Callable[[], None], pipe: _Pipe) -> None:
+    """Only a failure closes the pipe: after an end without one, the other side still takes what is in it."""
     try:
         work()
-    except OSError as e:
-        raise HostError("file_failed", f"{e.filename or 'a file'}: {e.strerror or e}") from e
-    except _Gone:
-        pass
-    finally:
+    except BaseException as e:
         pipe.gone.set()
+        if isinstance(e, OSError):
+            raise HostError("file_failed", f"{e.filename or 'a file'}: {e.strerror or e}") from e
+        if not isinstance(e, _Gone):
+            raise
 
 
 async def unpack(pieces: AsyncIterator[bytes], destination: str | os.PathLike[str]) -> None:

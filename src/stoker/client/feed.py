@@ -73,6 +73,9 @@ class AsyncFeed(Generic[T]):
         self._close = close
         self._open = True
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {'open' if self._open else 'closed'}>"
+
     async def __aenter__(self) -> AsyncFeed[T]:
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import inspect
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import TypeAlias
@@ -196,7 +197,9 @@ async def _counted(pieces: AsyncIterator[bytes] | AsyncFeed[bytes], report: OnBy
         yield piece
         total += len(piece)
         if report is not None:
-            report(total)
+            result = report(total)
+            if inspect.isawaitable(result):
+                await result
 
 
 def total_size(paths: Iterable[str | os.PathLike[str]]) -> int:

@@ -230,7 +230,9 @@ class AsyncProcess:
                 return
             written += len(piece)
             if on_progress:
-                on_progress(written)
+                result = on_progress(written)
+                if inspect.isawaitable(result):
+                    await result
         await self.end_input()
 
     async def signal(self, signal: str | int, *, group: bool = True) -> None:
