@@ -65,6 +65,8 @@ bool modules_load(const char *name, int *error)
 	*error = ok ? 0 : errno;
 	if (fd >= 0)
 		close(fd);
+	if (agent.debug)
+		text_complain("stoker-agent: %lu us: %s: %s\n", (unsigned long)since_boot_us(), name, strerror(*error));
 	return ok;
 }
 
@@ -284,6 +286,8 @@ void boot(void)
 	read_small("/modules/list", module_list, sizeof module_list);
 	agent.debug = on_command_line("stoker.debug=1");
 	reboot(RB_DISABLE_CAD);
+	if (agent.debug)
+		text_complain("stoker-agent: %lu us: began at %lu\n", (unsigned long)since_boot_us(), (unsigned long)agent.started_us);
 	load_listed(false);
 	if (on_command_line("stoker.channel=vsock"))
 		open_vsock();
