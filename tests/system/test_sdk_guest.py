@@ -209,7 +209,7 @@ def test_a_process_outlives_the_daemon_and_its_reader_goes_on(home: CommandLine,
 def test_a_terminal(box: Sandbox) -> None:
     shell = box.pty.create(["/bin/sh"], rows=30, cols=90)
     text = bytearray()
-    shell.send_stdin("stty size; stty -echo; echo ready\n")
+    shell.send_stdin("stty size; stty -echo; echo rea''dy\n")
     resized = False
     for piece in shell:
         text += piece.data
@@ -359,7 +359,7 @@ def test_a_terminal_on_the_command_line(stoker: CommandLine) -> None:
             time.sleep(0.05)
 
     until(b"# ")
-    os.write(master, b"tty && stty -echo && echo ready\n")
+    os.write(master, b"tty && stty -echo && echo rea''dy\n")
     until(b"ready\r\n")
     os.write(master, b"sleep 100\n")
     time.sleep(0.5)
