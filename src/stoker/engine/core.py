@@ -264,6 +264,7 @@ class Core:
             del self.names[record.owner, record.name]
         self.admission.release(record.id)
         box.gone = True
+        box.console.close()
         self.events.tell(record.owner, event)
         self.events.forget(record.id)
         box.notify()

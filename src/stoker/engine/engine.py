@@ -138,6 +138,7 @@ class Engine:
         await core.end_tasks()
         reason = GuestError("daemon_stopped", "the daemon ended; the sandbox goes on", "connect again")
         for box in core.boxes.values():
+            box.console.close()
             live = box.live
             if live is not None:
                 await ending.detach(box, reason)
