@@ -34,7 +34,9 @@ async def probe_kernel(settings: Settings) -> Kernel:
 def probe_initrd(kernel: Kernel, probe: Path, directory: Path) -> Path:
     """An initramfs with the modules of a networked guest and the probe as init."""
     lines, files = plan_modules(kernel, network=True)
-    wanted = [line.removeprefix("net:") for line in lines if not line.startswith(("?", "pci:", "later:"))]
+    wanted = [
+        name for kind, _, name in (line.rpartition(":") for line in lines) if kind in ("", "net") and not name.startswith("?")
+    ]
     archive = Archive()
     for name in ("dev", "proc", "sys", "modules"):
         archive.directory(name)
