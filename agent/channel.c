@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/vm_sockets.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
@@ -66,11 +67,25 @@ void channel_open(int in, int out)
 		watch_add(&port_out, EPOLLOUT);
 }
 
+/* Processes of the guest can reach a vsock port of the guest, too, and the agent obeys whoever it listens to. */
+static bool from_host(int fd)
+{
+	struct sockaddr_vm peer;
+	socklen_t size = sizeof peer;
+	if (getpeername(fd, (struct sockaddr *)&peer, &size))
+		return false;
+	return peer.svm_family != AF_VSOCK || peer.svm_cid == VMADDR_CID_HOST;
+}
+
 static void on_listener(struct watch *w, uint32_t events)
 {
 	(void)events;
 	int fd;
 	while ((fd = accept4(w->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0) {
+		if (!from_host(fd)) {
+			close(fd);
+			continue;
+		}
 		if (port_in.fd >= 0)
 			watch_close(&port_in);
 		channel_open(fd, fd);
