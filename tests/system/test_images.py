@@ -111,7 +111,13 @@ def check_base(path: Path, version: str) -> None:
     assert owner("/bin/bash") == ("0", "0", "0755")
     assert f'VERSION_ID="{version}"' in debugfs("cat /usr/lib/os-release")
     assert "Signed-By:" in debugfs("cat /etc/apt/sources.list.d/debian.sources")
-    for name in ("/etc/hostname", "/etc/resolv.conf", "/dev/null", "/var/lib/apt/lists/lock.x"):
+    for name in (
+        "/etc/dpkg/dpkg.cfg.d/99mmdebstrap",
+        "/etc/hostname",
+        "/etc/resolv.conf",
+        "/dev/null",
+        "/var/lib/apt/lists/lock.x",
+    ):
         assert "File not found" in debugfs(f"stat {name}"), "nothing of this host, no devices"
     assert ".deb" not in debugfs("ls -p /var/cache/apt/archives")
 

@@ -160,6 +160,8 @@ async def bootstrap(suite: str, settings: Settings, stage: Stage, progress: Prog
     argv: list[str | Path] = [*await _own_mounts(mode), "mmdebstrap", "--verbose", "--variant=minbase", f"--mode={mode}"]
     argv += ["--format=tar", "--architectures=amd64"]
     argv += [f"--hook-dir={HOOKS}"] if HOOKS.is_dir() else []
+    # The tree is synced as a whole when it is in the store; dpkg's own syncs cost a quarter of the time. Not left in the image.
+    argv += ["--dpkgopt=force-unsafe-io", '--customize-hook=rm "$1"/etc/dpkg/dpkg.cfg.d/99mmdebstrap']
     argv += ['--customize-hook=mv "$1"/etc/apt/sources.list.d/0000debian.sources "$1"/etc/apt/sources.list.d/debian.sources']
     argv += [suite, "-", sources]
     name = f"installing Debian {suite}"
