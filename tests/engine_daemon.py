@@ -38,6 +38,27 @@ async def command(engine: Engine, words: dict[str, Any]) -> Any:
         case "job":
             request = StartProcess(argv=["sh", "-c", words["script"]], tag="job")
             return {"process": (await engine.processes.start(ADMIN, words["name"], request)).id}
+        case "freeze":
+            return {"state": (await engine.freeze(ADMIN, words["name"])).state}
+        case "thaw":
+            return {"state": (await engine.thaw(ADMIN, words["name"])).state}
+        case "output":
+            # The first bytes of the job, as far as it got: at least so many.
+            attached = await engine.processes.attach(ADMIN, words["name"], "job", 0, 0)
+            data = b""
+            async with asyncio.timeout(60):
+                while len(data) < words["enough"]:
+                    piece = await attached.read()
+                    if piece is None or piece.offset != len(data):
+                        break
+                    data += piece.data
+            await attached.aclose()
+            return {"output": data.decode()}
+        case "wait":
+            box = await engine.wait(ADMIN, words["name"], frozenset(map(SandboxState, words["states"])), 10)
+            return {"state": box.state}
+        case "id":
+            return {"id": (await engine.get(ADMIN, words["name"])).id}
         case "settle":
             # The job has ended.
             while (await engine.processes.get(ADMIN, words["name"], "job")).running:

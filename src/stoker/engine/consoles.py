@@ -22,6 +22,7 @@ class Console:
         self._seen: list[tuple[int, int, int]] = []
         """(descriptor, inode, size) of the files at the last look, oldest first. Held open, so that no inode is given away."""
         self._lock = threading.Lock()
+        self._closed = False
 
     def _look(self, path: Path) -> list[tuple[int, int, int]]:
         for _ in range(8):
@@ -61,10 +62,15 @@ class Console:
                 if here < position + size and len(data) < limit:
                     data += os.pread(descriptor, min(limit - len(data), position + size - here), here - position)
                 position += size
+            if self._closed:
+                # Its sandbox went meanwhile: nobody else will close them.
+                _close(self._seen)
+                self._seen = []
             return start, bytes(data), oldest
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             _close(self._seen)
             self._seen = []
 
