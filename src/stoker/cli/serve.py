@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import click
 
@@ -22,6 +23,7 @@ def serve(*, listen: str | None, auto: bool, ready_fd: int | None) -> None:
     from stoker.server.daemon import run_daemon
     from stoker.settings import load_settings
 
+    gc.set_threshold(700, 10, 10)  # main() raised it for short lives; this one is long
     settings = load_settings()
     if listen is not None:
         settings = dataclasses.replace(settings, listen=listen)
