@@ -284,6 +284,41 @@ async def test_a_control_group(pipes: Pipes) -> None:
         group.rmdir()
 
 
+def _memory_group(limit: int) -> Path | None:
+    """A control group with a limit on memory, of either version; none where we may not make one."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, mount, kind, options, *_ = line.split()
+        name = "memory.max" if kind == "cgroup2" else "memory.limit_in_bytes"
+        if kind != "cgroup2" and not (kind == "cgroup" and "memory" in options.split(",")):
+            continue
+        group = Path(mount) / f"stoker-test-oom-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            (group / name).write_text(str(limit))
+            return group
+        except OSError:
+            group.rmdir()
+    return None
+
+
+async def test_a_kill_for_lack_of_memory_is_told_from_any_other(pipes: Pipes) -> None:
+    group = _memory_group(24 << 20)
+    if group is None:
+        pytest.skip("no control group with a memory limit can be made here")
+    try:
+        await run(pipes, "/usr/bin/tail", "/dev/zero", cgroup=group)
+        assert exit_of(read_exit(pipes.directory), False) == MachineExit(None, 9, False, True)
+    finally:
+        group.rmdir()
+    pair = await start(shim_path(), pipes.options(), SLEEP, ENVIRONMENT)
+    os.kill(pair.vmm.pid, signal.SIGKILL)
+    await ended(pair)
+    assert exit_of(read_exit(pipes.directory), False) == MachineExit(None, 9)
+
+
 @pytest.mark.parametrize(
     "words",
     [
