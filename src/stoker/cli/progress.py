@@ -34,6 +34,9 @@ class PlainProgress:
         began = self._began.setdefault(name, now)
         if not ended and now - self._said.get(name, -EVERY) < EVERY:
             return
+        if ended and name in self._said and now - began < 0.1:
+            del self._began[name], self._said[name]  # over before anybody could have read more than its name
+            return
         self._said[name] = now
         text = f"stoker: {name}"
         if ended:
