@@ -13,9 +13,6 @@ import asyncio
 import fcntl
 import json
 import os
-import shutil
-import tempfile
-import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -136,6 +133,9 @@ async def _lock(path: Path) -> AsyncIterator[bool]:
 
 
 async def _probe(settings: Settings, kernel: Path, initrd: Path) -> AccelVerdict:
+    import shutil
+    import tempfile
+
     for left in settings.run_dir.glob("probe-*"):  # under the lock, so whoever made it is gone
         shutil.rmtree(left, ignore_errors=True)
     found = AccelVerdict(Accelerator.TCG, "", False)
@@ -220,6 +220,8 @@ async def _proof(machine: QemuMachine, timeout: float) -> str:
 
 async def _answer(channel: Path) -> bool:
     """Sends the agent's preamble (docs/agent-protocol.md) and waits for the same nonce to come back."""
+    import zlib
+
     with unix_address(channel) as address:
         reader, writer = await asyncio.open_unix_connection(address)
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +38,11 @@ def parse_version(text: str) -> tuple[int, int, int]:
 
 async def qemu_facts(settings: Settings) -> QemuFacts:
     """Where QEMU is and which version. :class:`HostError` ``qemu_missing`` when it is not installed."""
-    path = shutil.which(settings.qemu, path=tool_environment()["PATH"])
+    path = _find(settings.qemu)
     if path is None:
         raise HostError(
             "qemu_missing", f"{settings.qemu} is not installed", "apt-get install qemu-system-x86", details={"tool": settings.qemu}
         )
-    path = os.path.abspath(path)
     stat = os.stat(path)
     key = [path, stat.st_mtime_ns, stat.st_size, boot_id()]
     cache = settings.run_dir / "qemu.json"
@@ -54,6 +52,15 @@ async def qemu_facts(settings: Settings) -> QemuFacts:
         facts = QemuFacts(path, version, int((await run([shim_path(), "--tsc-khz"], timeout=20)).stdout))
         _keep(cache, key, facts)
     return facts
+
+
+def _find(name: str) -> str | None:
+    """The program's absolute path. (``shutil.which`` would bring four compression libraries along.)"""
+    directories = [""] if "/" in name else tool_environment()["PATH"].split(":")
+    for path in (os.path.abspath(os.path.join(directory, name)) for directory in directories):
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
 
 
 def _cached(cache: Path, key: list[object]) -> QemuFacts | None:

@@ -4,7 +4,6 @@ closes our copies once QEMU has its own."""
 from __future__ import annotations
 
 import os
-import random
 import socket
 import stat
 from contextlib import ExitStack
@@ -75,7 +74,7 @@ def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened
         console_bytes=spec.console_bytes,
         owner=theirs,
         passed=(*handles.descriptors(), *(fd for fd in (kernel_fd, initrd_fd) if fd is not None)),
-        user=FIRST_USER + random.randrange(USERS) if drop else None,
+        user=FIRST_USER + int.from_bytes(os.urandom(4), "little") % USERS if drop else None,
         groups=groups,
         device=device,
         cgroup=spec.cgroup,
