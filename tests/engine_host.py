@@ -138,11 +138,7 @@ class HostBooter:
             trace("boot.after_launch")
             if self.faults.after is not None:
                 await self.faults.after()
-            while not machine.channel().exists():
-                if process.returncode is not None:
-                    raise GuestError("machine_died", "the agent ended at once")
-                await asyncio.sleep(0.002)
-            agent = await connect(machine.channel(), fresh=True, timeout=10)
+            agent = await self._first_word(machine, process)
             trace("boot.after_hello")
             trace("boot.after_configure")
         except BaseException:
@@ -162,6 +158,16 @@ class HostBooter:
             "/",
             ("true",),
         )
+
+    async def _first_word(self, machine: HostMachine, process: asyncio.subprocess.Process) -> Agent:
+        while True:
+            if process.returncode is not None:
+                raise GuestError("machine_died", "the agent ended at once")
+            try:
+                return await connect(machine.channel(), fresh=True, timeout=10)
+            except GuestError:
+                # Its socket is not there yet, or is bound and does not listen yet.
+                await asyncio.sleep(0.005)
 
     async def adopt(self, directory: Path) -> HostMachine | None:
         try:

@@ -265,7 +265,7 @@ def test_a_run_with_guests(settings: Settings, short_dir: Path) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(7200)
 def test_very_many_runs_without_guests(session_root: Path) -> None:
-    play(session_root, None, examples=100, steps=40)
+    play(session_root, None, examples=int(os.environ.get("STOKER_TEST_EXAMPLES", "100")), steps=40)
 
 
 @pytest.mark.full

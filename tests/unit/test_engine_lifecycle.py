@@ -227,6 +227,30 @@ async def test_states_allow_and_refuse(settings: Settings) -> None:
         await clean(engine)
 
 
+async def test_a_wrong_state_is_refused_at_once(settings: Settings) -> None:
+    """Nobody waits for the end of a create to hear that the sandbox is not running."""
+    gate = asyncio.Event()
+    async with opened(settings, Faults(before=gate.wait)) as engine:  # type: ignore[arg-type]
+        operation = await engine.create(ADMIN, CreateSandbox(image="host"))
+        name = operation.sandbox or ""
+        async with asyncio.timeout(1):
+            for refused in (engine.stop(ADMIN, name, 0), engine.freeze(ADMIN, name), engine.start(ADMIN, name)):
+                with pytest.raises(Conflict) as caught:
+                    await refused
+                assert caught.value.details["state"] == "creating" and "stoker wait" in caught.value.hint
+        await engine.destroy(ADMIN, name)
+
+
+async def test_an_idle_timeout_does_not_run_while_stopped(settings: Settings) -> None:
+    async with opened(settings) as engine:
+        box = await make(engine, timeout=Timeout(seconds=1.0, mode=TimeoutMode.IDLE))
+        stopped = await engine.stop(ADMIN, box.id, 0)
+        assert stopped.expires_at is None
+        await asyncio.sleep(1.5)
+        assert (await engine.get(ADMIN, box.id)).state is S.STOPPED
+        await clean(engine)
+
+
 async def test_stop_keeps_the_disk_and_start_boots_from_it(settings: Settings) -> None:
     faults = Faults()
     async with opened(settings, faults) as engine:

@@ -27,7 +27,7 @@ from stoker.engine.events import Events
 from stoker.engine.ledger import Kind, Ledger
 from stoker.engine.metrics import Rings
 from stoker.engine.operations import Operations
-from stoker.engine.state import Record, require, to_sandbox
+from stoker.engine.state import WITH_MACHINE, Record, require, to_sandbox
 from stoker.errors import GuestError, HostError, NotFound
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Box:
             return None
         if timeout.mode is TimeoutMode.ABSOLUTE:
             return self.record.expires_at
-        if self.users or self.record.state is SandboxState.CREATING:
+        if self.users or self.record.state not in WITH_MACHINE:
             return None
         return time.time() + timeout.seconds - (time.monotonic() - self.used)
 

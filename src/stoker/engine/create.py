@@ -431,6 +431,7 @@ async def forget_old_failures(core: Core, owner: str) -> None:
 
 async def start(core: Core, box: Box, quota: Quota | None) -> Operation:
     """Boots a stopped sandbox from its disk again."""
+    require(box.record, "start")
     async with box.lock:
         require(box.record, "start")
         resources = box.record.resources

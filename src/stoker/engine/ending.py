@@ -90,6 +90,7 @@ async def destroy(core: Core, box: Box) -> None:
 
 async def stop(core: Core, box: Box, grace: float) -> None:
     """Shuts the guest down and keeps its disk. A guest that does not end in time is ended."""
+    require(box.record, "stop")
     async with box.lock:
         require(box.record, "stop")
         live, before = box.live, box.record.state

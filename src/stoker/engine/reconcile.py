@@ -140,9 +140,10 @@ async def _adopt(core: Core, box: Box) -> bool:
         return False
     state = box.record.state
     try:
-        frozen = await machine.status() == "paused"
-    except GuestError as error:
-        log.warning("%s: its VMM does not answer: %s", box.id, error)
+        async with asyncio.timeout(1.0):
+            frozen = await machine.status() == "paused"
+    except (GuestError, TimeoutError) as error:
+        log.warning("%s: its VMM does not answer: %s", box.id, error or "out of time")
         frozen = state is S.FROZEN
     actual = S.FROZEN if frozen else S.LOST if state is S.LOST else S.RUNNING
     if actual is not state:

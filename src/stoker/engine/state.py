@@ -97,8 +97,6 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     timings: dict[str, float] = field(default_factory=dict)
     boots: int = 0
     """How often it ran. From the first time on its disk is kept until it is destroyed."""
-    processes: int = 1
-    """Process ids below this may have been given out in this boot."""
     doomed: bool = False
     """A destroy has begun; nothing but finishing it is left."""
 

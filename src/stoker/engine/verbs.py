@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from stoker.api.models import Sandbox, SandboxState, Timeout
 from stoker.engine.core import Box, Core
@@ -11,6 +12,8 @@ from stoker.engine.state import require
 from stoker.errors import DeadlineExceeded, HostError, InvalidRequest, NotFound, StokerError
 
 __all__ = ["freeze", "not_yet", "ping", "set_timeout", "thaw", "wait"]
+
+log = logging.getLogger(__name__)
 
 
 def not_yet(box: Box, verb: str) -> StokerError:
@@ -30,6 +33,7 @@ async def thaw(core: Core, box: Box) -> None:
 
 
 async def _turn(core: Core, box: Box, verb: str, state: SandboxState) -> None:
+    require(box.record, verb)
     async with box.lock:
         require(box.record, verb)
         if box.live is None:
@@ -38,6 +42,12 @@ async def _turn(core: Core, box: Box, verb: str, state: SandboxState) -> None:
         machine = box.live.machine
         await (machine.freeze() if verb == "freeze" else machine.thaw())
         await core.save(box, event="sandbox.state", state=state)
+        if verb == "thaw" and box.live.agent is not None:
+            try:
+                # Its clock stood still.
+                await box.live.agent.set_time()
+            except StokerError as error:
+                log.warning("the clock of %s could not be set: %s", box.id, error)
 
 
 async def ping(core: Core, box: Box) -> float:
