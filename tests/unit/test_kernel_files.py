@@ -13,7 +13,8 @@ import pytest
 from backports import zstd
 
 import images_samples as samples
-from stoker.errors import InvalidRequest, NotFound
+from stoker.errors import HostError, InvalidRequest, NotFound
+from stoker.host.files import remove_tree
 from stoker.images import bzimage
 from stoker.images.kernel import resolve_kernel
 from stoker.settings import Settings, load_settings
@@ -139,12 +140,17 @@ def _fields(kernel: object) -> dict[str, object]:
     return {name: getattr(kernel, name) for name in kernel.__class__.__slots__}  # type: ignore[attr-defined]
 
 
-async def test_a_damaged_entry_is_made_again(tmp_path: Path, settings: Settings) -> None:
+async def test_a_damaged_entry_is_said_to_be_and_made_again_once_it_is_gone(tmp_path: Path, settings: Settings) -> None:
     path = tmp_path / "vmlinux"
     path.write_bytes(samples.vmlinux())
     kernel = await resolve_kernel(str(path), settings)
     os.chmod(kernel.vmlinux, 0o600)
     os.truncate(kernel.vmlinux, 100)
+    with pytest.raises(HostError, match="vmlinux has changed") as caught:
+        await resolve_kernel(str(path), settings)
+    assert caught.value.code == "image_corrupt"
+    assert f"rm -rf {kernel.vmlinux.parent}" in caught.value.hint
+    remove_tree(kernel.vmlinux.parent)
     again = await resolve_kernel(str(path), settings)
     assert again == kernel
     assert again.vmlinux.read_bytes() == path.read_bytes()

@@ -37,7 +37,7 @@ def store(settings: Settings) -> Store:
 def fill(stage: Stage, content: bytes = b"content") -> Path:
     tree = stage.path / "tree"
     (tree / "sub").mkdir(parents=True)
-    (tree / "file").write_bytes(content)
+    (tree / "rootfs.ext4").write_bytes(content)
     (tree / "sub" / "other").write_bytes(b"other")
     return tree
 
@@ -63,7 +63,7 @@ async def test_an_entry_is_found_by_name_and_by_digest_and_checks_with_sha256sum
         assert (found[0], found[1].name, found[1].facts) == (digest, "a name", {"size": 7})
     assert store.names("images") == {"pointer": digest}
     place = store.entry("images", digest)
-    assert sha256sum(place) == ["file: OK", "sub/other: OK"]
+    assert sha256sum(place) == ["rootfs.ext4: OK", "sub/other: OK"]
     assert list((store.root / "staging").iterdir()) == []
 
 
@@ -79,29 +79,51 @@ async def test_the_same_content_is_one_entry(store: Store) -> None:
 async def test_damage_is_named_and_a_new_build_replaces_the_entry(store: Store, harm: str) -> None:
     digest = await publish(store)
     place = store.entry("images", digest)
-    store.require_intact("images", digest)
+    await store.require_intact("images", digest)
     match harm:
         case "change":
             (place / "sub" / "other").write_bytes(b"0ther")
         case "remove":
-            (place / "file").unlink()
+            (place / "rootfs.ext4").unlink()
         case "add":
             (place / "sub" / "more").write_bytes(b"")
         case "manifest":
             (place / "manifest.json").write_bytes((place / "manifest.json").read_bytes().replace(b"a name", b"b name"))
         case "sums":
-            (place / "SUMS").write_bytes((place / "SUMS").read_bytes().replace(b"file", b"life"))
+            (place / "SUMS").write_bytes((place / "SUMS").read_bytes().replace(b"rootfs", b"footrs"))
         case "garble":
             (place / "manifest.json").write_bytes(b"{")
-            assert store.lookup("images", "pointer") is None
+            with pytest.raises(HostError, match="manifest.json cannot be read"):
+                store.lookup("images", "pointer")
+    damage = store.verify("images", digest)
+    assert len(damage) == 1
+    assert {"change": "other", "remove": "rootfs", "add": "more"}.get(harm, "") in damage[0]
+    (place / "SEAL").unlink()
     with pytest.raises(HostError) as caught:
-        store.require_intact("images", digest)
+        await store.require_intact("images", digest)
     assert caught.value.code == "image_corrupt"
-    assert {"change": "other", "remove": "file", "add": "more"}.get(harm, "") in caught.value.message
+    assert damage[0] in caught.value.message
     assert await publish(store) == digest
-    store.require_intact("images", digest)
+    assert store.verify("images", digest) == []
     with pytest.raises(NotFound):
         store.verify("images", "0" * 64)
+
+
+async def test_what_has_been_touched_is_hashed_once_more_and_sealed_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = await publish(store)
+    path = store.entry("images", digest) / "rootfs.ext4"
+    hashed: list[str] = []
+    monkeypatch.setattr(Store, "verify", lambda self, kind, digest: hashed.append(digest) or [])
+    await store.require_intact("images", digest)
+    assert hashed == []
+    os.utime(path, (1, 1))
+    await store.require_intact("images", digest)
+    await store.require_intact("images", digest)
+    assert hashed == [digest]
+    monkeypatch.undo()
+    path.write_bytes(b"CONTENT")  # as long as before
+    with pytest.raises(HostError, match="rootfs.ext4 has changed"):
+        await store.require_intact("images", digest)
 
 
 async def test_a_failed_build_leaves_nothing(store: Store) -> None:

@@ -55,12 +55,12 @@ async def resolve_kernel(name: str, settings: Settings, progress: Progress | Non
 
         version = name.removeprefix("debian:")
         pointer = f"debian-{SUITES.get(version, version)}"
-        if not refresh and _safe(pointer) and (kernel := _stored(store, pointer, name)) is not None:
+        if not refresh and _safe(pointer) and (kernel := await _stored(store, pointer, name, told)) is not None:
             return kernel
         return await _fetch(store, settings, version, name, told, refresh)
     if _looks_like_path(name):
         return await _import(store, Path(name), name, told)
-    if len(name) == 64 and _safe(name) and (kernel := _stored(store, name, name)) is not None:
+    if len(name) == 64 and _safe(name) and (kernel := await _stored(store, name, name, told)) is not None:
         return kernel
     from stoker.images.suites import known_references
 
@@ -75,7 +75,7 @@ def _looks_like_path(name: str) -> bool:
     return "/" in name or (":" not in name and os.path.exists(name))
 
 
-def _stored(store: Store, pointer: str, name: str) -> Kernel | None:
+async def _stored(store: Store, pointer: str, name: str, progress: Progress) -> Kernel | None:
     found = store.lookup(KIND, pointer)
     if found is None:
         return None
@@ -92,11 +92,8 @@ def _stored(store: Store, pointer: str, name: str) -> Kernel | None:
         drivers=tuple(facts["drivers"]),
         signed_modules_only=facts["signed_modules_only"],
     )
-    try:
-        intact = kernel.vmlinux.stat().st_size == facts["size"]
-    except FileNotFoundError:
-        intact = False
-    return kernel if intact and (kernel.modules is None or kernel.modules.is_dir()) else None
+    await store.require_intact(KIND, digest, progress)
+    return kernel if kernel.modules is None or kernel.modules.is_dir() else None
 
 
 async def _fetch(store: Store, settings: Settings, version: str, name: str, progress: Progress, refresh: bool) -> Kernel:
@@ -105,7 +102,7 @@ async def _fetch(store: Store, settings: Settings, version: str, name: str, prog
 
     suite = parse_suite(version, "kernel_unknown", "kernel")
     async with store.lock(f"kernel-{suite}", progress, f"another run is fetching the kernel {name}"):
-        if not refresh and (kernel := _stored(store, f"debian-{suite}", name)) is not None:
+        if not refresh and (kernel := await _stored(store, f"debian-{suite}", name, progress)) is not None:
             return kernel  # the other run was at just this
         await store.sweep()
         store.require_space(SPACE, f"the kernel {name}")
@@ -116,7 +113,7 @@ async def _fetch(store: Store, settings: Settings, version: str, name: str, prog
         store.point(KIND, f"debian-{suite}", digest)
         for deb in packages:
             deb.unlink(missing_ok=True)
-    kernel = _stored(store, f"debian-{suite}", name)
+    kernel = await _stored(store, f"debian-{suite}", name, progress)
     if kernel is None:
         raise HostError("image_corrupt", f"{store.entry(KIND, digest)} vanished right after it was made", "try again")
     return kernel
@@ -189,7 +186,9 @@ async def _import(store: Store, path: Path, name: str, progress: Progress) -> Ke
     # The file's identity stands for its content, so that a kernel known already is not read again.
     identity = f"{real}|{found.st_dev}|{found.st_ino}|{found.st_size}|{found.st_mtime_ns}|{found.st_ctime_ns}"
     pointer = "path-" + hashlib.sha256(identity.encode()).hexdigest()[:40]
-    if (kernel := _stored(store, pointer, name)) is not None and kernel.modules == find_modules(real, kernel.release):
+    if (kernel := await _stored(store, pointer, name, progress)) is not None and kernel.modules == find_modules(
+        real, kernel.release
+    ):
         return kernel
     async with store.lock(pointer, progress, f"another run is reading the kernel {path}"):
         await store.sweep()
@@ -197,7 +196,7 @@ async def _import(store: Store, path: Path, name: str, progress: Progress) -> Ke
             async with store.stage() as stage:
                 digest = await asyncio.to_thread(_import_now, store, stage, real, progress)
         store.point(KIND, pointer, digest)
-    kernel = _stored(store, pointer, name)
+    kernel = await _stored(store, pointer, name, progress)
     if kernel is None:
         raise HostError("image_corrupt", f"{store.entry(KIND, digest)} vanished right after it was made", "try again")
     return kernel

@@ -54,27 +54,22 @@ async def resolve_image(
         from stoker.images.suites import known_references
 
         raise NotFound("image_unknown", f"there is no image {reference!r}", f"{known_references()}, and ext4:PATH")
-    store, version = Store(settings), base.removeprefix("debian:")
+    store, version, told = Store(settings), base.removeprefix("debian:"), progress or NullProgress()
     if not refresh and version.isalnum():
         from stoker.images.suites import SUITES
 
-        if (found := _stored(store, f"debian-{SUITES.get(version, version)}", reference)) is not None:
+        if (found := await _stored(store, f"debian-{SUITES.get(version, version)}", reference, told)) is not None:
             return found
-    return await _build(store, settings, version, reference, progress or NullProgress(), refresh)
+    return await _build(store, settings, version, reference, told, refresh)
 
 
-def _stored(store: Store, pointer: str, reference: str) -> RootFilesystem | None:
+async def _stored(store: Store, pointer: str, reference: str, progress: Progress) -> RootFilesystem | None:
     found = store.lookup(KIND, pointer)
     if found is None:
         return None
     digest, manifest = found
-    path, size = store.entry(KIND, digest) / "rootfs.ext4", manifest.facts["size"]
-    try:
-        if path.stat().st_size != size:
-            return None  # damaged: it is built again
-    except FileNotFoundError:
-        return None
-    return RootFilesystem(path, size, digest, reference)
+    await store.require_intact(KIND, digest, progress)
+    return RootFilesystem(store.entry(KIND, digest) / "rootfs.ext4", manifest.facts["size"], digest, reference)
 
 
 async def _build(
@@ -88,7 +83,7 @@ async def _build(
     suite = parse_suite(version, "image_unknown", "image")
     pointer = f"debian-{suite}"
     async with store.lock(f"image-{pointer}", progress, f"another run is building {reference}"):
-        if not refresh and (found := _stored(store, pointer, reference)) is not None:
+        if not refresh and (found := await _stored(store, pointer, reference, progress)) is not None:
             return found  # the other run was at just this
         await store.sweep()
         store.require_space(bootstrap.BUILD_SPACE, f"building {reference}")
@@ -104,7 +99,7 @@ async def _build(
                 digest = await asyncio.to_thread(store.publish, stage, tree, KIND, f"debian:{suite}", facts)
                 progress.step(step, 1, 1)
         store.point(KIND, pointer, digest)
-    found = _stored(store, pointer, reference)
+    found = await _stored(store, pointer, reference, progress)
     if found is None:
         raise HostError("image_corrupt", f"{store.entry(KIND, digest)} vanished right after it was made", "try again")
     return found

@@ -3,16 +3,17 @@
 ::
 
     data_dir/
-      kernels/DIGEST/   vmlinux, modules/ (the content of lib/modules/RELEASE), config, manifest.json, SUMS
+      kernels/DIGEST/   vmlinux, modules/ (the content of lib/modules/RELEASE), config, manifest.json, SUMS, SEAL
       kernels/names/NAME        the digest a name stands for
-      images/DIGEST/    rootfs.ext4, manifest.json, SUMS
+      images/DIGEST/    rootfs.ext4, manifest.json, SUMS, SEAL
       images/names/NAME
       cache/            what can be made again at any time: initramfs/, apt/SUITE/
       staging/XXXX/     what is being made right now
       locks/KEY         one file per thing that must not be made twice at once
 
 SUMS is what ``sha256sum`` writes and checks; the manifest holds SUMS' digest, and DIGEST is the manifest's own SHA-256. So a
-digest stands for every byte below it, and :meth:`Store.verify` finds any that changed.
+digest stands for every byte below it, and :meth:`Store.verify` finds any that changed. SEAL holds the identity (inode, size, times)
+that the entry's main file had when its content was last known to be right: while it fits, nothing is hashed again.
 
 What a crash leaves behind:
 
@@ -50,7 +51,8 @@ __all__ = ["Manifest", "Stage", "Store", "no_space", "translate_errors"]
 
 log = logging.getLogger(__name__)
 ELSEWHERE = ".elsewhere"
-OWN = frozenset({"manifest.json", "SUMS"})
+OWN = frozenset({"manifest.json", "SUMS", "SEAL"})
+MAIN = {"kernels": "vmlinux", "images": "rootfs.ext4"}
 VERSION = 1
 """Of the entries' layout and facts: an entry of another version counts as none, and is made again."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -94,14 +96,19 @@ class Store:
         return self.root / kind / digest
 
     def lookup(self, kind: str, name: str) -> tuple[str, Manifest] | None:
-        """The digest and manifest a name (or a full digest) stands for, or None when it is not in the store."""
+        """The digest and manifest a name (or a full digest) stands for, or None when it is not in the store.
+
+        Raises ``image_corrupt`` for an entry that cannot be read.
+        """
+        digest = name
         try:
-            digest = name if _is_digest(name) else (self.root / kind / "names" / name).read_text().strip()
+            if not _is_digest(name):
+                digest = (self.root / kind / "names" / name).read_text().strip()
             manifest = _DECODER.decode((self.root / kind / digest / "manifest.json").read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except msgspec.DecodeError:
-            return None  # a damaged entry counts as none: it is made again, and verify() tells
+        except msgspec.DecodeError as e:
+            raise self._corrupt(kind, digest, [f"manifest.json cannot be read: {e}"]) from None
         except PermissionError as e:
             raise _unusable(e, self.root) from None
         return (digest, manifest) if manifest.version == VERSION else None
@@ -121,17 +128,29 @@ class Store:
             raise NotFound("image_unknown", f"{kind}/{digest} is not in the store")
         return self._damage(place, digest)
 
-    def require_intact(self, kind: str, digest: str) -> None:
-        """Raises ``image_corrupt`` unless every byte of the entry is as it was made."""
-        if damage := self.verify(kind, digest):
-            place = self.entry(kind, digest)
-            more = f" and {len(damage) - 1} more" if len(damage) > 1 else ""
-            raise HostError(
-                "image_corrupt",
-                f"{place} is damaged: {damage[0]}{more}",
-                f"rm -rf {place}; the next run makes it again",
-                details={"damage": damage[:50]},
-            )
+    async def require_intact(self, kind: str, digest: str, progress: Progress | None = None) -> None:
+        """Raises ``image_corrupt`` if the entry's main file has been touched and any byte of the entry is not as it was made."""
+        place = self.entry(kind, digest)
+        seal = _seal(place / MAIN[kind])
+        try:
+            if seal and (place / "SEAL").read_text() == seal:
+                return
+        except (FileNotFoundError, UnicodeDecodeError):
+            pass
+        step = f"checking {place}, which has been touched"
+        (progress or NullProgress()).step(step, None, None)
+        if damage := await asyncio.to_thread(self.verify, kind, digest):
+            raise self._corrupt(kind, digest, damage)
+        try:
+            write_atomically(place / "SEAL", seal.encode())
+        except OSError as e:
+            log.debug("%s cannot be sealed: %s", place, e)  # another user's store: it is checked each time
+
+    def _corrupt(self, kind: str, digest: str, damage: list[str]) -> HostError:
+        place = self.entry(kind, digest)
+        more = f" and {len(damage) - 1} more" if len(damage) > 1 else ""
+        hint = f"rm -rf {place}; the next run makes it again"
+        return HostError("image_corrupt", f"{place} is damaged: {damage[0]}{more}", hint, details={"damage": damage[:50]})
 
     def _damage(self, place: Path, digest: str) -> list[str]:
         try:
@@ -218,6 +237,7 @@ class Store:
         digest = hashlib.sha256(data).hexdigest()
         (tree / "SUMS").write_bytes(sums)
         (tree / "manifest.json").write_bytes(data)
+        (tree / "SEAL").write_text(_seal(tree / MAIN[kind]))
         os.chmod(tree, 0o755)
         sync_filesystem(tree)
         place = self.directory(kind) / digest
@@ -279,6 +299,15 @@ def no_space(root: Path, what: str, needed: int = 0, free: int = 0) -> HostError
 def _unusable(e: OSError, path: Path) -> HostError:
     hint = "set STOKER_DATA_DIR to a directory of yours"
     return HostError("data_dir_refused", f"{e.filename or path} cannot be used: {e.strerror}", hint)
+
+
+def _seal(path: Path) -> str:
+    """What changes with every write to a file; empty if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ""
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}\n"
 
 
 def _is_digest(name: str) -> bool:
