@@ -163,6 +163,26 @@ async def test_cp_of_files(server: Running, stoker: Words, tmp_path: Path) -> No
     assert (await program("cp", "web:/text", "-")).out == Path(__file__).read_text()
 
 
+async def test_run_on_a_lease(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = await program("run", "debian:12", "--", "sh", "-c", "cat; exit 3", input=b"in\n")
+    assert (done.code, done.out) == (3, "in\n")
+    done = await program("run", "debian:12", "--", "no-such-program")
+    assert done.code == 127
+    secret = await server.key()
+    monkeypatch.setenv("STOKER_URL", f"http://{server.settings.listen}")
+    monkeypatch.setenv("STOKER_API_KEY", secret)
+    done = await program("run", "debian:12", "--", "echo", "over tcp")
+    assert (done.code, done.out) == (0, "over tcp\n")
+    monkeypatch.setenv("STOKER_API_KEY", "wrong")
+    done = await program("run", "debian:12", "--", "true")
+    assert done.code == 125 and "unauthenticated" in done.err.lower() or "key" in done.err
+    for _ in range(100):
+        if not server.engine.boxes:
+            return
+        await asyncio.sleep(0.05)
+    pytest.fail("a run left its sandbox")
+
+
 async def test_keys_events_top_logs_and_the_daemon(server: Running, stoker: Words) -> None:
     await server.sandbox(name="web")
     secret = (await stoker("key", "create", "ci")).out.strip()
