@@ -64,6 +64,12 @@ class Booted:
     vmm: str = ""
     timings: dict[str, float] = field(default_factory=dict)
 
+    def milliseconds(self) -> dict[str, float]:
+        """The timings, and, of the guest's own clock, when the agent began and when it could be spoken to."""
+        laps = {name: round(seconds * 1000, 3) for name, seconds in self.timings.items()}
+        welcome = self.agent.welcome
+        return {**laps, "agent_started": welcome.started_us / 1000, "agent_ready": welcome.ready_us / 1000}
+
 
 class Booter(Protocol):
     """Who starts, finds and reaches machines; :class:`stoker.engine.machines.RealBooter` but in tests of failures."""

@@ -328,7 +328,7 @@ async def _running(core: Core, box: Box, booted: Booted) -> None:
             workdir=booted.workdir,
             command=list(booted.command),
             resources=replace(record.resources, disk=booted.disk or record.resources.disk),
-            timings=_timings(booted),
+            timings=booted.milliseconds(),
             versions=Versions(
                 daemon=stoker.__version__,
                 agent=welcome.agent,
@@ -351,13 +351,6 @@ async def _running(core: Core, box: Box, booted: Booted) -> None:
     trace("create.after_running" if record.boots == 0 else "start.after_running")
     if record.request.start and booted.command:
         await _main(core, box, live, booted.command)
-
-
-def _timings(booted: Booted) -> dict[str, float]:
-    """Milliseconds of each part; and, of the guest's own clock, when the agent began and when it could be spoken to."""
-    welcome = booted.agent.welcome
-    laps = {name: round(seconds * 1000, 3) for name, seconds in booted.timings.items()}
-    return {**laps, "agent_started": welcome.started_us / 1000, "agent_ready": welcome.ready_us / 1000}
 
 
 async def let_go(machine: Machine, live: Live) -> None:
