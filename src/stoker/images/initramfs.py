@@ -60,7 +60,7 @@ async def build_initramfs(kernel: Kernel, agent: Path, settings: Settings, *, ne
     except PermissionError:
         return path  # another user's store: readable is all it needs to be
     store = Store(settings)
-    async with store.lock(f"initramfs-{key[:16]}"):
+    async with store.lock("initramfs"):
         if not path.exists():
             await asyncio.to_thread(_build, store, kernel, agent, network, base, path)
     return path

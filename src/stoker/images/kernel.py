@@ -190,7 +190,7 @@ async def _import(store: Store, path: Path, name: str, progress: Progress) -> Ke
         real, kernel.release
     ):
         return kernel
-    async with store.lock(pointer, progress, f"another run is reading the kernel {path}"):
+    async with store.lock("kernel-files", progress, "another run is reading a kernel"):
         await store.sweep()
         with store.writing(f"the kernel {real}"):
             async with store.stage() as stage:
