@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import http.server
 import json
 import os
 import pwd
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,6 +165,48 @@ async def test_an_unreachable_mirror_is_one_error_and_leaves_nothing(own: Settin
     assert "network" in caught.value.hint
     assert time.monotonic() - begin < 30
     assert not (own.data_dir / "kernels").exists()
+
+
+@pytest.fixture
+def forged(short_dir: Path) -> Iterator[str]:
+    """A mirror that offers a kernel of its own, well-formed and signed by nobody."""
+    root = short_dir / "mirror" / "debian"
+    binary = root / "dists/bookworm/main/binary-amd64"
+    binary.mkdir(parents=True)
+    depends = "Package: linux-image-cloud-amd64\nVersion: 1\nArchitecture: amd64\nDepends: linux-image-6.6.6-cloud-amd64\n"
+    listed = depends + f"Filename: pool/x.deb\nSize: 3\nSHA256: {hashlib.sha256(b'deb').hexdigest()}\n"
+    (binary / "Packages").write_text(listed)
+    entry = f" {hashlib.sha256(listed.encode()).hexdigest()} {len(listed)} main/binary-amd64/Packages\n"
+    release = "Origin: Debian\nLabel: Debian\nSuite: bookworm\nCodename: bookworm\nDate: Sat, 01 Jan 2022 00:00:00 UTC\n"
+    (root / "dists/bookworm/Release").write_text(f"{release}Architectures: amd64\nComponents: main\nSHA256:\n{entry}")
+    shutil.copytree(root / "dists/bookworm", root / "dists/bookworm-updates")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *words: Any) -> None:
+            super().__init__(*words, directory=str(short_dir / "mirror"))
+
+        def log_message(self, format: str, *words: Any) -> None:
+            return None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/debian"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+async def test_a_mirror_without_debians_signature_is_refused(own: Settings, forged: str) -> None:
+    with pytest.raises(HostError) as caught:
+        await resolve_kernel("debian:12", replace(own, debian_mirror=f"{forged} {forged}"))
+    assert caught.value.code == "signature_invalid", caught.value
+    assert not (own.data_dir / "kernels").exists()
+    with pytest.raises(HostError) as caught:
+        await resolve_image("debian:12", replace(own, debian_mirror=f"{forged} {forged}"))
+    assert caught.value.code == "signature_invalid", caught.value
+    assert not (own.data_dir / "images").exists()
+    assert list((own.data_dir / "staging").iterdir()) == []
 
 
 BUILD = """
