@@ -287,7 +287,13 @@ def test_an_unprivileged_user_gets_the_same_base(unprivileged: str, home: int) -
     if mirror := os.environ.get("STOKER_DEBIAN_MIRROR"):
         env.append(f"STOKER_DEBIAN_MIRROR={mirror}")
     become = ["setpriv", f"--reuid={found.pw_uid}", f"--regid={found.pw_gid}", "--clear-groups", "env", "-i", *env]
-    done = subprocess.run([*become, python, "-c", BUILD], cwd="/", capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [*become, "sh", "-c", 'umask 077; exec "$@"', "sh", python, "-c", BUILD],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     if "ModuleNotFoundError" in done.stderr or "Permission denied" in done.stderr.partition("\n")[0]:
         pytest.skip(f"the system's Python cannot use this environment: {done.stderr[-200:]}")
     assert done.returncode == 0, done.stderr

@@ -128,11 +128,13 @@ def _temporary_directory(stage: Stage, mode: str) -> Path:
     """Where mmdebstrap builds its tree. In a user namespace it is not us any more, so every directory above must let it through."""
     inside = stage.path / "tmp"
     inside.mkdir()
+    inside.chmod(0o755)  # whatever the umask
     if mode == "root" or all(parent.stat().st_mode & 0o001 for parent in inside.parents):
         return inside
     outside = Path("/var/tmp" if os.access("/var/tmp", os.W_OK) else "/tmp", f"stoker-{os.getuid()}-{os.urandom(6).hex()}")
     stage.elsewhere(outside)
-    outside.mkdir(mode=0o755)
+    outside.mkdir()
+    outside.chmod(0o755)
     return outside
 
 
