@@ -9,16 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stoker.api.codec import decode_answer
+from stoker.api.models import Operation
 from stoker.cli.attach import Signals, attach
 from stoker.cli.exec import process_request, reads_input
 from stoker.cli.remote import Following
 from stoker.cli.streamed import Streamed
 from stoker.client.client import AsyncClient
-from stoker.client.sandbox import AsyncSandbox
+from stoker.client.sandbox import AsyncSandbox, created
 from stoker.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from stoker.api.models import Sandbox
+    from stoker.cli.early import Early
+    from stoker.client.operations import OnProgress
 
 __all__ = ["Marks", "Session", "run_leased"]
 
@@ -76,7 +80,16 @@ async def _command(client: AsyncClient, info: Sandbox, session: Session, signals
     return code
 
 
-async def run_leased(sandbox: dict[str, Any], session: Session, marks: Marks) -> int:
+async def _box(client: AsyncClient, sandbox: dict[str, Any], early: Early | None, on_progress: OnProgress) -> AsyncSandbox:
+    """The sandbox: the one that is being made already, or a new one."""
+    if early is None:
+        return await AsyncSandbox.create(client=client, lease=True, on_progress=on_progress, **sandbox)
+    with early:
+        operation = decode_answer(early.operation, Operation)
+        return await created(client, operation, lease=True, on_progress=on_progress)
+
+
+async def run_leased(sandbox: dict[str, Any], session: Session, marks: Marks, begun: Early | None = None) -> int:
     """``sandbox`` are the words of :meth:`AsyncSandbox.create`. However this ends, the daemon destroys the sandbox after it."""
     task = asyncio.current_task()
     caught: list[int] = []
@@ -92,7 +105,7 @@ async def run_leased(sandbox: dict[str, Any], session: Session, marks: Marks) ->
         try:
             async with AsyncClient() as client:
                 with Following(session.quiet) as following:
-                    box = await AsyncSandbox.create(client=client, lease=True, on_progress=following.step, **sandbox)
+                    box = await _box(client, sandbox, begun, following.step)
                 marks.now("booted")
                 try:
                     return await _command(client, box.info, session, signals, marks)

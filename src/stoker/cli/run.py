@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from pathlib import Path
 
 import click
 
+from stoker.cli.early import create_early
 from stoker.cli.options import DURATION, SIZE, absolute_image, absolute_kernel, command_words, environment, existing_file
+from stoker.settings import load_settings
 
 __all__ = ["run"]
 
@@ -63,11 +65,6 @@ def run(
     the command; -i hands over a terminal's too, and -it makes it a session.
     """
     variables, initial = environment(env, env_file), existing_file("--initrd", initrd)
-    from stoker.cli.errors import report
-    from stoker.cli.leased import Marks, Session, run_leased
-    from stoker.errors import DeadlineExceeded
-
-    marks = Marks()
     sandbox = {
         "image": absolute_image(image),
         "kernel": absolute_kernel(kernel),
@@ -82,9 +79,19 @@ def run(
         "workdir": workdir or None,
         "cold": cold,
     }
+    parsed = time.monotonic()
+    early = create_early(load_settings(), {**sandbox, "lease": True})
+    # The machine boots while all this is imported.
+    import asyncio
+
+    from stoker.cli.errors import report
+    from stoker.cli.leased import Marks, Session, run_leased
+    from stoker.errors import DeadlineExceeded
+
+    marks = Marks({"parsed": parsed})
     session = Session(command_words(command), interactive, tty, timeout, quiet, timings)
     try:
-        return asyncio.run(run_leased(sandbox, session, marks))
+        return asyncio.run(run_leased(sandbox, session, marks, early))
     except DeadlineExceeded as e:
         # 124 says that the command's own time was up; a machine that did not come up in time is a failure of ours.
         report(e)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from stoker.api.models import (
     NetworkMode,
     Operation,
     PingResult,
-    SandboxState,
     SetTimeout,
     StopSandbox,
     Timeout,
@@ -31,15 +29,13 @@ from stoker.client.client import AsyncClient, default_client
 from stoker.client.commands import AsyncCommands, AsyncPty
 from stoker.client.feed import AsyncFeed, events_feed
 from stoker.client.files import AsyncFiles
-from stoker.client.operations import OnProgress, finish_operation, wait_for_state
+from stoker.client.operations import OnProgress, begin_create, finish_operation, wait_for_state
 from stoker.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from stoker.client.lease import Lease
 
-__all__ = ["AsyncSandbox"]
-
-READY = (SandboxState.RUNNING, SandboxState.FAILED, SandboxState.STOPPED, SandboxState.LOST)
+__all__ = ["AsyncSandbox", "created"]
 
 
 class AsyncSandbox:
@@ -126,21 +122,8 @@ class AsyncSandbox:
             cold=cold,
             start=start,
         )
-        # With the key the request can be sent again when a connection breaks: it makes one sandbox, not two.
-        headers = [("Idempotency-Key", secrets.token_urlsafe(18))]
-        operation = await client.api.call(
-            "POST", path("sandboxes"), Operation, query={"wait": False}, body=request, headers=headers
-        )
-        held = await _lease(client, str(operation.sandbox)) if lease else None
-        try:
-            await finish_operation(client.api, operation, ready_timeout, on_progress)
-            box = await cls.connect(str(operation.sandbox), client=client)
-        except BaseException:
-            if held is not None:
-                held.release()
-            raise
-        box._held = held
-        return box
+        operation = await begin_create(client.api, request)
+        return await created(client, operation, lease=lease, ready_timeout=ready_timeout, on_progress=on_progress)
 
     @classmethod
     async def connect(cls, sandbox: str, *, client: AsyncClient | None = None) -> AsyncSandbox:
@@ -254,6 +237,27 @@ class AsyncSandbox:
         """A whole URL that reads or writes one of its files without a key. Of use where the daemon listens on TCP."""
         signed = await self.files.signed_url(path, operation=operation, expires_in=expires_in)
         return f"{self._client.endpoint}{signed.url}"
+
+
+async def created(
+    client: AsyncClient,
+    operation: Operation,
+    *,
+    lease: bool = False,
+    ready_timeout: float = 900.0,
+    on_progress: OnProgress | None = None,
+) -> AsyncSandbox:
+    """The sandbox that an operation makes, once it runs."""
+    held = await _lease(client, str(operation.sandbox)) if lease else None
+    try:
+        await finish_operation(client.api, operation, ready_timeout, on_progress)
+        box = await AsyncSandbox.connect(str(operation.sandbox), client=client)
+    except BaseException:
+        if held is not None:
+            held.release()
+        raise
+    box._held = held
+    return box
 
 
 async def _lease(client: AsyncClient, sandbox: str) -> Lease:
