@@ -38,7 +38,7 @@ async def opened(settings: Settings) -> AsyncIterator[Engine]:
 async def make(engine: Engine, **values: object) -> Sandbox:
     request = CreateSandbox(image="debian:12", memory=256 * MIB, **values)  # type: ignore[arg-type]
     operation = await engine.create(ADMIN, request)
-    operation = await engine.wait_operation(ADMIN, operation.id, 200)
+    operation = await engine.wait_operation(ADMIN, operation.id, 1200)
     assert operation.state is OperationState.SUCCEEDED, operation.error
     return await engine.get(ADMIN, operation.sandbox or "")
 

@@ -341,6 +341,21 @@ async def test_machines_outlive_the_engine(settings: Settings) -> None:
         assert await owned(engine) == []
 
 
+async def test_a_destroy_takes_the_rows_of_its_processes_along(settings: Settings) -> None:
+    def rows(db: Any) -> int:
+        return int(db.execute("SELECT count(*) FROM processes").fetchone()[0])
+
+    async with opened(settings) as engine:
+        box = await make(engine)
+        await engine.processes.start(ADMIN, box.id, StartProcess(argv=["sleep", "100"]))
+        await asyncio.sleep(0.1)
+        assert await engine._core.database.read(rows) == 1
+        await engine.processes.start(ADMIN, box.id, StartProcess(argv=["sleep", "100"]))
+        await engine.destroy(ADMIN, box.id)
+        await asyncio.sleep(0.1)
+        assert await engine._core.database.read(rows) == 0
+
+
 async def test_an_unfinished_destroy_is_finished(settings: Settings) -> None:
     async with opened(settings) as engine:
         box = await make(engine)

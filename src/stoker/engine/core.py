@@ -261,6 +261,7 @@ class Core:
             db.execute("DELETE FROM sandboxes WHERE id = ?", (record.id,))
             db.execute("DELETE FROM events WHERE sandbox = ?", (record.id,))
             db.execute("DELETE FROM idempotency WHERE sandbox = ?", (record.id,))
+            db.execute("DELETE FROM processes WHERE sandbox = ?", (record.id,))
             Ledger.released_in(db, record.id)
             db.execute("INSERT OR REPLACE INTO numbers (name, value) VALUES ('event', ?)", (event.id,))
 

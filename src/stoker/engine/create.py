@@ -381,7 +381,12 @@ def make_hub(core: Core, box: Box) -> Hub:
                 db.execute("DELETE FROM processes WHERE sandbox = ? AND number = ?", (box.id, number))
             else:
                 text = msgspec.json.encode(started).decode()
-                db.execute("INSERT OR REPLACE INTO processes (sandbox, number, started) VALUES (?, ?, ?)", (box.id, number, text))
+                # It may have been destroyed between the call and now.
+                db.execute(
+                    "INSERT OR REPLACE INTO processes (sandbox, number, started)"
+                    " SELECT ?1, ?2, ?3 WHERE EXISTS (SELECT 1 FROM sandboxes WHERE id = ?1)",
+                    (box.id, number, text),
+                )
 
         if not box.gone:
             core.spawn(core.database.write(work), f"row of process {number}")
