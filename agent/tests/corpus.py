@@ -29,26 +29,61 @@ def main(where: Path) -> None:
     for i in (11, 17, 31, 33, 34, 35, 40, 50):
         put("msgpack", f"vector{i}", bytes.fromhex(vectors[i]["hex"]))
     exec_map = {
-        "m": "exec", "id": 1, "argv": ["sh", b"-c", "x"], "env": {"A": "b", "PATH": b"/bin"}, "clear_env": False, "cwd": "~/x", "user": "root:0", "groups": [1, 2],
-        "tty": False, "stdin": True, "mode": "discard", "ring": 4096, "tag": "t", "rlimits": [[7, 1, -1]], "umask": 18, "attach": True, "builtin": False, "args": {"path": "/"},
-    }  # fmt: skip
+        "m": "exec",
+        "id": 1,
+        "argv": ["sh", b"-c", "x"],
+        "env": {"A": "b", "PATH": b"/bin"},
+        "clear_env": False,
+        "cwd": "~/x",
+        "user": "root:0",
+        "groups": [1, 2],
+        "tty": False,
+        "stdin": True,
+        "mode": "discard",
+        "ring": 4096,
+        "tag": "t",
+        "rlimits": [[7, 1, -1]],
+        "umask": 18,
+        "attach": True,
+        "builtin": False,
+        "args": {"path": "/"},
+    }
     calls = [
-        {"m": "configure", "env": {"C": "d"}, "user": "root", "workdir": "/w", "hostname": "h"}, exec_map, {"m": "attach", "id": 1, "out": 3, "err": None},
-        {"m": "stream", "id": 1, "mode": "block", "window": 10}, {"m": "signal", "id": 1, "signal": 9}, {"m": "resize", "id": 1, "rows": 3, "cols": 4},
-        {"m": "processes", "after": 0}, {"m": "detach", "id": 1}, {"m": "info"}, {"m": "sync"}, {"m": "time", "realtime": 1}, {"m": "reseed", "entropy": b"1234"},
-        {"m": "shutdown", "how": "poweroff", "grace": 1}, {"m": "forget", "id": 1},
-    ]  # fmt: skip
+        {"m": "configure", "env": {"C": "d"}, "user": "root", "workdir": "/w", "hostname": "h"},
+        exec_map,
+        {"m": "attach", "id": 1, "out": 3, "err": None},
+        {"m": "stream", "id": 1, "mode": "block", "window": 10},
+        {"m": "signal", "id": 1, "signal": 9},
+        {"m": "resize", "id": 1, "rows": 3, "cols": 4},
+        {"m": "processes", "after": 0},
+        {"m": "detach", "id": 1},
+        {"m": "info"},
+        {"m": "sync"},
+        {"m": "time", "realtime": 1},
+        {"m": "reseed", "entropy": b"1234"},
+        {"m": "shutdown", "how": "poweroff", "grace": 1},
+        {"m": "forget", "id": 1},
+    ]
     everything = b""
     for i, call in enumerate(calls):
         put("stream", f"call{i}", record(CALL, i, 0, pack(call)))
         everything += record(CALL, i, 0, pack(call))
         if call["m"] == "exec":
-            everything += record(DATA, 4, 0, b"input") + record(DATA, 4, 3, b"utmore") + record(ACK, 5, 4) + record(EOF, 4, 9) + record(PING, 0, 0, b"p") + record(0xFD)
+            everything += (
+                record(DATA, 4, 0, b"input")
+                + record(DATA, 4, 3, b"utmore")
+                + record(ACK, 5, 4)
+                + record(EOF, 4, 9)
+                + record(PING, 0, 0, b"p")
+                + record(0xFD)
+            )
     put("stream", "everything", everything + record(0xFF, 0, 0, b"junk") + record(0xFE) + everything)
     put("stream", "terminal", record(CALL, 1, 0, pack({**exec_map, "tty": True, "rows": 5})) + record(DATA, 4, 0, b"x"))
     for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         out = io.BytesIO()
-        with tarfile.open(fileobj=out, mode="w", format=kind, pax_headers={"comment": "x"} if kind == tarfile.PAX_FORMAT else None) as tar:
+        with tarfile.open(
+            fileobj=out, mode="w", format=kind, pax_headers={"comment": "x"} if kind == tarfile.PAX_FORMAT else None
+        ) as tar:
             for name, size in (("a/b", 3), ("long" * 50, 0), ("é", 600)):
                 m = tarfile.TarInfo(name)
                 m.size, m.mtime = size, 12345

@@ -4,8 +4,8 @@
 usage: vectors.py generate DIR | check DIR PROGRAM
 
 They are made here from the document alone (wire.py), with neither implementation. frames.json: what a frame looks like;
-streams.json: what a receiver (an agent: damage makes it hunt) finds in a stream of bytes, however it is cut; msgpack.json: values as
-text (`s:` and `b:` with hexadecimal bytes, {key=value}), or `bad` for what must be refused.
+streams.json: what a receiver (an agent: damage makes it hunt) finds in a stream of bytes, however it is cut; msgpack.json: values
+as text (`s:` and `b:` with hexadecimal bytes, {key=value}), or `bad` for what must be refused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,15 @@ def frame_vectors() -> list[dict[str, Any]]:
         (0xFF, 0, 0, b"SK" * 20),
     ]
     for kind, channel, offset, payload in cases:
-        found.append({"type": kind, "channel": channel, "offset": offset, "payload_hex": payload.hex(), "wire_hex": frame(kind, channel, offset, payload).hex()})
+        found.append(
+            {
+                "type": kind,
+                "channel": channel,
+                "offset": offset,
+                "payload_hex": payload.hex(),
+                "wire_hex": frame(kind, channel, offset, payload).hex(),
+            }
+        )
     return found
 
 
@@ -70,21 +78,62 @@ def stream_vectors() -> list[dict[str, Any]]:
     bad_nonce[20] ^= 1
     cases = [
         ("frames before any preamble are not seen", f1 + preamble(N1) + f2, [preamble_event(N1), event(*two)]),
-        ("noise and zeros before it", bytes(500) + b"\xf5STOKER\xf5" + preamble(N1) + f1 + f2, [preamble_event(N1), event(*one), event(*two)]),
-        ("a preamble that is cut short, then a whole one", preamble(N2)[:20] + preamble(N1) + f1, [preamble_event(N1), event(*one)]),
+        (
+            "noise and zeros before it",
+            bytes(500) + b"\xf5STOKER\xf5" + preamble(N1) + f1 + f2,
+            [preamble_event(N1), event(*one), event(*two)],
+        ),
+        (
+            "a preamble that is cut short, then a whole one",
+            preamble(N2)[:20] + preamble(N1) + f1,
+            [preamble_event(N1), event(*one)],
+        ),
         ("a preamble with a bad checksum", bytes(bad_nonce) + f1 + preamble(N1) + f2, [preamble_event(N1), event(*two)]),
-        ("a header with a flipped bit", preamble(N1) + f1 + bytes(flipped) + f2 + preamble(N2) + f1,
-         [preamble_event(N1), event(*one), damage, preamble_event(N2), event(*one)]),  # fmt: skip
-        ("a wrong trailer", preamble(N1) + bytes(trailer) + f2 + preamble(N2) + f1, [preamble_event(N1), damage, preamble_event(N2), event(*one)]),
-        ("a torn frame, zeros, a new preamble", preamble(N1) + torn + bytes(400) + preamble(N2) + f2,
-         [preamble_event(N1), damage, preamble_event(N2), event(*two)]),  # fmt: skip
-        ("a payload longer than allowed", preamble(N1) + too_long + bytes(100) + preamble(N2) + f1, [preamble_event(N1), damage, preamble_event(N2), event(*one)]),
-        ("a preamble where a header should be", preamble(N1) + f1 + preamble(N2) + f2, [preamble_event(N1), event(*one), damage, preamble_event(N2), event(*two)]),
-        ("a preamble inside a good frame is payload", preamble(N1) + inside + f1, [preamble_event(N1), event(DATA, 5, 0, preamble(N2) + b"rest"), event(*one)]),
-        ("a preamble inside a frame with a bad trailer", preamble(N1) + inside[:-1] + bytes([inside[-1] ^ 0xFF]) + f1,
-         [preamble_event(N1), damage, preamble_event(N2), damage]),  # fmt: skip
-        ("zeros where a header should be", preamble(N1) + f1 + bytes(30) + preamble(N2), [preamble_event(N1), event(*one), damage, preamble_event(N2)]),
-        ("an unknown type is a frame", preamble(N1) + frame(0x99, 1, 2, b"?") + f1, [preamble_event(N1), event(0x99, 1, 2, b"?"), event(*one)]),
+        (
+            "a header with a flipped bit",
+            preamble(N1) + f1 + bytes(flipped) + f2 + preamble(N2) + f1,
+            [preamble_event(N1), event(*one), damage, preamble_event(N2), event(*one)],
+        ),
+        (
+            "a wrong trailer",
+            preamble(N1) + bytes(trailer) + f2 + preamble(N2) + f1,
+            [preamble_event(N1), damage, preamble_event(N2), event(*one)],
+        ),
+        (
+            "a torn frame, zeros, a new preamble",
+            preamble(N1) + torn + bytes(400) + preamble(N2) + f2,
+            [preamble_event(N1), damage, preamble_event(N2), event(*two)],
+        ),
+        (
+            "a payload longer than allowed",
+            preamble(N1) + too_long + bytes(100) + preamble(N2) + f1,
+            [preamble_event(N1), damage, preamble_event(N2), event(*one)],
+        ),
+        (
+            "a preamble where a header should be",
+            preamble(N1) + f1 + preamble(N2) + f2,
+            [preamble_event(N1), event(*one), damage, preamble_event(N2), event(*two)],
+        ),
+        (
+            "a preamble inside a good frame is payload",
+            preamble(N1) + inside + f1,
+            [preamble_event(N1), event(DATA, 5, 0, preamble(N2) + b"rest"), event(*one)],
+        ),
+        (
+            "a preamble inside a frame with a bad trailer",
+            preamble(N1) + inside[:-1] + bytes([inside[-1] ^ 0xFF]) + f1,
+            [preamble_event(N1), damage, preamble_event(N2), damage],
+        ),
+        (
+            "zeros where a header should be",
+            preamble(N1) + f1 + bytes(30) + preamble(N2),
+            [preamble_event(N1), event(*one), damage, preamble_event(N2)],
+        ),
+        (
+            "an unknown type is a frame",
+            preamble(N1) + frame(0x99, 1, 2, b"?") + f1,
+            [preamble_event(N1), event(0x99, 1, 2, b"?"), event(*one)],
+        ),
         ("an incomplete frame at the end", preamble(N1) + f1 + f2[:-1], [preamble_event(N1), event(*one)]),
     ]
     return [{"name": name, "wire_hex": wire.hex(), "events": events} for name, wire, events in cases]
@@ -108,10 +157,44 @@ def text(v: Any) -> str:
 
 def msgpack_vectors() -> list[dict[str, str]]:
     values: list[Any] = [
-        None, True, False, 0, 1, 127, 128, 255, 256, 65535, 65536, 2**32 - 1, 2**32, 2**63 - 1, 2**64 - 1, -1, -32, -33, -128, -(2**31), -(2**63),
-        "", "a", "é", "x" * 31, "x" * 32, "x" * 255, "x" * 256, b"", b"\0\xff", b"z" * 300, [], [1, [2, [3]]], list(range(20)),
-        {}, {"m": "exec", "argv": ["sh", b"-c"], "env": {"A": "b"}, "tty": False, "ring": 1 << 20}, {f"k{i}": i for i in range(40)},
-    ]  # fmt: skip
+        None,
+        True,
+        False,
+        0,
+        1,
+        127,
+        128,
+        255,
+        256,
+        65535,
+        65536,
+        2**32 - 1,
+        2**32,
+        2**63 - 1,
+        2**64 - 1,
+        -1,
+        -32,
+        -33,
+        -128,
+        -(2**31),
+        -(2**63),
+        "",
+        "a",
+        "é",
+        "x" * 31,
+        "x" * 32,
+        "x" * 255,
+        "x" * 256,
+        b"",
+        b"\0\xff",
+        b"z" * 300,
+        [],
+        [1, [2, [3]]],
+        list(range(20)),
+        {},
+        {"m": "exec", "argv": ["sh", b"-c"], "env": {"A": "b"}, "tty": False, "ring": 1 << 20},
+        {f"k{i}": i for i in range(40)},
+    ]
     deep: Any = 1
     for _ in range(8):
         deep = [deep]
@@ -119,22 +202,54 @@ def msgpack_vectors() -> list[dict[str, str]]:
     found = [{"hex": pack(v).hex(), "text": text(v)} for v in values]
     # Other encodings of the same, which a reader accepts.
     for wire, shown in (
-        (b"\xd0\x05", "5"), (b"\xd1\xff\xff", "-1"), (b"\xd2\x00\x00\x00\x07", "7"), (b"\xd3" + b"\xff" * 8, "-1"), (b"\xcf" + bytes(7) + b"\x01", "1"),
-        (b"\xdb\x00\x00\x00\x01a", "s:61"), (b"\xc6\x00\x00\x00\x01a", "b:61"), (b"\xdd\x00\x00\x00\x01\xc0", "[nil]"), (b"\xdf\x00\x00\x00\x01\xa1a\x01", "{s:61=1}"),
-        (b"\xca\x00\x00\x00\x00", "other"), (b"\xcb" + bytes(8), "other"), (b"\xd4\x01\x02", "other"), (b"\xc7\x02\x01ab", "other"), (b"\xd8" + bytes(17), "other"),
-    ):  # fmt: skip
+        (b"\xd0\x05", "5"),
+        (b"\xd1\xff\xff", "-1"),
+        (b"\xd2\x00\x00\x00\x07", "7"),
+        (b"\xd3" + b"\xff" * 8, "-1"),
+        (b"\xcf" + bytes(7) + b"\x01", "1"),
+        (b"\xdb\x00\x00\x00\x01a", "s:61"),
+        (b"\xc6\x00\x00\x00\x01a", "b:61"),
+        (b"\xdd\x00\x00\x00\x01\xc0", "[nil]"),
+        (b"\xdf\x00\x00\x00\x01\xa1a\x01", "{s:61=1}"),
+        (b"\xca\x00\x00\x00\x00", "other"),
+        (b"\xcb" + bytes(8), "other"),
+        (b"\xd4\x01\x02", "other"),
+        (b"\xc7\x02\x01ab", "other"),
+        (b"\xd8" + bytes(17), "other"),
+    ):
         found.append({"hex": wire.hex(), "text": shown})
     bad = [
-        b"", b"\xc1", b"\xa1", b"\xd9\x05abcd", b"\xda\xff\xff", b"\xdb\xff\xff\xff\xffabc", b"\xc4\x01", b"\xc6\x7f\xff\xff\xff", b"\x91", b"\x81\xa1a", b"\xdc\xff\xff\xc0",
-        b"\xdd\xff\xff\xff\xff\xc0\xc0", b"\xdf\xff\xff\xff\xff\xc0\xc0", b"\xcf\x00", b"\xd4\x01", b"\xc9\xff\xff\xff\xff\x01", b"\x01\x01", b"\x90\x90", b"\x91" * 9 + b"\x01",
-        b"\x81\xa1a" * 9 + b"\x01", pack({"m": "x" * 40})[:-1],
-    ]  # fmt: skip
+        b"",
+        b"\xc1",
+        b"\xa1",
+        b"\xd9\x05abcd",
+        b"\xda\xff\xff",
+        b"\xdb\xff\xff\xff\xffabc",
+        b"\xc4\x01",
+        b"\xc6\x7f\xff\xff\xff",
+        b"\x91",
+        b"\x81\xa1a",
+        b"\xdc\xff\xff\xc0",
+        b"\xdd\xff\xff\xff\xff\xc0\xc0",
+        b"\xdf\xff\xff\xff\xff\xc0\xc0",
+        b"\xcf\x00",
+        b"\xd4\x01",
+        b"\xc9\xff\xff\xff\xff\x01",
+        b"\x01\x01",
+        b"\x90\x90",
+        b"\x91" * 9 + b"\x01",
+        b"\x81\xa1a" * 9 + b"\x01",
+        pack({"m": "x" * 40})[:-1],
+    ]
     return found + [{"hex": wire.hex(), "text": "bad"} for wire in bad]
 
 
 def generate(directory: Path) -> None:
     files = {
-        "frames.json": {"frames": frame_vectors(), "preambles": [{"nonce_hex": n.hex(), "wire_hex": preamble(n).hex()} for n in (N1, N2, bytes(16))]},
+        "frames.json": {
+            "frames": frame_vectors(),
+            "preambles": [{"nonce_hex": n.hex(), "wire_hex": preamble(n).hex()} for n in (N1, N2, bytes(16))],
+        },
         "streams.json": {"streams": stream_vectors()},
         "msgpack.json": {"msgpack": msgpack_vectors()},
     }
@@ -145,10 +260,8 @@ def generate(directory: Path) -> None:
 def check(directory: Path, program: str) -> None:
     questions: list[tuple[str, str]] = []
     frames = json.loads((directory / "frames.json").read_text())
-    for v in frames["frames"]:
-        questions.append((f"frame {v['type']} {v['channel']} {v['offset']} {v['payload_hex']}", v["wire_hex"]))
-    for v in frames["preambles"]:
-        questions.append((f"stream 7 {v['wire_hex']}", f"preamble {v['wire_hex']};"))
+    questions += [(f"frame {v['type']} {v['channel']} {v['offset']} {v['payload_hex']}", v["wire_hex"]) for v in frames["frames"]]
+    questions += [(f"stream 7 {v['wire_hex']}", f"preamble {v['wire_hex']};") for v in frames["preambles"]]
     for v in json.loads((directory / "streams.json").read_text())["streams"]:
         wanted = ""
         for e in v["events"]:
@@ -158,10 +271,8 @@ def check(directory: Path, program: str) -> None:
                 wanted += f"preamble {preamble(bytes.fromhex(e['nonce_hex'])).hex()};"
             else:
                 wanted += "damage;"
-        for cut in (1, 2, 3, 7, 25, 100, 1 << 20):
-            questions.append((f"stream {cut} {v['wire_hex']}", wanted))
-    for v in json.loads((directory / "msgpack.json").read_text())["msgpack"]:
-        questions.append((f"msgpack {v['hex']}", v["text"]))
+        questions += [(f"stream {cut} {v['wire_hex']}", wanted) for cut in (1, 2, 3, 7, 25, 100, 1 << 20)]
+    questions += [(f"msgpack {v['hex']}", v["text"]) for v in json.loads((directory / "msgpack.json").read_text())["msgpack"]]
     lines = "".join(q + "\n" for q, _ in questions)
     answers = subprocess.run([program], input=lines, capture_output=True, text=True, check=True).stdout.split("\n")
     for (question, wanted), answer in zip(questions, answers, strict=False):

@@ -168,7 +168,9 @@ class Host:
         self.synced = False
         self.welcome = None
         self.buffer, self.at = bytearray(), 0
-        self.send((b"" if fresh else ZEROS) + preamble(self.nonce) + frame(HELLO, payload=pack({"min": 1, "max": 1, "host": "test"})))
+        self.send(
+            (b"" if fresh else ZEROS) + preamble(self.nonce) + frame(HELLO, payload=pack({"min": 1, "max": 1, "host": "test"}))
+        )
         self.until(lambda: self.welcome is not None)
 
     def send(self, data: bytes) -> None:
@@ -284,7 +286,9 @@ class Host:
     def stream(self, number: int) -> Stream:
         return self.streams.setdefault(number, Stream())
 
-    def run(self, id: int, *argv: str | bytes, input: bytes | None = None, timeout: float | None = None, **more: Any) -> tuple[dict, bytes, bytes]:
+    def run(
+        self, id: int, *argv: str | bytes, input: bytes | None = None, timeout: float | None = None, **more: Any
+    ) -> tuple[dict, bytes, bytes]:
         """Starts, feeds, waits, forgets."""
         self.call("exec", id=id, argv=list(argv), stdin=input is not None, **more)
         if input is not None:
@@ -298,7 +302,7 @@ class Host:
         at = start
         total = start + len(data)
         while at < total:
-            self.until(lambda: at - self.acks[stream] < window)
+            self.until(lambda at=at: at - self.acks[stream] < window)
             n = min(PAYLOAD_MAX, total - at, window - (at - self.acks[stream]))
             self.send(frame(DATA, stream, at, data[at - start : at - start + n]))
             at += n
