@@ -4,43 +4,71 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from stoker.api.codec import decode_answer
-from stoker.api.models import Operation, OperationState, Progress, Sandbox, SandboxState
+from stoker.api.models import CreateSandbox, Operation, OperationState, Progress, Sandbox, SandboxState
 from stoker.client.api import Api, path
 from stoker.client.attachment import failure_of
 from stoker.client.feed import events_feed
 from stoker.errors import Conflict, DeadlineExceeded, GuestError, HostError, InternalError, NotFound, StokerError
 
-__all__ = ["OnProgress", "finish_operation", "wait_for_state"]
+__all__ = ["OnProgress", "begin_create", "destroy_made", "finish_operation", "wait_for_state"]
 
 OnProgress: TypeAlias = Callable[[Progress], object]
 """Called each time the step that is going on has moved; what it returns is awaited where it can be."""
+Undo: TypeAlias = Callable[[Api, Operation], Coroutine[Any, Any, None]]
 
 SLICE = 25.0
+UNDO = 15.0
 LOST = frozenset({"connection_lost", "daemon_unreachable", "daemon_silent", "answer_stalled"})
 
 
-async def finish_operation(api: Api, operation: Operation, timeout: float, on_progress: OnProgress | None) -> None:
-    """Returns when it has succeeded, raises what it failed with. Cancelled or out of time, the operation is cancelled too."""
+async def begin_create(api: Api, request: CreateSandbox) -> Operation:
+    """Asks for a sandbox. Cancelled while it asks, it waits for the answer, to take back what was asked for."""
+    # With the key the request can be sent again when a connection breaks: it makes one sandbox, not two.
+    headers = [("Idempotency-Key", secrets.token_urlsafe(18))]
+    asking = asyncio.ensure_future(
+        api.call("POST", path("sandboxes"), Operation, query={"wait": False}, body=request, headers=headers)
+    )
+    try:
+        return await asyncio.shield(asking)
+    except asyncio.CancelledError:
+        with suppress(StokerError, TimeoutError):
+            async with asyncio.timeout(UNDO):
+                await destroy_made(api, await asking)
+        raise
+
+
+async def finish_operation(
+    api: Api, operation: Operation, timeout: float, on_progress: OnProgress | None, *, undo: Undo | None = None
+) -> None:
+    """Returns when it has succeeded, raises what it failed with. Cancelled or out of time, it is undone (else: cancelled)."""
+    undo = undo or cancel_operation
     try:
         async with asyncio.timeout(timeout):
             await _finish(api, operation, on_progress)
     except TimeoutError:
-        await _cancel(api, operation)
+        await undo(api, operation)
         raise DeadlineExceeded("operation_timeout", f"{operation.kind} has not ended within {timeout:g} s") from None
     except asyncio.CancelledError:
-        await asyncio.shield(_cancel(api, operation))
+        await asyncio.shield(undo(api, operation))
         raise
 
 
-async def _cancel(api: Api, operation: Operation) -> None:
+async def cancel_operation(api: Api, operation: Operation) -> None:
     # What cannot be cancelled has ended, or its daemon is gone: then there is nothing to cancel.
     with suppress(StokerError):
-        await api.send("POST", path("operations", operation.id, "cancel"), timeout=10.0)
+        await api.send("POST", path("operations", operation.id, "cancel"), timeout=UNDO)
+
+
+async def destroy_made(api: Api, operation: Operation) -> None:
+    """Takes back a create: from ``creating`` on, a destroy ends what goes on and removes what there is."""
+    with suppress(StokerError):
+        await api.send("DELETE", path("sandboxes", str(operation.sandbox)), timeout=UNDO)
 
 
 async def _finish(api: Api, operation: Operation, on_progress: OnProgress | None) -> None:
