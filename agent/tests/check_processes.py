@@ -307,6 +307,8 @@ def does_not_wait_for_grandchildren(a: Target) -> None:
     took = time.monotonic() - started
     assert 0.24 < took < 3 and done["code"] == 0, took
     a.kill(int(h.stream(5).data))
+    if a.slow > 3:
+        return  # what follows needs a descendant that is never late by the quiet time
     # One that goes on writing is heard until it is silent.
     h.call(
         "exec", id=2, argv=["sh", "-c", "(for i in 1 2 3 4 5 6; do sleep 0.1; echo $i; done; exec sleep 600 2>/dev/null) & echo $!"]
@@ -414,11 +416,13 @@ def remembers_a_thousand_ended_ones(a: Target) -> None:
 @test
 def reaps_orphans(a: Target) -> None:
     h = a.connect()
-    h.run(1, "sh", "-c", "for i in 1 2 3 4 5; do (sleep 0.2 >/dev/null 2>&1 </dev/null &) ; done")
-    time.sleep(0.1)
+    seconds = a.slow
+    h.run(1, "sh", "-c", f"for i in 1 2 3 4 5; do (sleep {seconds} >/dev/null 2>&1 </dev/null &) ; done")
     assert len(a.children()) == 5, a.children()
-    time.sleep(0.5)
-    assert not a.children(), a.children()
+    deadline = time.monotonic() + 5 * seconds
+    while a.children():
+        assert time.monotonic() < deadline, a.children()
+        time.sleep(0.1)
 
 
 @test
