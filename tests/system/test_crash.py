@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from engine_fixtures import own_data
 
 from crashing import ADMIN, daemon, output, whole
+from engine_fixtures import own_data
 from stoker.api.models import SandboxState, StartProcess
 from stoker.engine import trace
 from stoker.engine.engine import Engine

@@ -116,7 +116,7 @@ async def test_failed_rows_are_bounded(settings: Settings, monkeypatch: pytest.M
     async def fail() -> None:
         raise GuestError("nope", "no")
 
-    monkeypatch.setattr("stoker.engine.create.FAILED_KEPT", 3)
+    monkeypatch.setattr("stoker.engine.build.FAILED_KEPT", 3)
     async with opened(settings, Faults(before=fail)) as engine:
         boxes = [await make(engine) for _ in range(6)]
         expected = [box.id for box in reversed(boxes[3:])]

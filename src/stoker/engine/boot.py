@@ -171,6 +171,17 @@ async def _first_word(machine: Machine, deadline: float) -> Agent:
         await asyncio.gather(ended, spoken, return_exceptions=True)
 
 
+def _clone(request: MachineRequest, rootfs: RootFilesystem, clone: Path) -> None:
+    """The machine's own disk: an empty overlay over its root file system."""
+    if request.disk and request.disk < rootfs.size:
+        raise InvalidRequest(
+            "disk_too_small",
+            f"{request.image} needs {rootfs.size // MIB} MiB of disk, more than {request.disk // MIB} MiB",
+            f"--disk {rootfs.size // MIB}M or more",
+        )
+    create_overlay(clone, rootfs.path, max(request.disk, rootfs.size))
+
+
 async def boot(
     request: MachineRequest,
     settings: Settings,
@@ -197,15 +208,8 @@ async def boot(
     watch.lap("images")
     accel = await verdict(settings, kernel.vmlinux, initrd)
     watch.lap("accel")
-    size = max(request.disk, rootfs.size)
-    if request.disk and request.disk < rootfs.size:
-        raise InvalidRequest(
-            "disk_too_small",
-            f"{request.image} needs {rootfs.size // MIB} MiB of disk, more than {request.disk // MIB} MiB",
-            f"--disk {rootfs.size // MIB}M or more",
-        )
     if not reuse:
-        create_overlay(clone, rootfs.path, size)
+        _clone(request, rootfs, clone)
     trace("boot.after_clone")
     network = _network(request)
     watch.lap("clone")

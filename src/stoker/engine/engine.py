@@ -9,7 +9,7 @@ The contract of every method is in :mod:`stoker.server.ports`, which this fits. 
 database      one SQLite file, one thread, one hop per transaction
 ledger        what the host has because of us, written down before it is made
 state, core   rows and what may be done in which state; what the parts share
-create        the way of a create and a start; :mod:`.boot` makes the machine
+create, build the way of a create and a start; :mod:`.boot` makes the machine
 ending        destroy, stop, a machine that is gone
 watch         a machine's end, seen at once; its agent, reached again
 reconcile     what a new engine does with what it finds
@@ -44,7 +44,7 @@ from stoker.api.models import (
     SandboxState,
     Timeout,
 )
-from stoker.engine import create, ending, verbs
+from stoker.engine import build, create, ending, verbs
 from stoker.engine.core import Booter, Box, Core
 from stoker.engine.database import Database, lock_data
 from stoker.engine.files import Files
@@ -256,7 +256,7 @@ class Engine:
         if now.state is OperationState.RUNNING and now.sandbox is not None:
             box = self._core.boxes.get(now.sandbox)
             if box is not None:
-                await self._core.shielded(create.cancel(self._core, box))
+                await self._core.shielded(build.cancel(self._core, box))
         return await self.operation(who, operation)
 
     @asynccontextmanager

@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 
 from stoker.api.models import SandboxState
+from stoker.engine.build import make_hub
 from stoker.engine.core import Box, Core, Live, load
-from stoker.engine.create import make_hub
 from stoker.engine.ending import detach, ended, release_all
 from stoker.engine.hub import Started, decode_started
 from stoker.engine.ledger import Entry, Kind, Ledger
