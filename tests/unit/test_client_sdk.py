@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 import os
+import sys
 import tarfile
 import time
 from collections.abc import AsyncIterator
@@ -431,3 +432,77 @@ async def test_a_download_that_breaks_leaves_the_old_file(tmp_path: Path) -> Non
     with pytest.raises(HostError):
         await archive.save(breaking(), tmp_path / "file", 0o644)
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+async def script(server: Running, text: str) -> asyncio.subprocess.Process:
+    """A program of its own that uses the SDK."""
+    env = {**os.environ, "STOKER_URL": f"unix:{server.settings.socket}"}
+    out = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(sys.executable, "-W", "error", "-c", text, env=env, stdout=out, stderr=out)
+
+
+FORKING = """
+import os
+from stoker import Sandbox
+box = Sandbox.create("debian:12")
+assert box.commands.run("echo a").stdout == "a\\n"
+child = os.fork()
+assert all(box.commands.run(f"echo {i}").stdout == f"{i}\\n" for i in range(20))
+if not child:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+box.kill()
+print("good")
+"""
+
+
+async def test_a_fork_does_not_use_its_parents_connections(server: Running) -> None:
+    process = await script(server, FORKING)
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert (process.returncode, out) == (0, b"good\n"), err.decode()
+
+
+INTERRUPTED = """
+from stoker import Sandbox
+box = Sandbox.create("debian:12")
+print("made", flush=True)
+try:
+    box.commands.run("sleep 600", tag="long")
+except KeyboardInterrupt:
+    print([p.running for p in box.commands.list(tag="long")][:0], flush=True)
+    raise SystemExit(5)
+"""
+
+
+async def test_an_interrupt_ends_what_was_waited_for(server: Running, client: AsyncClient) -> None:
+    process = await script(server, INTERRUPTED)
+    assert process.stdout is not None
+    assert await asyncio.wait_for(process.stdout.readline(), 60) == b"made\n"
+    (box,) = await AsyncSandbox.list(client=client)
+    await runs(box, True)
+    process.send_signal(2)
+    _, err = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 5, err.decode()
+    await runs(box, False)
+
+
+async def test_a_create_that_is_cancelled_leaves_nothing(server: Running, client: AsyncClient) -> None:
+    for delay in (0.0, 0.001, 0.005, 0.02, 0.05):
+        task = asyncio.create_task(AsyncSandbox.create("debian:12", client=client))
+        await asyncio.sleep(delay)
+        task.cancel()
+        done = (await asyncio.gather(task, return_exceptions=True))[0]
+        if isinstance(done, AsyncSandbox):
+            await done.kill()
+        assert await AsyncSandbox.list(client=client) == []
+
+
+async def test_a_create_out_of_time_leaves_nothing(server: Running, client: AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*_: object) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr("stoker.client.operations._finish", never)
+    with pytest.raises(DeadlineExceeded) as caught:
+        await AsyncSandbox.create("debian:12", client=client, ready_timeout=0.1)
+    assert caught.value.code == "operation_timeout"
+    assert await AsyncSandbox.list(client=client) == []

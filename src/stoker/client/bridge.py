@@ -10,14 +10,17 @@ import asyncio
 import atexit
 import os
 import queue
+import select
+import selectors
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 __all__ = ["call", "calling_back", "iterate"]
 
 T = TypeVar("T")
+CLEAN_UP = 20.0
+"""Seconds that something cancelled gets to undo what it did."""
 
 
 class _Loop:
@@ -25,7 +28,9 @@ class _Loop:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self.loop = asyncio.new_event_loop()
+        self.selector = selectors.EpollSelector()
+        self.loop = asyncio.SelectorEventLoop(self.selector)
+        os.register_at_fork(after_in_child=self._forked)
         self.thread = threading.Thread(target=self._run, name="stoker-sdk", daemon=True)
         self.thread.start()
 
@@ -35,15 +40,28 @@ class _Loop:
             self.loop.run_forever()
         finally:
             # What asyncio.run does at its end: generators close the connections they keep.
-            for task in asyncio.all_tasks(self.loop):
+            tasks = asyncio.all_tasks(self.loop)
+            for task in tasks:
                 task.cancel()
+            if tasks:
+                self.loop.run_until_complete(asyncio.wait(tasks, timeout=CLEAN_UP))
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
             self.loop.close()
+
+    def _forked(self) -> None:
+        """In a child: what our parent's objects do to their loop when they are dropped here must not reach the parent.
+
+        The epoll instance is shared across a fork, and unregistering a socket from it here would make the parent deaf. So an
+        empty one takes its number.
+        """
+        if not self.loop.is_closed():
+            with select.epoll() as empty:
+                os.dup2(empty.fileno(), self.selector.fileno(), inheritable=False)
 
     def stop(self) -> None:
         if self.pid == os.getpid() and self.thread.is_alive():
             self.loop.call_soon_threadsafe(self.loop.stop)
-            self.thread.join(timeout=2.0)
+            self.thread.join(timeout=CLEAN_UP + 2.0)
 
 
 _lock = threading.Lock()
@@ -61,24 +79,54 @@ def _loop() -> _Loop:
         return _current
 
 
+class _Call(Generic[T]):
+    """One coroutine on the loop, and the thread that waits for it."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T], on_end: Callable[[], object] = bool
+    ) -> None:
+        self._loop = loop
+        self._on_end = on_end
+        self._ended = threading.Event()
+        self._task: asyncio.Task[T] | None = None
+        loop.call_soon_threadsafe(self._begin, coroutine)
+
+    def _begin(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        self._task = self._loop.create_task(coroutine)
+        self._task.add_done_callback(self._end)
+
+    def _end(self, _: object) -> None:
+        self._ended.set()
+        self._on_end()
+
+    def cancel(self) -> None:
+        """Cancels it and gives it the time to clean up."""
+
+        def cancel() -> None:
+            if self._task is not None:
+                self._task.cancel()
+
+        self._loop.call_soon_threadsafe(cancel)
+        self._ended.wait(CLEAN_UP)
+
+    def result(self) -> T:
+        try:
+            self._ended.wait()
+        except BaseException:
+            self.cancel()
+            raise
+        assert self._task is not None
+        return self._task.result()
+
+
 def call(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Runs it on the loop and waits here. Ctrl-C cancels it, and it gets the time to clean up."""
+    """Runs it on the loop and waits here. Ctrl-C cancels it, and comes out when it has cleaned up."""
     try:
-        loop = _loop()
+        loop = _loop().loop
     except BaseException:
         coroutine.close()
         raise
-    future = asyncio.run_coroutine_threadsafe(coroutine, loop.loop)
-    return _result(future)
-
-
-def _result(future: Future[T]) -> T:
-    try:
-        return future.result()
-    except BaseException:
-        if not future.done():
-            future.cancel()
-        raise
+    return _Call(loop, coroutine).result()
 
 
 class _Callbacks:
@@ -120,9 +168,7 @@ def calling_back(
         return call(start(*arguments, **options))
     bridge = _Callbacks()
     wrapped = {name: bridge.wrap(function) if function else None for name, function in callbacks.items()}
-    loop = _loop().loop
-    future = asyncio.run_coroutine_threadsafe(start(*arguments, **wrapped, **options), loop)
-    future.add_done_callback(lambda _: bridge.queue.put(None))
+    running = _Call(_loop().loop, start(*arguments, **wrapped, **options), lambda: bridge.queue.put(None))
     try:
         while (item := bridge.queue.get()) is not None:
             function, done, where = item
@@ -133,9 +179,9 @@ def calling_back(
                 error = e
             where.call_soon_threadsafe(_finish, done, error)
     except BaseException:
-        future.cancel()
+        running.cancel()
         raise
-    return _result(future)
+    return running.result()
 
 
 def iterate(source: AsyncIterator[T]) -> Iterator[T]:

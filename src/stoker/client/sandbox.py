@@ -29,7 +29,7 @@ from stoker.client.client import AsyncClient, default_client
 from stoker.client.commands import AsyncCommands, AsyncPty
 from stoker.client.feed import AsyncFeed, events_feed
 from stoker.client.files import AsyncFiles
-from stoker.client.operations import OnProgress, begin_create, finish_operation, wait_for_state
+from stoker.client.operations import OnProgress, begin_create, destroy_made, finish_operation, wait_for_state
 from stoker.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
@@ -247,14 +247,17 @@ async def created(
     ready_timeout: float = 900.0,
     on_progress: OnProgress | None = None,
 ) -> AsyncSandbox:
-    """The sandbox that an operation makes, once it runs."""
-    held = await _lease(client, str(operation.sandbox)) if lease else None
+    """The sandbox that an operation makes, once it runs. Given up before that, nothing of it is left."""
+    held: Lease | None = None
     try:
-        await finish_operation(client.api, operation, ready_timeout, on_progress)
+        held = await _lease(client, str(operation.sandbox)) if lease else None
+        await finish_operation(client.api, operation, ready_timeout, on_progress, undo=destroy_made)
         box = await AsyncSandbox.connect(str(operation.sandbox), client=client)
-    except BaseException:
+    except BaseException as e:
         if held is not None:
             held.release()
+        elif isinstance(e, asyncio.CancelledError):
+            await asyncio.shield(destroy_made(client.api, operation))
         raise
     box._held = held
     return box

@@ -87,6 +87,7 @@ class Transport:
         self._start = start
         self._hint = hint or f"is the daemon running at {endpoint}?"
         self._idle: list[Connection] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
     async def request(
@@ -170,7 +171,12 @@ class Transport:
                 raise
 
     def _take(self, fresh: float = IDLE_LIMIT) -> Connection | None:
-        now = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            # Another loop's connections, or after a fork our parent's: they are not ours to use, and not to close either.
+            self._idle.clear()
+            self._loop = loop
+        now = loop.time()
         while self._idle:
             connection = self._idle.pop()
             if connection.usable() and now - connection.idle_since < fresh:
@@ -179,7 +185,7 @@ class Transport:
         return None
 
     def _release(self, connection: Connection) -> None:
-        if self._closed or len(self._idle) >= KEPT or not connection.recycle():
+        if self._closed or self._loop is not asyncio.get_running_loop() or len(self._idle) >= KEPT or not connection.recycle():
             connection.close()
         else:
             self._idle.append(connection)
