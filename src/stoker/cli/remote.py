@@ -38,21 +38,36 @@ def with_client(work: Callable[[AsyncClient], Awaitable[T]], *, start: bool = Tr
     return asyncio.run(main())
 
 
-async def each(names: Iterable[str], work: Callable[[str], Awaitable[Any]]) -> int:
-    """Does the same to many, a few at a time; reports what fails and goes on. The exit code is the last failure's."""
+async def each(names: Iterable[str], work: Callable[[str], Awaitable[Any]], *, doing: str = "") -> int:
+    """Does the same to many, a few at a time; reports what fails and goes on. The exit code is the last failure's.
+
+    ``doing`` is what a person is told after a second.
+    """
     limit = asyncio.Semaphore(8)
-    code = 0
+    wanted = list(dict.fromkeys(names))
+    code = done = 0
 
     async def one(name: str) -> None:
-        nonlocal code
+        nonlocal code, done
         async with limit:
             try:
                 await work(name)
             except StokerError as e:
                 report(e)
                 code = exit_code(e)
+        done += 1
 
-    await asyncio.gather(*(one(name) for name in dict.fromkeys(names)))
+    async def tell(following: Following) -> None:
+        while doing:
+            await asyncio.sleep(1.0)
+            following.count(doing, done, len(wanted))
+
+    with Following(quiet=False) as following:
+        telling = asyncio.create_task(tell(following))
+        try:
+            await asyncio.gather(*(one(name) for name in wanted))
+        finally:
+            telling.cancel()
     return code
 
 
@@ -135,6 +150,13 @@ class Following:
             self._progress.step(name, 1.0, 1.0)
         self._open = {progress.step}
         self._progress.step(progress.step, progress.done, progress.total, progress.detail)
+
+    def count(self, name: str, done: int, total: int) -> None:
+        """Shows so many of so many things; said after a second, and by the caller."""
+        if total > 1:
+            self._progress.step(name, float(done), float(max(total, done + 1)))
+        else:
+            self._progress.step(name, None, None)
 
     def bytes(self, name: str, total: int | None) -> Callable[[int], None]:
         """A callback for bytes that have gone over."""

@@ -153,7 +153,9 @@ def inspect(*, sandboxes: tuple[str, ...]) -> int:
     return code
 
 
-def _on_each(sandboxes: tuple[str, ...], act: Callable[[AsyncSandbox], Awaitable[Any]], *, echo: bool = True) -> int:
+def _on_each(
+    sandboxes: tuple[str, ...], act: Callable[[AsyncSandbox], Awaitable[Any]], *, echo: bool = True, doing: str = ""
+) -> int:
     async def work(client: AsyncClient) -> int:
         from stoker.client.sandbox import AsyncSandbox
 
@@ -162,7 +164,7 @@ def _on_each(sandboxes: tuple[str, ...], act: Callable[[AsyncSandbox], Awaitable
             if echo:
                 click.echo(name)
 
-        return await each(sandboxes, one)
+        return await each(sandboxes, one, doing=doing)
 
     return with_client(work)
 
@@ -194,7 +196,7 @@ def rm(*, force: bool, everything: bool, label: tuple[str, ...], sandboxes: tupl
                 if not force:
                     raise
 
-        return await each(names, one)
+        return await each(names, one, doing="destroying")
 
     return with_client(work)
 
@@ -204,7 +206,7 @@ def rm(*, force: bool, everything: bool, label: tuple[str, ...], sandboxes: tupl
 @click.argument("sandboxes", nargs=-1, required=True, type=SANDBOX)
 def stop(*, grace: float, sandboxes: tuple[str, ...]) -> int:
     """Shut sandboxes down; their disks stay."""
-    return _on_each(sandboxes, lambda box: box.stop(grace=grace))
+    return _on_each(sandboxes, lambda box: box.stop(grace=grace), doing="shutting down")
 
 
 @click.command()
@@ -220,14 +222,14 @@ def start(*, quiet: bool, sandboxes: tuple[str, ...]) -> int:
 @click.argument("sandboxes", nargs=-1, required=True, type=SANDBOX)
 def freeze(*, sandboxes: tuple[str, ...]) -> int:
     """Stop the CPUs of sandboxes; their memory stays."""
-    return _on_each(sandboxes, lambda box: box.freeze())
+    return _on_each(sandboxes, lambda box: box.freeze(), doing="freezing")
 
 
 @click.command()
 @click.argument("sandboxes", nargs=-1, required=True, type=SANDBOX)
 def thaw(*, sandboxes: tuple[str, ...]) -> int:
     """Let the CPUs of frozen sandboxes go on."""
-    return _on_each(sandboxes, lambda box: box.thaw())
+    return _on_each(sandboxes, lambda box: box.thaw(), doing="thawing")
 
 
 @click.command()
