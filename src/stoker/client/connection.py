@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import select
 from collections.abc import AsyncIterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -93,8 +94,15 @@ class Connection:
         self.idle_since = 0.0
 
     def usable(self) -> bool:
-        """Whether an idle connection still seems open. A server that went away is seen here, before anything is sent."""
-        return not (self._writer.is_closing() or self._reader.at_eof() or self._reader.exception())
+        """Whether an idle connection still seems open. A server that went away is seen here, before anything is sent.
+
+        The kernel is asked as well: the event loop may not have had the time to notice.
+        """
+        if self._writer.is_closing() or self._reader.at_eof() or self._reader.exception():
+            return False
+        poll = select.poll()
+        poll.register(self._writer.get_extra_info("socket").fileno(), select.POLLIN | select.POLLHUP)
+        return not poll.poll(0)
 
     async def exchange(self, method: str, target: str, headers: Headers, body: Body | None) -> Head:
         """Sends a request and gives the head of its answer. A streamed body goes on being sent while the answer is awaited."""
