@@ -11,7 +11,7 @@ import stoker
 from stoker.api.models import ErrorBody
 from stoker.server.endpoint import Content, Endpoint
 
-__all__ = ["build_document"]
+__all__ = ["PATH_PARAMETERS", "build_document"]
 
 REF = "#/components/schemas/{name}"
 _PARAMETER = re.compile(r"\{(\w+)\}")

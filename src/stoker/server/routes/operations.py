@@ -33,7 +33,7 @@ class OperationQuery(Query, frozen=True):
     wait: Annotated[WaitSeconds, Meta(description="So many seconds for its end.")] = 0.0
 
 
-@routes.get("/v1/operations", answers={200: OperationPage})
+@routes.get("/v1/operations", answers={200: OperationPage}, errors=(404,))
 async def list_operations(call: Call, query: OperationsQuery) -> OperationPage:
     """List operations, newest first."""
     return await call.engine.operations(call.principal, sandbox=query.sandbox, limit=query.limit, cursor=query.cursor)
