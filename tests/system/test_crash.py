@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from crashing import ADMIN, daemon, output, whole
+from command_line import CommandLine
+from crashing import ADMIN, daemon, machines, output, whole
 from engine_fixtures import own_data
 from stoker.api.models import SandboxState, StartProcess
 from stoker.engine import trace
@@ -88,3 +89,27 @@ async def test_the_host_lost_everything_but_the_disk(settings: Settings, short_d
         assert await output(engine, "box", b"\n") == b"kept\n"
         await engine.destroy(ADMIN, "box")
         assert await whole(engine, data, run) == {}
+
+
+def test_the_real_daemon_is_killed(settings: Settings, short_dir: Path) -> None:
+    """``kill -9`` of ``stoker serve``'s process: the next word starts another, and machine, process and output are as they were."""
+    own = own_data(settings, short_dir)
+    directories = {"STOKER_DATA_DIR": str(own.data_dir), "STOKER_RUN_DIR": str(own.run_dir), "STOKER_CONFIG": str(own.config_file)}
+    stoker = CommandLine(own, {**directories, "STOKER_ACCEL": own.accel})
+    made = stoker("create", IMAGE, "--name", "box", "--memory", "256M")
+    assert made.code == 0, made.error
+    script = "i=0; while :; do i=$((i+1)); echo line $i; sleep 0.1; done"
+    started = stoker("exec", "-d", "--tag", "job", "box", "--", "sh", "-c", script)
+    assert started.code == 0, started.error
+    first = json.loads(stoker("daemon", "status", "--json").out)["pid"]
+    os.kill(first, signal.SIGKILL)
+    listed = json.loads(stoker("ls", "--json").out)
+    assert [(box["name"], box["state"]) for box in listed] == [("box", "running")]
+    assert json.loads(stoker("daemon", "status", "--json").out)["pid"] != first
+    assert stoker("exec", "box", "--", "echo", "still here").text == "still here\n"
+    [job] = [process for process in json.loads(stoker("ps", "box", "--json").out) if process["tag"] == "job"]
+    assert job["running"] and job["argv"][0] == "sh"
+    assert stoker("rm", "box").code == 0
+    assert json.loads(stoker("ls", "--json").out) == []
+    assert machines(own.run_dir) == set()
+    assert stoker("daemon", "stop").code == 0
