@@ -9,11 +9,13 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import pytest
 
 from stoker.errors import HostError
+from stoker.host.files import remove_tree
 from stoker.images.kernel import resolve_kernel
 from stoker.images.rootfs import resolve_image
 from stoker.images.store import Store
@@ -270,8 +273,28 @@ def unprivileged() -> Iterator[str]:
         pytest.skip("only root can make a user")
     name = f"stk{os.getpid()}"
     tool("useradd", "--create-home", name)
+    found = pwd.getpwnam(name)
     yield name
-    tool("userdel", "--remove", name, check=False)
+    # A test that was interrupted leaves tools that are just ending; a user with processes cannot be removed.
+    deadline = time.monotonic() + 20
+    while (left := owned_by(found.pw_uid)) and time.monotonic() < deadline:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+    for path in Path("/var/tmp").glob(f"stoker-{found.pw_uid}-*"):
+        remove_tree(path)
+    tool("userdel", "--remove", name)
+
+
+def owned_by(uid: int) -> list[int]:
+    """The processes of a user."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and entry.stat().st_uid == uid:
+                found.append(int(entry.name))
+    return found
 
 
 @pytest.mark.full
