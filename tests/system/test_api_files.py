@@ -8,6 +8,7 @@ import io
 import json
 import os
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -24,8 +25,7 @@ FILES = "/sandboxes/box/files"
 
 @pytest.fixture(scope="module")
 def daemon(session_root: Path, data_dir: Path, accelerator: str) -> Iterator[DaemonProcess]:
-    directory = session_root / "apif"
-    directory.mkdir()
+    directory = Path(tempfile.mkdtemp(prefix="apif", dir=session_root))
     with daemon_process(directory, data_dir, accelerator) as found:
         found.create(name="box", memory=256 * MIB)
         found.exec("box", "useradd", "-m", "-u", "1000", "alice")

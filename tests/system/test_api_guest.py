@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -25,8 +26,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def daemon(session_root: Path, data_dir: Path, accelerator: str) -> Iterator[DaemonProcess]:
-    directory = session_root / "api"
-    directory.mkdir()
+    directory = Path(tempfile.mkdtemp(prefix="api", dir=session_root))
     with daemon_process(directory, data_dir, accelerator) as found:
         found.create(name="box", env={"COLOUR": "green"}, labels={"team": "a"}, hostname="gast")
         yield found

@@ -9,6 +9,7 @@ import os
 import pty
 import resource
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -43,8 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def home(session_root: Path, data_dir: Path, accelerator: str) -> Iterator[CommandLine]:
     """A daemon's directories for all of this module; whoever comes first starts the daemon."""
-    directory = session_root / "sdk"
-    directory.mkdir()
+    directory = Path(tempfile.mkdtemp(prefix="sdk", dir=session_root))
     (directory / "run").mkdir(mode=0o755)
     base = replace(load_settings({"STOKER_CONFIG": "/nonexistent"}, root=os.geteuid() == 0), data_dir=data_dir)
     settings = replace(own_data(base, directory), run_dir=directory / "run", accel=accelerator)
