@@ -53,7 +53,10 @@ GOLDEN = """
 -device virtio-rng-device,rng=rng,bus=virtio-mmio-bus.21
 -device virtserialport,chardev=agent,name=stoker.agent
 """
-APPEND = "console=ttyS0 quiet loglevel=1 panic=-1 reboot=t cryptomgr.notests tsc=reliable tsc_early_khz=2445428 stoker.debug=1"
+APPEND = (
+    "console=ttyS0 quiet loglevel=1 panic=-1 reboot=t cryptomgr.notests "
+    "tsc=reliable init_on_alloc=0 tsc_early_khz=2445428 stoker.debug=1"
+)
 FILE = {"driver": "file", "aio": "threads", "discard": "unmap", "cache": {"direct": False, "no-flush": True}}
 LAYER = {"discard": "unmap", "cache": {"direct": False, "no-flush": True}}
 BLOCKDEV = {
