@@ -394,7 +394,10 @@ static void own_device(int errors)
     struct stat host;
     if (stat(device, &host) < 0 || !S_ISCHR(host.st_mode))
         child_fail(errors, "device");
-    if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0)
+    if (unshare(CLONE_NEWNS) < 0)
+        child_fail(errors, "mount namespace");
+    /* In a chroot the root is not a mount point, but what the device lies on is: nothing else is mounted over here. */
+    if (mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0 && (errno != EINVAL || mount(NULL, "/dev", NULL, MS_REC | MS_SLAVE, NULL) < 0))
         child_fail(errors, "mount namespace");
     int fs = (int)syscall(NR_FSOPEN, "tmpfs", 1);
     if (fs < 0 || syscall(NR_FSCONFIG, fs, 6 /* create */, NULL, NULL, 0) < 0)

@@ -267,6 +267,7 @@ async def test_detach_attach_and_the_ring_of_an_ended_process(path: Path) -> Non
         await until(lambda: process.stdout.received == 10)
         await process.detach()
         await process.stdin.write(b"word\n")
+        await process.stdin.drain()  # what a connection that ends takes along is its owner's to send again
         id = process.id
     async with await connect(path, fresh=False, timeout=10) as agent:
         assert [(info.id, info.tag) for info in agent.welcome.processes] == [(id, "job")]

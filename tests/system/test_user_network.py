@@ -57,7 +57,10 @@ async def _reach(settings: Settings, directory: Path, kind: str, targets: tuple[
         "filter": kind,
     }
     env = {**os.environ, "STOKER_RUN_DIR": str(settings.run_dir), "STOKER_DATA_DIR": str(settings.data_dir)}
-    argv = ["unshare", "--net", "--mount", "--fork", "--kill-child", sys.executable, LAB, directory, json.dumps(plan)]
+    # In a chroot the root is no mount point, and its propagation cannot be changed.
+    tried = await asyncio.to_thread(subprocess.run, ["unshare", "--mount", "true"], stderr=subprocess.DEVNULL)
+    mount = ["--mount"] if tried.returncode == 0 else ["--mount", "--propagation", "unchanged"]
+    argv = ["unshare", "--net", *mount, "--fork", "--kill-child", sys.executable, LAB, directory, json.dumps(plan)]
     done = await asyncio.to_thread(subprocess.run, argv, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr.decode()
     said = json.loads(done.stdout)

@@ -24,6 +24,8 @@ LOST_AFTER: Final = 15.0
 """Seconds without an agent, while the VMM lives, until the sandbox is called lost."""
 PAUSE: Final = (0.05, 0.2, 0.5, 1.0, 2.0)
 LINES: Final = 40
+LOOK_BACK: Final = 400
+"""A panic's registers and call trace may fill a screen below the line that names it."""
 PANIC: Final = ("Kernel panic", "stoker-agent: fatal")
 
 
@@ -90,8 +92,9 @@ async def _reach(core: Core, box: Box, live: Live, rows: dict[int, Started] | No
 
 def verdict_on(label: str, exit: MachineExit | None, tail: Sequence[str]) -> tuple[SandboxState, StokerError | None]:
     """What a machine's end means: the guest powered off, or something went wrong."""
-    panic = next((line for line in tail if any(mark in line for mark in PANIC)), None)
-    if panic is not None:
+    found = next((index for index, line in enumerate(tail) if any(mark in line for mark in PANIC)), None)
+    if found is not None:
+        panic, tail = tail[found], tail[found : found + LINES]
         return SandboxState.FAILED, GuestError(
             "guest_panicked", f"the guest of {label} gave up: {panic.strip()[-200:]}", f"stoker logs {label}", console=tuple(tail)
         )
@@ -103,7 +106,7 @@ def verdict_on(label: str, exit: MachineExit | None, tail: Sequence[str]) -> tup
         f"the machine of {label} {how}",
         f"its disk is kept: stoker start {label}",
         details={"code": exit.code, "signal": exit.signal} if exit is not None else {},
-        console=tuple(tail),
+        console=tuple(tail[-LINES:]),
     )
 
 
@@ -112,7 +115,7 @@ async def died(core: Core, box: Box, live: Live, exit: MachineExit) -> None:
     async with box.lock:
         if box.live is not live or box.record.doomed:
             return
-        tail = await live.machine.console_tail(LINES)
+        tail = await live.machine.console_tail(LOOK_BACK)
         state, error = verdict_on(box.record.label, exit, tail)
         reason = error or GuestError("sandbox_stopped", f"the guest of {box.record.label} powered off")
         await detach(box, reason)

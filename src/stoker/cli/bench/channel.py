@@ -57,7 +57,7 @@ async def _in(live: LiveMachine, size: int) -> float:
     """Bytes a second into a command's standard input, which counts them."""
     from stoker.guest.messages import ExecRequest
 
-    process = await live.agent.exec(ExecRequest(argv=["sh", "-c", "tail -c +1 | wc -c"], stdin=True))
+    process = await live.agent.exec(ExecRequest(argv=["wc", "-c"], stdin=True))
     block, left, began = bytes(BLOCK), size, time.monotonic()
     while left:
         await process.stdin.write(block[: min(BLOCK, left)])
