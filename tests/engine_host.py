@@ -7,6 +7,7 @@ and frozen (SIGSTOP), and whose agent speaks the real protocol. What a test want
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from guest_host import children
 from stoker.engine.core import Booted
 from stoker.engine.trace import trace
 from stoker.errors import GuestError
@@ -77,6 +79,10 @@ class HostMachine:
         if self._pidfd is None:
             return MachineExit(None, 9, True)
         try:
+            # A real machine takes what ran in it along; each process of this one has a session of its own.
+            for pid in children(self.vmm.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             os.killpg(self.vmm.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
