@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pwd
@@ -78,7 +79,8 @@ def leaves_no_half_files(a: Agent) -> None:
     Path(f"{d}/old").write_text("old")
     id = box.start("write", stdin=True, path=f"{d}/old")
     h.feed(4 * id, bytes(1 << 20), end=False)
-    h.call("signal", id=id, signal=9)
+    with contextlib.suppress(Failure):  # it may have failed by itself already: what it leaves is what counts
+        h.call("signal", id=id, signal=9)
     h.exit_of(id)
     assert Path(f"{d}/old").read_text() == "old" and sorted(os.listdir(d)) == ["old", "socket"], os.listdir(d)
 
