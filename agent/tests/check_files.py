@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from harness import Agent, Box, fails, host_test, records
+from wire import Failure
 
 
 @host_test
