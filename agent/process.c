@@ -340,7 +340,12 @@ int process_signal(struct process *p, int number, bool group)
 {
 	if (!p->running)
 		return ESRCH; /* its number may belong to another by now */
-	return kill(group ? -p->pid : p->pid, number) ? errno : 0;
+	if (group && kill(-p->pid, number) == 0)
+		return 0;
+	/* An applet is forked, and leads no group until it has come to its setsid. */
+	if (group && errno != ESRCH)
+		return errno;
+	return kill(p->pid, number) ? errno : 0;
 }
 
 int process_resize(struct process *p, unsigned rows, unsigned columns)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import random
 import signal
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -39,25 +41,29 @@ def _listens(path: Path) -> bool:
 
 
 @asynccontextmanager
-async def running_agent(path: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+async def running_agent(path: Path) -> AsyncIterator[subprocess.Popen[bytes]]:
     """``stoker-agent --socket PATH``; it and everything it started is gone afterwards."""
-    process = await asyncio.create_subprocess_exec(
-        agent_program(), "--socket", path, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL
-    )
-    try:
-        async with asyncio.timeout(10):
-            while not _listens(path):
-                assert process.returncode is None, "the agent ended at once"
-                await asyncio.sleep(0.005)
-        yield process
-        assert process.returncode is None, f"the agent ended with {process.returncode}"
-    finally:
+    # Not asyncio's own: a test that is cut short by its time limit leaves no loop that could end this, only the interpreter's exit.
+    process = subprocess.Popen([agent_program(), "--socket", path], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def end() -> None:
         for pid in children(process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
+        process.kill()
+        process.wait()
+
+    atexit.register(end)
+    try:
+        async with asyncio.timeout(10):
+            while not _listens(path):
+                assert process.poll() is None, "the agent ended at once"
+                await asyncio.sleep(0.005)
+        yield process
+        assert process.poll() is None, f"the agent ended with {process.returncode}"
+    finally:
+        end()
+        atexit.unregister(end)
 
 
 class LossyProxy:

@@ -124,11 +124,14 @@ async def main(words: list[str]) -> int:
     )
     if slave is not None:
         os.close(slave)
-    with Signals(lambda number: sys.exit(128 + number)) as signals:
-        code = await attach(LocalProcess(process, master), signals, stdin=stdin, tty=tty, timeout=timeout)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return code
+    local = LocalProcess(process, master)
+    try:
+        with Signals(lambda number: sys.exit(128 + number)) as signals:
+            return await attach(local, signals, stdin=stdin, tty=tty, timeout=timeout)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await local.wait()  # a loop that closes before its child is reaped says so on stderr
 
 
 if __name__ == "__main__":

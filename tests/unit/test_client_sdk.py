@@ -6,10 +6,12 @@ import asyncio
 import hashlib
 import io
 import os
+import signal
 import sys
 import tarfile
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -434,15 +436,25 @@ async def test_a_download_that_breaks_leaves_the_old_file(tmp_path: Path) -> Non
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-async def script(server: Running, text: str) -> asyncio.subprocess.Process:
-    """A program of its own that uses the SDK."""
+@asynccontextmanager
+async def script(server: Running, text: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A program of its own that uses the SDK, and ends with its children at the latest when the test does."""
     env = {**os.environ, "STOKER_URL": f"unix:{server.settings.socket}"}
     out = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(sys.executable, "-W", "error", "-c", text, env=env, stdout=out, stderr=out)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-W", "error", "-c", text, env=env, stdout=out, stderr=out, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
 
 
 FORKING = """
 import os
+import signal
 from stoker import Sandbox
 box = Sandbox.create("debian:12")
 assert box.commands.run("echo a").stdout == "a\\n"
@@ -457,8 +469,8 @@ print("good")
 
 
 async def test_a_fork_does_not_use_its_parents_connections(server: Running) -> None:
-    process = await script(server, FORKING)
-    out, err = await asyncio.wait_for(process.communicate(), 60)
+    async with script(server, FORKING) as process:
+        out, err = await asyncio.wait_for(process.communicate(), 60)
     assert (process.returncode, out) == (0, b"good\n"), err.decode()
 
 
@@ -475,13 +487,13 @@ except KeyboardInterrupt:
 
 
 async def test_an_interrupt_ends_what_was_waited_for(server: Running, client: AsyncClient) -> None:
-    process = await script(server, INTERRUPTED)
-    assert process.stdout is not None
-    assert await asyncio.wait_for(process.stdout.readline(), 60) == b"made\n"
-    (box,) = await AsyncSandbox.list(client=client)
-    await runs(box, True)
-    process.send_signal(2)
-    _, err = await asyncio.wait_for(process.communicate(), 60)
+    async with script(server, INTERRUPTED) as process:
+        assert process.stdout is not None
+        assert await asyncio.wait_for(process.stdout.readline(), 60) == b"made\n"
+        (box,) = await AsyncSandbox.list(client=client)
+        await runs(box, True)
+        process.send_signal(2)
+        _, err = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 5, err.decode()
     await runs(box, False)
 
