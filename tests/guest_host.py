@@ -44,7 +44,7 @@ def _listens(path: Path) -> bool:
 async def running_agent(path: Path) -> AsyncIterator[subprocess.Popen[bytes]]:
     """``stoker-agent --socket PATH``; it and everything it started is gone afterwards."""
     # Not asyncio's own: a test that is cut short by its time limit leaves no loop that could end this, only the interpreter's exit.
-    process = subprocess.Popen([agent_program(), "--socket", path], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([agent_program(), "--socket", path], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
 
     def end() -> None:
         for pid in children(process.pid):
