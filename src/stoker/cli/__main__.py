@@ -2,6 +2,6 @@
 
 import sys
 
-from stoker.cli.main import main
+from stoker.cli.main import entry
 
-sys.exit(main())
+sys.exit(entry())

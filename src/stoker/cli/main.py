@@ -6,7 +6,7 @@ import gc
 import os
 import sys
 
-__all__ = ["main"]
+__all__ = ["entry", "main"]
 
 
 def _hold_standard_streams() -> None:
@@ -18,8 +18,22 @@ def _hold_standard_streams() -> None:
             os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
 
 
+def entry() -> int:
+    """The installed command: like `main`, but does not take the interpreter apart, which costs as much as loading the client."""
+    code = main()
+    threads = sys.modules.get("threading")
+    if threads and threads.active_count() > 1:
+        return code  # somebody still works: the long way waits for them
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            return code
+    os._exit(code)
+
+
 def main() -> int:
-    """The entry point; the result is the exit code."""
+    """Runs what ``sys.argv`` says; the result is the exit code."""
     _hold_standard_streams()
     if sys.argv[1:] in (["--version"], ["-V"]):
         from stoker import __version__
@@ -34,4 +48,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())
