@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["Accelerator", "Channel", "Disk", "MachineExit", "MachineSpec", "UserNetwork"]
+__all__ = ["Accelerator", "Channel", "Disk", "GuestMemory", "MachineExit", "MachineSpec", "UserNetwork"]
 
 
 class Accelerator(StrEnum):
@@ -64,6 +64,16 @@ class UserNetwork(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class GuestMemory:
+    """A memory file (see :mod:`stoker.vmm.memory`) of exactly the machine's size, by a descriptor that the caller keeps open until
+    the machine runs. ``shared``: the machine writes into the file, which is then a base in the making; else it has a copy-on-write
+    view of a base."""
+
+    fd: int
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSpec:
     """One machine. ``memory`` is bytes (whole MiB); ``directory`` is the machine's own, made by the caller, mode 0700."""
 
@@ -86,6 +96,9 @@ class MachineSpec:
     vsock_cid: int = 0
     cgroup: Path | None = None
     """A cgroup v2 directory the VMM starts in."""
+    guest_memory: GuestMemory | None = None
+    restore: bool = False
+    """True: the machine does not boot, it waits for memory and device state of another that was made from the same values."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,10 +56,13 @@ class Handles:
     disks: tuple[DiskHandles, ...] = ()
     net_out: int | None = None
     net_in: int | None = None
+    memory: int | None = None
+    state: int | None = None
+    """Where the device state of a restored machine comes from."""
 
     def descriptors(self) -> tuple[int, ...]:
         """All of them, each once, to be passed on."""
-        single = (self.monitor, self.console, self.agent, self.vsock, self.net_out, self.net_in)
+        single = (self.monitor, self.console, self.agent, self.vsock, self.net_out, self.net_in, self.memory, self.state)
         both = [fd for disk in self.disks for fd in (disk.image, disk.backing)]
         return tuple(fd for fd in (*single, *both) if fd is not None)
 
@@ -91,6 +94,7 @@ def command(spec: MachineSpec, qemu: QemuFacts, handles: Handles) -> list[str]:
     argv = [qemu.path, "-name", spec.name, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
     argv += ["-sandbox", SANDBOX]
     argv += _machine(spec, qemu)
+    argv += _memory(spec, handles)
     argv += ["-kernel", handles.kernel, "-initrd", handles.initrd, "-append", kernel_cmdline(spec, qemu)]
     fdsets = _FdSets()
     argv += _console(handles, fdsets)
@@ -121,6 +125,8 @@ def _check(spec: MachineSpec) -> None:
         raise InvalidRequest("bad_memory", f"memory is whole MiB, not {spec.memory} bytes")
     if not 1 <= spec.cpus <= 255:
         raise InvalidRequest("bad_cpus", f"{spec.cpus} vCPUs cannot be had: 1 to 255")
+    if spec.restore and spec.guest_memory is None:
+        raise InvalidRequest("bad_memory", "a machine that is restored needs the memory file it was made over")
     for disk in spec.disks:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,20}", disk.name):
             raise InvalidRequest("bad_disk", f"{disk.name!r} is not a name for a disk")
@@ -150,13 +156,26 @@ def _machine(spec: MachineSpec, qemu: QemuFacts) -> list[str]:
     software = "max,-erms,-cx16" if qemu.version < (9, 0, 0) else "max,-erms"
     cpu = spec.cpu or (software if tcg else "max")
     return [
-        "-M", "microvm,acpi=on,ioapic2=on,pcie=off,usb=off,rtc=on",
+        "-M", "microvm,acpi=on,ioapic2=on,pcie=off,usb=off,rtc=on" + (",memory-backend=memory" if spec.guest_memory else ""),
         "-accel", f"tcg,thread=multi,tb-size={TRANSLATION_MIB}" if tcg else "kvm",
         "-cpu", cpu,
         "-smp", str(spec.cpus),
         "-m", f"{spec.memory // MIB}M",
         "-global", "virtio-mmio.force-legacy=off",
     ]  # fmt: skip
+
+
+def _memory(spec: MachineSpec, handles: Handles) -> list[str]:
+    if handles.memory is None:
+        return []
+    share = "on" if spec.guest_memory and spec.guest_memory.shared else "off"
+    path = f"/proc/self/fd/{handles.memory}"
+    argv = ["-object", f"memory-backend-file,id=memory,size={spec.memory // MIB}M,mem-path={path},share={share}"]
+    # Device state alone, without the section that says which machine it is of, is what xen-save-devices-state writes.
+    argv += ["-global", "migration.send-configuration=off"]
+    if handles.state is not None:
+        argv += ["-incoming", f"fd:{handles.state}", "-S"]
+    return argv
 
 
 def _console(handles: Handles, fdsets: _FdSets) -> list[str]:

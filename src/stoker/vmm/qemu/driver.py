@@ -23,6 +23,7 @@ from stoker.vmm import shim
 from stoker.vmm.console import tail
 from stoker.vmm.elf import check_memory
 from stoker.vmm.machine import MachineExit, MachineSpec
+from stoker.vmm.memory import Delta, inject
 from stoker.vmm.qemu.command import command
 from stoker.vmm.qemu.facts import qemu_facts
 from stoker.vmm.qemu.handles import open_handles
@@ -37,11 +38,14 @@ ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 class QemuMachine:
     """A running QEMU (:class:`stoker.vmm.driver.Machine`)."""
 
-    def __init__(self, name: str, directory: Path, pair: shim.Supervised, owner: int | None, *, child: bool) -> None:
+    def __init__(
+        self, name: str, directory: Path, pair: shim.Supervised, owner: int | None, state: int | None, *, child: bool
+    ) -> None:
         self.spec_name = name
         self.directory = directory
         self.vmm: ProcessIdentity = pair.vmm
         self._owner = owner
+        self._state = state
         self._exit: MachineExit | None = None
         self._requested = False
         self._qmp: Qmp | None = None
@@ -102,6 +106,44 @@ class QemuMachine:
         answer = await (await self.qmp()).execute("query-status")
         return str(answer.get("status", "")) if isinstance(answer, dict) else ""
 
+    async def device_state(self) -> bytes:
+        """Everything of the machine but its memory and its disks, some KiB. Its vCPUs must be stopped; it goes on as it was."""
+        qmp = await self.qmp()
+        with ExitStack() as close:
+            fd = os.memfd_create("state", os.MFD_CLOEXEC)
+            close.callback(os.close, fd)
+            # A set's descriptor is only used for just the way of opening that it was opened with.
+            theirs = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+            close.callback(os.close, theirs)
+            added = await qmp.execute("add-fd", fd=theirs)
+            try:
+                await qmp.execute("xen-save-devices-state", filename=f"/dev/fdset/{added['fdset-id']}", live=False)
+            finally:
+                await qmp.execute("remove-fd", fdset_id=added["fdset-id"])
+            return os.pread(fd, os.fstat(fd).st_size, 0)
+
+    async def restore(self, base: int, delta: Delta | None, state: bytes, *, timeout: float = 10.0) -> None:
+        """Becomes the machine that ``delta`` (over ``base``) and ``state`` were taken of, with its vCPUs still stopped.
+
+        The machine was launched with ``restore``; this works once.
+        """
+        pipe, self._state = self._state, None
+        if pipe is None:
+            raise GuestError("machine_started", f"machine {self.spec_name} does not wait to be restored")
+        try:
+            # It answers when its devices are made, and so its memory is mapped.
+            if await self.status() != "inmigrate":
+                raise GuestError("machine_started", f"machine {self.spec_name} does not wait to be restored")
+            # Memory first: loading a virtio device reads its rings from there.
+            if delta is not None:
+                await asyncio.to_thread(inject, self.vmm.pid, base, delta)
+            await asyncio.to_thread(_write_all, pipe, state)
+        finally:
+            os.close(pipe)
+        async with asyncio.timeout(timeout):
+            while await self.status() == "inmigrate":  # noqa: ASYNC110 - the monitor tells it to who asks
+                await asyncio.sleep(0.0005)
+
     async def kill(self) -> MachineExit:
         if self._exit is None:
             self._check_open()
@@ -115,7 +157,7 @@ class QemuMachine:
         if self._closed:
             return
         self._closed = True
-        for fd in (self._shim_fd, self._vmm_fd, self._owner):
+        for fd in (self._shim_fd, self._vmm_fd, self._owner, self._state):
             if fd is not None:
                 os.close(fd)
         qmp, self._qmp = self._qmp, None
@@ -125,6 +167,12 @@ class QemuMachine:
     def _check_open(self) -> None:
         if self._closed:
             raise GuestError("machine_closed", f"machine {self.spec_name} has been let go of")
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 async def launch(spec: MachineSpec, settings: Settings) -> QemuMachine:
@@ -145,7 +193,7 @@ async def launch(spec: MachineSpec, settings: Settings) -> QemuMachine:
             argv = command(spec, qemu, opened.handles)
             (directory / "machine.json").write_text(json.dumps({"name": spec.name}))
             pair = await shim.start(shim_path(), opened.options, argv, ENVIRONMENT)
-        machine = QemuMachine(spec.name, directory, pair, opened.owner, child=True)
+        machine = QemuMachine(spec.name, directory, pair, opened.owner, opened.state, child=True)
         keep.pop_all()
         return machine
 
@@ -158,7 +206,7 @@ async def adopt(directory: Path) -> QemuMachine | None:
         return None
     try:
         name = str(json.loads((directory / "machine.json").read_bytes())["name"])
-        return QemuMachine(name, directory, pair, None, child=False)
+        return QemuMachine(name, directory, pair, None, None, child=False)
     except ProcessLookupError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as e:

@@ -30,6 +30,8 @@ class Opened:
     handles: Handles
     options: ShimOptions
     owner: int | None
+    state: int | None
+    """Where the device state of a restored machine is written to; the caller's to close."""
 
 
 def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened:
@@ -45,6 +47,7 @@ def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened
     serial = spec.channel is Channel.VIRTIO_SERIAL
     kernel, kernel_fd = _boot_file(spec.kernel, drop, close)
     initrd, initrd_fd = _boot_file(spec.initrd, drop, close)
+    state, state_in = _state_pipe(spec.restore, close, keep)
     handles = Handles(
         monitor=close.enter_context(listen_unix(spec.directory / "qmp.sock")).fileno(),
         console=vmm_console,
@@ -61,6 +64,8 @@ def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened
         ),
         net_out=vmm_net_out,
         net_in=vmm_net_in,
+        memory=spec.guest_memory.fd if spec.guest_memory else None,
+        state=state,
     )
     owner = theirs = None
     if not spec.detached:
@@ -82,7 +87,7 @@ def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened
         net_in=net_in,
         net_deny=rules,
     )
-    return Opened(handles, options, owner)
+    return Opened(handles, options, owner, state_in)
 
 
 def has_user_of_its_own() -> bool:
@@ -95,6 +100,15 @@ def _pipe(close: ExitStack) -> tuple[int, int]:
     for fd in ends:
         close.callback(os.close, fd)
     return ends
+
+
+def _state_pipe(restore: bool, close: ExitStack, keep: ExitStack) -> tuple[int | None, int | None]:
+    if not restore:
+        return None, None
+    theirs, ours = os.pipe2(os.O_CLOEXEC)
+    close.callback(os.close, theirs)
+    keep.callback(os.close, ours)
+    return theirs, ours
 
 
 def _pair(close: ExitStack) -> tuple[int, int]:

@@ -1,12 +1,13 @@
 """A small QMP client: one connection, one command at a time, every wait and every line bounded.
 
-The machine is driven by few commands (stop, cont, query-status), so events are only kept, the last 64, for whoever wants to look.
+The machine is driven by few commands, so events are only kept, the last 64, for whoever wants to look.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ class Qmp:
     """A monitor connection, greeted and ready. Made by :meth:`connect`; errors are :class:`GuestError`:
     ``vmm_gone`` (no monitor any more), ``vmm_unresponsive`` (no answer in time), ``vmm_refused`` (QEMU's own error)."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, sock: socket.socket, name: str) -> None:
         self._reader = reader
         self._writer = writer
+        self._sock = sock
         self._name = name
         self._lock = asyncio.Lock()
         self._number = 0
@@ -36,9 +38,16 @@ class Qmp:
     async def connect(cls, path: Path, name: str, *, timeout: float = 10.0) -> Qmp:
         try:
             async with asyncio.timeout(timeout):
-                with unix_address(path) as address:
-                    reader, writer = await asyncio.open_unix_connection(address, limit=LINE_BYTES)
-                qmp = cls(reader, writer, name)
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                try:
+                    sock.setblocking(False)
+                    with unix_address(path) as address:
+                        await asyncio.get_running_loop().sock_connect(sock, address)
+                    reader, writer = await asyncio.open_unix_connection(sock=sock, limit=LINE_BYTES)
+                except BaseException:
+                    sock.close()
+                    raise
+                qmp = cls(reader, writer, sock, name)
                 try:
                     greeting = await qmp._receive()
                     if "QMP" not in greeting:
@@ -53,11 +62,14 @@ class Qmp:
         except OSError as e:
             raise GuestError("vmm_gone", f"machine {name}: no monitor: {e.strerror or e}") from None
 
-    async def execute(self, command: str, /, *, timeout: float = 10.0, **arguments: Any) -> Any:
-        """Runs a command and gives its ``return``. A connection that broke on the way stays broken: connect anew."""
+    async def execute(self, command: str, /, *, timeout: float = 10.0, fd: int | None = None, **arguments: Any) -> Any:
+        """Runs a command and gives its ``return``. A connection that broke on the way stays broken: connect anew.
+
+        ``fd`` goes along with it (``add-fd``, ``getfd``); the caller's own copy stays open.
+        """
         try:
             async with self._lock, asyncio.timeout(timeout):
-                return await self._transact(command, arguments)
+                return await self._transact(command, arguments, fd)
         except TimeoutError:
             self.abort()
             raise GuestError("vmm_unresponsive", f"machine {self._name}: {command} did not end within {timeout:g} s") from None
@@ -65,16 +77,21 @@ class Qmp:
             self.abort()  # its answer would be taken for the next command's
             raise
 
-    async def _transact(self, command: str, arguments: dict[str, Any]) -> Any:
+    async def _transact(self, command: str, arguments: dict[str, Any], fd: int | None = None) -> Any:
         if self.broken:
             raise GuestError("vmm_gone", f"machine {self._name}: the monitor is closed")
         self._number += 1
         request: dict[str, Any] = {"execute": command, "id": self._number}
         if arguments:
             request["arguments"] = {key.replace("_", "-"): value for key, value in arguments.items()}
-        self._writer.write(json.dumps(request).encode() + b"\n")
+        line = json.dumps(request).encode() + b"\n"
         try:
-            await self._writer.drain()
+            if fd is None:
+                self._writer.write(line)
+                await self._writer.drain()
+            else:
+                # Commands go one at a time, so nothing is queued before this; and so short a line finds room.
+                socket.send_fds(self._sock, [line], [fd])
         except OSError as e:
             self.abort()
             raise GuestError("vmm_gone", f"machine {self._name}: the monitor closed: {e.strerror or e}") from None

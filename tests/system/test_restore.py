@@ -1,0 +1,175 @@
+"""One memory, many machines, at the floor of the driver: a base from a boot of its own, clones of it, forks of forks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from stoker.engine.boot import MachineRequest, configuration
+from stoker.errors import HostError
+from stoker.guest.agent import Agent
+from stoker.guest.channel import connect
+from stoker.guest.messages import ExecRequest
+from stoker.host.binaries import agent_path
+from stoker.images.initramfs import build_initramfs
+from stoker.images.kernel import resolve_kernel
+from stoker.images.progress import NullProgress
+from stoker.images.rootfs import RootFilesystem, resolve_image
+from stoker.settings import Settings
+from stoker.storage.qcow2 import create_overlay
+from stoker.vmm.accel import verdict
+from stoker.vmm.machine import Disk, GuestMemory, MachineSpec
+from stoker.vmm.memory import Delta, Scratch, capture, changed_bytes, new_memory, sealed
+from stoker.vmm.qemu.driver import QemuMachine, launch
+
+pytestmark = pytest.mark.anyio
+MIB = 1 << 20
+MEMORY = 256 * MIB
+REQUEST = MachineRequest(name="box", image="debian:12", memory=MEMORY, network="none")
+
+
+@dataclass(frozen=True)
+class Base:
+    """Memory and devices of a machine that was told nothing yet, and what it was made from."""
+
+    spec: MachineSpec
+    rootfs: RootFilesystem
+    settings: Settings
+    memory: int
+    state: bytes
+
+    def own(self, name: str) -> MachineSpec:
+        directory = self.spec.directory.parent / name
+        directory.mkdir(mode=0o700)
+        disk = directory / "root.qcow2"
+        create_overlay(disk, self.rootfs.path, self.rootfs.size)
+        disks = (replace(self.spec.disks[0], path=disk),)
+        return replace(self.spec, name=name, directory=directory, disks=disks, guest_memory=GuestMemory(self.memory), restore=True)
+
+    @asynccontextmanager
+    async def restored(self, name: str, delta: Delta | None = None, state: bytes = b"") -> AsyncIterator[tuple[QemuMachine, Agent]]:
+        async with started(self.own(name), self.settings) as machine:
+            await machine.restore(self.memory, delta, state or self.state)
+            await machine.thaw()
+            # A copy of a machine that spoke has a conversation to go on with, one of the base has none.
+            async with await connect(machine.channel(), fresh=delta is None, timeout=60) as agent:
+                if delta is None:
+                    await agent.configure(configuration(REQUEST, self.rootfs, None))
+                yield machine, agent
+
+
+@asynccontextmanager
+async def started(spec: MachineSpec, settings: Settings) -> AsyncIterator[QemuMachine]:
+    machine = await launch(spec, settings)
+    try:
+        yield machine
+    finally:
+        await machine.kill()
+        await machine.close()
+
+
+@pytest.fixture
+async def base(settings: Settings, short_dir: Path) -> AsyncIterator[Base]:
+    kernel = await resolve_kernel("debian:12", settings, NullProgress())
+    rootfs = await resolve_image("debian:12", settings, NullProgress())
+    initrd = await build_initramfs(kernel, agent_path(), settings, network=False, base=None)
+    accel = await verdict(settings, kernel.vmlinux, initrd)
+    directory = short_dir / "base"
+    directory.mkdir(mode=0o700)
+    memory = new_memory("base", MEMORY)
+    spec = MachineSpec(
+        name="base",
+        directory=directory,
+        kernel=kernel.vmlinux,
+        initrd=initrd,
+        cmdline=(),
+        cpus=2,
+        memory=MEMORY,
+        disks=(Disk(name="root", path=directory / "root.qcow2", format="qcow2", backing=rootfs.path),),
+        network=None,
+        accelerator=accel.accelerator,
+        cpu=accel.cpu,
+        guest_memory=GuestMemory(memory, shared=True),
+    )
+    create_overlay(directory / "root.qcow2", rootfs.path, rootfs.size)
+    async with started(spec, settings) as machine:
+        async with await connect(machine.channel(), fresh=True, timeout=120):
+            with pytest.raises(HostError):
+                sealed(memory)  # it is still being written
+        await machine.freeze()
+        state = await machine.device_state()
+    yield Base(spec, rootfs, settings, sealed(memory), state)
+    os.close(memory)
+
+
+async def said(agent: Agent, script: str) -> str:
+    done = await agent.run(ExecRequest(["sh", "-c", script]))
+    assert done.status.code == 0, done.stderr
+    return done.stdout.decode()
+
+
+async def pattern(agent: Agent, generation: int) -> str:
+    """Rewrites what memory (a tmpfs) and disk hold, with a writer that goes on; what they should read as afterwards."""
+    word = f"{generation:07d}"
+    await said(agent, f"yes {word} | head -c 16M > /dev/shm/pattern; yes {word} | head -c 4M > /srv/pattern; sync /srv/pattern")
+    return (await said(agent, "cat /dev/shm/pattern /srv/pattern | md5sum")).split()[0]
+
+
+async def test_forks_of_forks_of_a_restored_machine_go_on_each_with_its_own(base: Base) -> None:
+    """Generation after generation: the parent is stopped for a moment, the child has its memory, its disk and its processes."""
+    scratch = Scratch()
+    async with base.restored("g0") as (parent, agent):
+        process = await agent.exec(ExecRequest(["sh", "-c", "while read line; do echo $((n = n + 1)) $line; done"], stdin=True))
+        await process.stdin.write(b"one\n")
+        assert await process.stdout.read() == b"1 one\n"
+        wanted = await pattern(agent, 0)
+        await said(agent, "sync; echo 3 > /proc/sys/vm/drop_caches; (while :; do echo x > /dev/shm/log; done) & echo $!")
+        assert 0 < changed_bytes(parent.vmm.pid, base.memory) < MEMORY
+        await parent.freeze()
+        delta, state = capture(parent.vmm.pid, base.memory, scratch), await parent.device_state()
+        child_spec = base.own("g1")
+        disk = child_spec.disks[0].path
+        disk.write_bytes((parent.directory / "root.qcow2").read_bytes())
+        async with started(child_spec, base.settings) as child:
+            await child.restore(base.memory, delta, state)
+            await parent.thaw()
+            await child.thaw()
+            async with await connect(child.channel(), fresh=False, timeout=60) as other:
+                assert other.welcome.boot_id == agent.welcome.boot_id
+                again = await other.attach(process.id)
+                await again.stdin.write(b"child\n")
+                await process.stdin.write(b"parent\n")
+                assert await again.stdout.read() == b"1 one\n"  # what was buffered comes along
+                assert await again.stdout.read() == b"2 child\n"
+                assert await process.stdout.read() == b"2 parent\n"
+                for each in (agent, other):
+                    assert (await said(each, "cat /dev/shm/pattern /srv/pattern | md5sum")).split()[0] == wanted
+                await pattern(other, 1)
+                assert (await said(agent, "cat /dev/shm/pattern /srv/pattern | md5sum")).split()[0] == wanted
+
+
+async def test_clones_of_one_base_do_not_see_each_other(base: Base) -> None:
+    before = os.pread(base.memory, MEMORY, 0)
+    async with base.restored("one") as (one, first), base.restored("two") as (two, second):
+        assert await said(first, "echo first > /dev/shm/x; cat /dev/shm/x") == "first\n"
+        assert await said(second, "ls /dev/shm") == ""
+        # Memory that a guest frees is not taken out of the base.
+        await said(first, "head -c 64M /dev/zero > /dev/shm/big; rm /dev/shm/big")
+        assert await said(second, "cat /proc/sys/kernel/random/boot_id") == await said(first, "cat /proc/sys/kernel/random/boot_id")
+        assert not await one.vmm_tail() or "error" not in "".join(await one.vmm_tail()).lower()
+        assert changed_bytes(one.vmm.pid, base.memory) > changed_bytes(two.vmm.pid, base.memory) > 0
+    assert os.pread(base.memory, MEMORY, 0) == before
+
+
+async def test_a_state_that_is_none_ends_the_machine(base: Base) -> None:
+    async with started(base.own("bad"), base.settings) as machine:
+        with pytest.raises(Exception, match="bad"):
+            await machine.restore(base.memory, None, b"no state at all" * 100)
+        exit = await asyncio.wait_for(machine.wait(), 30)
+        assert exit.code == 1

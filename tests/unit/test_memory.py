@@ -1,0 +1,195 @@
+"""What a process changed of a file it maps privately, taken out of it and put into another: on processes of this host."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stoker.errors import GuestError, HostError
+from stoker.host import pagemap
+from stoker.vmm.memory import PAGE, Delta, Scratch, capture, changed_bytes, inject, new_memory, read_delta, sealed, write_delta
+
+SIZE = 8 << 20
+
+# Maps descriptor 3 privately and does what it is told, one Python statement a line.
+HOLDER = """
+import ctypes, mmap, sys
+libc = ctypes.CDLL(None)
+m = mmap.mmap(3, SIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+address = ctypes.addressof(ctypes.c_char.from_buffer(m))
+print("ready", flush=True)
+for line in sys.stdin:
+    exec(line)
+    print("done", flush=True)
+""".replace("SIZE", str(SIZE))
+
+
+class Holder:
+    """A process that holds a private view of a base, as a VMM does."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process, self.pid = process, process.pid
+
+    def do(self, statement: str) -> str:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(statement + "\n")
+        self.process.stdin.flush()
+        said = self.process.stdout.readline()
+        if said != "done\n":
+            assert self.process.stdout.readline() == "done\n"
+        return said.strip()
+
+    def page(self, number: int) -> bytes:
+        return bytes.fromhex(self.do(f"print(m[{number * PAGE}:{number * PAGE + 8}].hex())"))
+
+
+@contextmanager
+def holder(base: int) -> Iterator[Holder]:
+    command = ["sh", "-c", f'exec 3<>/proc/self/fd/{base}; exec "$@"', "sh", sys.executable, "-u", "-c", HOLDER]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[base])
+    with process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            yield Holder(process)
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def base() -> Iterator[int]:
+    fd = new_memory("test", SIZE)
+    os.pwrite(fd, b"base" * 1024 * 16, 0)  # 16 pages
+    yield sealed(fd)
+    os.close(fd)
+
+
+def runs(delta: Delta) -> list[tuple[int, int]]:
+    return [(offset // PAGE, length // PAGE) for offset, length in zip(delta.offsets, delta.lengths, strict=True)]
+
+
+WRITES = "m[0:4]=b'mine'; m[5*PAGE:6*PAGE]=bytes(PAGE); m[100*PAGE:700*PAGE]=b'x'*(600*PAGE)".replace("PAGE", str(PAGE))
+
+
+@pytest.mark.parametrize("way", ["scan", "entries"])
+def test_exactly_what_was_written_is_taken_even_zeros(base: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "entries":
+        monkeypatch.setattr(pagemap, "_scan", lambda *_: False)
+    with holder(base) as parent, holder(base) as child:
+        parent.do(WRITES)
+        parent.do("_ = m[3*4096] + m[1000*4096]")  # reading changes nothing
+        assert changed_bytes(parent.pid, base) == 602 * PAGE
+        delta = capture(parent.pid, base, Scratch())
+        # The long run is in pieces of a MiB.
+        assert runs(delta) == [(0, 1), (5, 1), (100, 256), (356, 256), (612, 88)]
+        inject(child.pid, base, delta)
+        assert [child.page(n)[:4] for n in (0, 1, 5, 100, 699, 700)] == [b"mine", b"base", bytes(4), b"xxxx", b"xxxx", bytes(4)]
+        assert runs(capture(child.pid, base, Scratch())) == runs(delta)
+
+
+def test_a_page_that_was_given_back_is_the_bases_again(base: int) -> None:
+    with holder(base) as one:
+        one.do(WRITES)
+        one.do(f"libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t({PAGE}), 4)")  # MADV_DONTNEED
+        assert one.page(0)[:4] == b"base"
+        assert changed_bytes(one.pid, base) == 601 * PAGE
+
+
+def test_anonymous_memory_over_the_base_is_zeros_where_nothing_is(base: int) -> None:
+    """What a balloon may do: the base shows through no more, and nothing of it must come back in the copy."""
+    with holder(base) as one, holder(base) as other:
+        one.do("libc.mmap.restype = ctypes.c_void_p")
+        over = f"ctypes.c_void_p(address), ctypes.c_size_t({8 * PAGE}), 3, 0x32, -1, 0"  # MAP_FIXED | MAP_ANONYMOUS | MAP_PRIVATE
+        one.do(f"assert libc.mmap({over}) == address")
+        one.do(f"m[2*{PAGE}:2*{PAGE}+3] = b'new'")
+        delta = capture(one.pid, base, Scratch())
+        assert runs(delta) == [(2, 1)]
+        assert [(o // PAGE, n // PAGE) for o, n in zip(delta.zero_offsets, delta.zero_lengths, strict=True)] == [(0, 2), (3, 5)]
+        inject(other.pid, base, delta)
+        assert [other.page(n)[:4] for n in (0, 2, 3, 7, 8)] == [bytes(4), b"new\0", bytes(4), bytes(4), b"base"]
+
+
+def test_nobody_changes_a_base(base: int) -> None:
+    for attempt in (lambda: os.pwrite(base, b"x", 0), lambda: os.ftruncate(base, 0), lambda: os.ftruncate(base, 2 * SIZE)):
+        with pytest.raises(PermissionError):
+            attempt()
+    with holder(base) as one:
+        # What QEMU does for a guest that frees memory: fallocate(PUNCH_HOLE) on the file, and MADV_REMOVE.
+        one.do(f"print(libc.fallocate(3, 3, ctypes.c_long(0), ctypes.c_long({PAGE})))")
+        one.do(f"print(libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t({PAGE}), 9))")
+    assert os.pread(base, 4, 0) == b"base"
+
+
+def test_memory_that_is_still_written_is_no_base() -> None:
+    fd = new_memory("test", SIZE)
+    try:
+        import mmap
+
+        with mmap.mmap(fd, SIZE), pytest.raises(HostError) as caught:
+            sealed(fd)
+        assert caught.value.code == "memory_in_use"
+        sealed(fd)
+        assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+    finally:
+        os.close(fd)
+
+
+def test_a_process_without_the_base_or_with_a_hole_in_it(base: int) -> None:
+    with pytest.raises(GuestError, match="does not map"):
+        capture(os.getpid(), base, Scratch())
+    with holder(base) as one:
+        one.do(f"libc.munmap(ctypes.c_void_p(address + {SIZE // 2}), ctypes.c_size_t({PAGE}))")
+        with pytest.raises(GuestError, match="in the middle|only a part"):
+            capture(one.pid, base, Scratch())
+
+
+def test_a_delta_of_another_size_is_refused(base: int) -> None:
+    with holder(base) as one, pytest.raises(HostError) as caught:
+        inject(one.pid, base, Delta(SIZE * 2))
+    assert caught.value.code == "memory_mismatch"
+
+
+def test_a_delta_goes_through_its_file(base: int, tmp_path: Path) -> None:
+    with holder(base) as parent, holder(base) as child, open(tmp_path / "delta", "w+b") as file:
+        parent.do(WRITES)
+        write_delta(capture(parent.pid, base, Scratch()), file.fileno())
+        delta = read_delta(file.fileno())
+        inject(child.pid, base, delta)
+        assert [child.page(n)[:4] for n in (0, 5, 699)] == [b"mine", bytes(4), b"xxxx"]
+
+
+def test_an_empty_delta_goes_through_its_file(tmp_path: Path) -> None:
+    with open(tmp_path / "delta", "w+b") as file:
+        write_delta(Delta(SIZE), file.fileno())
+        assert read_delta(file.fileno()).bytes == 0
+
+
+@given(cut=st.integers(0, 3 * PAGE), flips=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_a_damaged_file_is_refused_or_harmless(cut: int, flips: list[tuple[int, int]]) -> None:
+    import mmap
+
+    delta = Delta(SIZE, array("Q", (0, 8 * PAGE)), array("Q", (PAGE, PAGE)), array("Q", (4 * PAGE,)), array("Q", (PAGE,)))
+    delta.data = mmap.mmap(-1, 2 * PAGE)
+    fd = os.memfd_create("delta")
+    try:
+        write_delta(delta, fd)
+        for at, value in flips:
+            os.pwrite(fd, bytes([value]), at)
+        os.ftruncate(fd, os.fstat(fd).st_size - cut)
+        found = read_delta(fd)
+        for offset, length in zip(found.offsets, found.lengths, strict=True):
+            assert offset + length <= found.size
+    except HostError as e:
+        assert e.code == "delta_damaged"
+    finally:
+        os.close(fd)
