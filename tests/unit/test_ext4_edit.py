@@ -55,7 +55,8 @@ def test_the_script_by_value() -> None:
             PutFile(b"/root/.ssh/authorized keys", b"key", mode=0o600, uid=7, mtime=5, xattrs=((b"user.a", b"v"),)),
             PutSymlink(b'/a"b', b"/t x"),
             Change(b"/etc", uid=1, mode=0o40711),
-        ]
+        ],
+        {b"/root/.ssh/authorized keys", b"/etc"},
     )
     assert script.text.decode().splitlines() == [
         'mkdir "/root/.ssh"',
@@ -71,7 +72,6 @@ def test_the_script_by_value() -> None:
         'sif "/root/.ssh/authorized keys" mode 0100600',
         'sif "/root/.ssh/authorized keys" mtime @5',
         'ea_set -f 1 "/root/.ssh/authorized keys" "user.a"',
-        'rm "/a""b"',
         'symlink "/a""b" "/t x"',
         'sif "/a""b" uid 0',
         'sif "/a""b" gid 0',

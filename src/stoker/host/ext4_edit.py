@@ -3,7 +3,7 @@
 Edits are values; :func:`render` makes them a script (pure), :func:`edit_image` applies it. All of them happen or none: the script
 works on a copy beside the image (blocks are shared where the host's file system can), which is read back, checked by ``e2fsck -fn``
 and only then renamed over the image. A crash leaves the image as it was, and perhaps ``IMAGE.edit`` and ``IMAGE.edit.d/``, which
-the next edit replaces and whoever removes the image removes too. An image that is somebody's base or is in use is no image for this.
+the next edit replaces and whoever removes the image removes too. A base, or an image in use, is no image for this.
 
 debugfs reads commands a line at a time: a name with a line break cannot be said, and is refused before anything is written. Spaces,
 quotes, backslashes and bytes that are no text can. It ends with 0 whatever happens: what it says on stderr, and above all what is
@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -139,13 +139,14 @@ def _xattrs(edit: PutFile | PutDirectory | Change, files: list[bytes]) -> list[b
     return lines
 
 
-def _lines(edit: Edit, files: list[bytes]) -> list[bytes]:
+def _lines(edit: Edit, files: list[bytes], there: bool) -> list[bytes]:
     name = _path(edit.path)
+    gone = [b"rm " + name] if there else []
     if isinstance(edit, PutFile):
         directory, _, last = edit.path.rpartition(b"/")
         # `write` takes a name in the current directory, nothing else.
         lines = [
-            b"rm " + name,
+            *gone,
             b"cd " + (quoted(directory) if directory else b"/"),
             b"write %d %s" % (len(files), quoted(last)),
             b"cd /",
@@ -155,21 +156,25 @@ def _lines(edit: Edit, files: list[bytes]) -> list[bytes]:
         return [*lines, *attributes, *_xattrs(edit, files)]
     if isinstance(edit, PutDirectory):
         attributes = _attributes(edit.path, stat.S_IFDIR, edit.uid, edit.gid, edit.mode, edit.mtime)
-        return [b"mkdir " + name, *attributes, *_xattrs(edit, files)]
+        # On a directory that is there, mkdir would leave a lost inode behind (e2fsprogs 1.47).
+        return [*([] if there else [b"mkdir " + name]), *attributes, *_xattrs(edit, files)]
     if isinstance(edit, PutSymlink):
         if not 0 < len(edit.target) <= LONGEST_TARGET:
             raise _refuse(edit.path, "a link's target has 1 to 4095 bytes")
         attributes = _attributes(edit.path, stat.S_IFLNK, edit.uid, edit.gid, 0o777, edit.mtime)
-        return [b"rm " + name, b"symlink %s %s" % (name, quoted(edit.target)), *attributes]
+        return [*gone, b"symlink %s %s" % (name, quoted(edit.target)), *attributes]
     return [*_attributes(edit.path, 0, edit.uid, edit.gid, edit.mode, edit.mtime), *_xattrs(edit, files)]
 
 
-def render(edits: Sequence[Edit]) -> Script:
-    """The batch. Raises ``bad_edit`` for anything debugfs' language or ext4 cannot hold; nothing has been written then."""
+def render(edits: Sequence[Edit], there: Collection[bytes] = ()) -> Script:
+    """The batch; ``there``: the paths that exist already.
+
+    Raises ``bad_edit`` for anything debugfs' language or ext4 cannot hold; nothing has been written then.
+    """
     files: list[bytes] = []
     lines: list[bytes] = []
     for edit in edits:
-        lines += _lines(edit, files)
+        lines += _lines(edit, files, edit.path in there)
         if any(len(line) > LONGEST_LINE for line in lines[-8:]):
             raise _refuse(edit.path, f"a line of more than {LONGEST_LINE} bytes")
     return Script(b"".join(line + b"\n" for line in lines), tuple(files))
@@ -245,15 +250,25 @@ def _content(path: Path) -> bytes | None:
 
 
 def _complaints(done: Completed) -> list[str]:
-    """What debugfs said, but for its banner and for what was not there to be replaced."""
+    """What debugfs said besides its banner."""
     lines = done.stderr.decode(errors="replace").splitlines()
-    quiet = (
-        "debugfs 1.",
-        "rm: File not found by ext2_lookup",
-        "ext2fs_mkdir: Ext2 directory already exists",
-        "mkdir: Ext2 directory already",
-    )
-    return [line for line in lines if line.strip() and not line.startswith(quiet)]
+    return [line for line in lines if line.strip() and not line.startswith("debugfs 1.")]
+
+
+async def _existing(image: Path, edits: Sequence[Edit], scratch: Path, pass_fds: Sequence[int]) -> set[bytes]:
+    """Which paths are there already. Raises when one of them is in the way of what is to be put there."""
+    found = set()
+    for start in range(0, len(edits), AT_ONCE):
+        part = edits[start : start + AT_ONCE]
+        (scratch / "look").write_bytes(b"".join(b"stat %s\n" % _path(edit.path) for edit in part))
+        look = await run(["debugfs", "-f", "look", image], cwd=scratch, pass_fds=pass_fds)
+        for edit, said in zip(part, _stats(look.stdout), strict=False):
+            if (status := _STAT.search(said)) is None:
+                continue
+            found.add(edit.path)
+            if not isinstance(edit, Change) and (status["type"] == b"directory") != isinstance(edit, PutDirectory):
+                raise _failed(image, f"{os.fsdecode(edit.path)[:200]!r} is a {status['type'].decode()} already", [])
+    return found
 
 
 async def apply(image: Path, edits: Sequence[Edit], scratch: Path, *, pass_fds: Sequence[int] = ()) -> None:
@@ -261,8 +276,9 @@ async def apply(image: Path, edits: Sequence[Edit], scratch: Path, *, pass_fds: 
 
     For images that are being made: after an error the image is good for nothing. The tools inherit ``pass_fds`` (a stage's lock).
     """
-    script = render(edits)
+    render(edits)
     name = image.absolute()
+    script = render(edits, await _existing(name, edits, scratch, pass_fds))
     await asyncio.to_thread(_write_files, scratch, script)
     done = await run(["debugfs", "-w", "-f", "script", name], cwd=scratch, pass_fds=pass_fds)
     if said := _complaints(done):
