@@ -213,7 +213,7 @@ void call_exec(uint32_t request, const struct mp *m);
 /* The child of an applet: `directory` is the working directory that could not be entered, or NULL. Returns the exit code. */
 int applet_main(char **argv, const struct mp *args, const char *directory, int error, const struct account *a);
 
-/* ---- setup.c, network.c, boot.c, info.c, power.c ----------------------------------------------------------------------------------------- */
+/* ---- setup.c, mounts.c, network.c, boot.c, info.c, power.c ----------------------------------------------------------------------------------------- */
 
 extern struct mp configured_env;
 extern char configured_user[2 * NAME_ROOM], configured_workdir[PATH_ROOM];
@@ -238,6 +238,11 @@ void root_empty(int old_root);
 bool mount_over(const char *source, const char *target, const char *type, unsigned long flags, const char *options);
 extern bool network_modules_pending;
 void modules_load_network(void);
+
+unsigned long mount_flags(const struct mp *names);
+void mount_grow(const char *device, const char *path); /* the mounted file system, to its device */
+bool mount_wait(const char *device);
+bool mount_all(const struct mp *mounts, struct failure *f);
 
 bool network_loopback(void);
 bool network_configure(const struct mp *network, struct failure *f);

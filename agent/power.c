@@ -84,6 +84,18 @@ void call_shutdown(uint32_t request, const struct mp *m)
 	power_request(again, mp_u64_or(m, "grace", 5000, GRACE_MAX));
 }
 
+/* A field of /proc/self/mounts, where white space and backslashes are written in octal. */
+static void unescape(char *s)
+{
+	char *to = s;
+	for (; *s; s++, to++) {
+		bool octal = s[0] == '\\' && s[1] >= '0' && s[1] <= '3' && s[2] && s[3];
+		*to = octal ? (char)((s[1] - '0') << 6 | (s[2] - '0') << 3 | (s[3] - '0')) : *s;
+		s += octal ? 3 : 0;
+	}
+	*to = 0;
+}
+
 /* In reverse order of mounting; what is still busy becomes read-only. */
 static void unmount_all(void)
 {
@@ -105,6 +117,7 @@ static void unmount_all(void)
 		char *type = strchr(target, ' ');
 		if (type)
 			*type++ = 0;
+		unescape(target);
 		/* Memory only, or in use by ourselves. */
 		if (!type || !strncmp(type, "proc", 4) || !strncmp(type, "sysfs", 5) || !strncmp(type, "devtmpfs", 8) ||
 		    !strncmp(type, "tmpfs", 5) || !strncmp(type, "cgroup", 6) || !strncmp(type, "devpts", 6))

@@ -10,12 +10,8 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
-#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
-
-/* From linux/ext4.h, which is not installed. */
-#define EXT4_IOC_RESIZE_FS _IOW('f', 16, uint64_t)
 
 struct mp configured_env = {.type = MP_MISSING};
 char configured_user[2 * NAME_ROOM], configured_workdir[PATH_ROOM];
@@ -169,37 +165,6 @@ static bool write_resolv(const struct mp *resolv)
 
 /* ---- the root ----------------------------------------------------------------------------------------------------------------- */
 
-static bool wait_for(const char *device)
-{
-	for (int tries = 0; access(device, F_OK); tries++) {
-		if (tries == 5000)
-			return false;
-		usleep(1000);
-	}
-	return true;
-}
-
-static unsigned long mount_flags(const struct mp *names)
-{
-	static const struct {
-		const char *name;
-		unsigned long flag;
-	} known[] = {{"ro", MS_RDONLY},       {"nosuid", MS_NOSUID},     {"nodev", MS_NODEV},       {"noexec", MS_NOEXEC},
-		     {"noatime", MS_NOATIME}, {"relatime", MS_RELATIME}, {"nodiratime", MS_NODIRATIME}, {"sync", MS_SYNCHRONOUS},
-		     {"lazytime", MS_LAZYTIME}};
-	unsigned long flags = 0;
-	if (names->type == MP_ARRAY) {
-		const uint8_t *at = names->body;
-		for (uint32_t i = 0; i < names->count; i++) {
-			struct mp name = mp_next(names, &at);
-			for (size_t k = 0; k < sizeof known / sizeof *known; k++)
-				if (mp_text_is(&name, known[k].name))
-					flags |= known[k].flag;
-		}
-	}
-	return flags;
-}
-
 /* What switch_root does, but PID 1 stays: the new root moves over /, and the initramfs, now out of sight, is emptied. */
 static bool switch_root(struct failure *f)
 {
@@ -218,25 +183,6 @@ static bool switch_root(struct failure *f)
 	return true;
 }
 
-/* The overlay may be larger than the image. Growing is done by the kernel, on the mounted file system; where it cannot be
- * (another type, no resize inode), the machine works all the same. */
-static void grow(const char *device)
-{
-	off_t bytes = 0;
-	uint64_t blocks;
-	struct statfs st;
-	int disk = open(device, O_RDONLY | O_CLOEXEC), root = open("/newroot", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (disk >= 0 && root >= 0 && (bytes = lseek(disk, 0, SEEK_END)) > 0 && fstatfs(root, &st) == 0 && st.f_bsize > 0) {
-		blocks = (uint64_t)bytes / (uint64_t)st.f_bsize;
-		if (ioctl(root, EXT4_IOC_RESIZE_FS, &blocks) && errno != EINVAL)
-			logf_host("warning", "cannot grow the root file system: %s", strerror(errno));
-	}
-	if (disk >= 0)
-		close(disk);
-	if (root >= 0)
-		close(root);
-}
-
 static bool mount_root(const struct mp *root, struct failure *f)
 {
 	char device[256], type[32] = "ext4", options[512] = "";
@@ -244,14 +190,14 @@ static bool mount_root(const struct mp *root, struct failure *f)
 	if (!mp_copy(&d, device, sizeof device) || (mp_is_text(&t) && !mp_copy(&t, type, sizeof type)) ||
 	    (mp_is_text(&o) && !mp_copy(&o, options, sizeof options)))
 		return fail(f, "bad_request", EINVAL, "root: device, fstype or options");
-	if (device[0] == '/' && !wait_for(device))
+	if (device[0] == '/' && !mount_wait(device))
 		return fail(f, "mount_failed", ENODEV, "no device %s", device);
 	mkdir("/newroot", 0755);
 	/* The image's own devices and set-uid programs work: the machine is the boundary. */
 	if (mount(device, "/newroot", type, mount_flags(&flags), options))
 		return fail(f, "mount_failed", errno, "cannot mount %s as %s: %s", device, type, strerror(errno));
 	if (mp_bool_or(root, "grow", false))
-		grow(device);
+		mount_grow(device, "/newroot");
 	return switch_root(f);
 }
 
@@ -324,7 +270,7 @@ static bool identity(const struct mp *m, struct failure *f)
 static bool configure_machine(const struct mp *m, struct failure *f)
 {
 	struct mp root = mp_get(m, "root"), network = mp_get(m, "network"), entropy = mp_get(m, "entropy"), realtime = mp_get(m, "realtime"),
-		  modules = mp_get(m, "modules");
+		  modules = mp_get(m, "modules"), mounts = mp_get(m, "mounts");
 	/* Before anything that might want random numbers or look at the clock. */
 	if (mp_is_text(&entropy) && !add_entropy(&entropy))
 		return fail(f, "io", errno, "cannot add entropy: %s", strerror(errno));
@@ -337,6 +283,8 @@ static bool configure_machine(const struct mp *m, struct failure *f)
 	if (root.type == MP_MAP && !mount_root(&root, f))
 		return false;
 	mount_rest(mp_bool_or(m, "tmpfs_tmp", false));
+	if (!mount_all(&mounts, f))
+		return false;
 	network_loopback();
 	return identity(m, f) && (network.type != MP_MAP || network_configure(&network, f));
 }

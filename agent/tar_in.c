@@ -6,12 +6,15 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/openat2.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
+
+enum { SPARSE_MAX = 1 << 20 };
 
 struct entry {
 	char type;
@@ -20,6 +23,9 @@ struct entry {
 	uint32_t uid, gid, major, minor;
 	mode_t mode;
 	struct timespec mtime;
+	bool sparse; /* its content begins with a map; `real_size` is the file's */
+	uint64_t real_size;
+	struct tar_xattr *xattrs;
 };
 
 static int root;
@@ -29,6 +35,7 @@ static struct later { /* directories get their times and modes when nothing is w
 	struct later *next;
 	mode_t mode;
 	struct timespec mtime;
+	struct tar_xattr *xattrs;
 	char name[];
 } *later;
 static unsigned later_count;
@@ -129,9 +136,10 @@ static char *read_text(uint64_t size)
 }
 
 struct overrides { /* what pax and GNU headers say about the next entry */
-	char *path, *link;
-	bool has_size, has_uid, has_gid, has_mtime;
-	uint64_t size;
+	char *path, *link, *sparse_name;
+	bool has_size, has_uid, has_gid, has_mtime, sparse, has_real_size;
+	uint64_t size, real_size;
+	struct tar_xattr *xattrs;
 	uint32_t uid, gid;
 	struct timespec mtime;
 };
@@ -167,8 +175,20 @@ static void pax_record(struct overrides *o, const char *key, const char *value, 
 	} else if (!strcmp(key, "mtime")) {
 		o->mtime = decimal_time(value);
 		o->has_mtime = true;
+	} else if (!strcmp(key, "GNU.sparse.major") || !strcmp(key, "GNU.sparse.minor")) {
+		if (strcmp(value, key[12] == 'a' ? "1" : "0"))
+			bad_archive(NULL, "only sparse files of format 1.0 are supported");
+		o->sparse = true;
+	} else if (!strcmp(key, "GNU.sparse.name")) {
+		free(o->sparse_name);
+		o->sparse_name = text(value, length);
+	} else if (!strcmp(key, "GNU.sparse.realsize")) {
+		o->real_size = strtoull(value, NULL, 10);
+		o->has_real_size = true;
 	} else if (!strncmp(key, "GNU.sparse.", 11)) {
-		bad_archive(NULL, "sparse files are not supported");
+		bad_archive(NULL, "only sparse files of format 1.0 are supported");
+	} else if (keep_owners && !strncmp(key, TAR_XATTR, sizeof TAR_XATTR - 1)) {
+		tar_xattr_keep(&o->xattrs, key + sizeof TAR_XATTR - 1, value, length);
 	}
 }
 
@@ -239,8 +259,15 @@ static bool next_entry(struct entry *e)
 			break;
 		}
 	}
+	if (o.sparse && o.sparse_name) {
+		free(o.path);
+		o.path = o.sparse_name;
+	}
 	*e = (struct entry){
 		.type = h.type,
+		.sparse = o.sparse,
+		.real_size = o.real_size,
+		.xattrs = o.xattrs,
 		.name = o.path ? o.path : name_of(&h),
 		.link = o.link ? o.link : text(h.link, strnlen(h.link, sizeof h.link)),
 		.size = o.has_size ? o.size : number(h.size, sizeof h.size),
@@ -251,7 +278,7 @@ static bool next_entry(struct entry *e)
 		.mode = (mode_t)(number(h.mode, sizeof h.mode) & 07777),
 	};
 	e->mtime = o.has_mtime ? o.mtime : (struct timespec){.tv_sec = (time_t)number(h.mtime, sizeof h.mtime)};
-	if (e->size > INT64_MAX)
+	if (e->size > INT64_MAX || e->real_size > INT64_MAX || (o.sparse && !o.has_real_size))
 		bad_archive(e->name, "an impossible size");
 	return true;
 }
@@ -387,6 +414,70 @@ static int open_new(int dir, const char *last)
 	return openat(dir, last, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
 }
 
+/* By the way over /proc: there are no system calls for attributes that take a directory and a name. */
+static void put_xattrs(const struct entry *e, int dir, const char *last)
+{
+	if (!e->xattrs)
+		return;
+	char path[NAME_MAX + 64];
+	text_format(path, sizeof path, "/proc/self/fd/%d/%s", dir, last);
+	tar_xattr_put(e->xattrs, path, e->name);
+}
+
+static void copy_exactly(int fd, uint64_t size, const char *name)
+{
+	if (copy_bytes(0, fd, size, name) != size)
+		die("short_input", EIO, name, "%s: the archive ends in the middle", name);
+}
+
+/* A line with a number of a sparse file's map, which is part of its content, in whole blocks. */
+static uint64_t map_number(const struct entry *e, uint64_t *left, size_t *at)
+{
+	static char block[TAR_BLOCK];
+	uint64_t v = 0;
+	for (int digits = 0;; digits++) {
+		if (*at == sizeof block) {
+			if (*left < sizeof block)
+				bad_archive(e->name, "a damaged map");
+			must_read(block, sizeof block);
+			*left -= sizeof block;
+			*at = 0;
+		}
+		char c = block[(*at)++];
+		if (c == '\n' && digits)
+			return v;
+		if (c < '0' || c > '9' || digits > 18)
+			bad_archive(e->name, "a damaged map");
+		v = v * 10 + (uint64_t)(c - '0');
+	}
+}
+
+static void copy_sparse(const struct entry *e, int fd)
+{
+	uint64_t left = e->size, end = 0;
+	size_t at = TAR_BLOCK;
+	uint64_t count = map_number(e, &left, &at);
+	uint64_t *map = count <= SPARSE_MAX ? malloc((size_t)(count * 2 + 1) * sizeof *map) : NULL;
+	if (!map)
+		bad_archive(e->name, "too many pieces");
+	for (uint64_t i = 0; i < 2 * count; i++)
+		map[i] = map_number(e, &left, &at);
+	for (uint64_t i = 0; i < count; i++) {
+		uint64_t offset = map[2 * i], size = map[2 * i + 1];
+		if (offset < end || offset > e->real_size || size > e->real_size - offset || size > left)
+			bad_archive(e->name, "a damaged map");
+		if (size && lseek(fd, (off_t)offset, SEEK_SET) < 0)
+			die_errno(e->name);
+		copy_exactly(fd, size, e->name);
+		left -= size;
+		end = offset + size;
+	}
+	free(map);
+	skip(left);
+	if (ftruncate(fd, (off_t)e->real_size))
+		die_errno(e->name);
+}
+
 static void put_file(const struct entry *e, int dir, const char *last)
 {
 	int fd = open_new(dir, last);
@@ -394,17 +485,20 @@ static void put_file(const struct entry *e, int dir, const char *last)
 		fd = open_new(dir, last);
 	if (fd < 0)
 		die_errno(e->name);
-	if (copy_bytes(0, fd, e->size, e->name) != e->size)
-		die("short_input", EIO, e->name, "%s: the archive ends in the middle", e->name);
+	if (e->sparse)
+		copy_sparse(e, fd);
+	else
+		copy_exactly(fd, e->size, e->name);
 	struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, e->mtime};
 	if ((keep_owners && fchown(fd, e->uid, e->gid)) || fchmod(fd, mode_of(e)))
 		die_errno(e->name);
+	put_xattrs(e, dir, last); /* a change of owner takes capabilities away */
 	futimens(fd, times);
 	close(fd);
 	skip(padding(e->size));
 }
 
-static void put_directory(const struct entry *e, const char *path, int dir, const char *last)
+static void put_directory(struct entry *e, const char *path, int dir, const char *last)
 {
 	struct stat st;
 	bool fresh = *path && mkdirat(dir, last, 0700) == 0;
@@ -432,6 +526,8 @@ static void put_directory(const struct entry *e, const char *path, int dir, cons
 	l->next = later;
 	l->mode = mode_of(e);
 	l->mtime = e->mtime;
+	l->xattrs = e->xattrs;
+	e->xattrs = NULL;
 	strcpy(l->name, path);
 	later = l;
 	later_count++;
@@ -446,6 +542,11 @@ static void finish_directories(void)
 			continue; /* replaced by a later entry */
 		if (fchmod(fd, l->mode))
 			die_errno(l->name);
+		if (l->xattrs) {
+			char place[64];
+			text_format(place, sizeof place, "/proc/self/fd/%d/.", fd);
+			tar_xattr_put(l->xattrs, place, l->name);
+		}
 		futimens(fd, times);
 		close(fd);
 	}
@@ -483,10 +584,11 @@ static void put_special(const struct entry *e, int dir, const char *last)
 	REPLACING(mknodat(dir, last, kind | 0600, makedev(e->major, e->minor)), dir, last, e->name);
 	own(dir, last, e);
 	fchmodat(dir, last, mode_of(e), 0);
+	put_xattrs(e, dir, last);
 	stamp(dir, last, &e->mtime);
 }
 
-static void put_entry(const struct entry *e)
+static void put_entry(struct entry *e)
 {
 	char *path = relative(e->name);
 	const char *last;
@@ -509,6 +611,7 @@ static void put_entry(const struct entry *e)
 			bad_archive(e->name, "a link without a target");
 		REPLACING(symlinkat(e->link, dir, last), dir, last, e->name);
 		own(dir, last, e);
+		put_xattrs(e, dir, last);
 		stamp(dir, last, &e->mtime);
 	} else if (e->type == '3' || e->type == '4' || e->type == '6') {
 		put_special(e, dir, last);
@@ -530,6 +633,7 @@ void tar_read_tree(const char *target, bool preserve)
 		put_entry(&e);
 		free(e.name);
 		free(e.link);
+		tar_xattr_free(e.xattrs);
 	}
 	finish_directories();
 	/* The second zero block and whatever pads the last record: a writer that is not read to the end would fail. */

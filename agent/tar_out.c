@@ -5,13 +5,16 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/sysmacros.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
-enum { LINKS = 4096 };
+enum { LINKS = 4096, PIECES = 1 << 16 };
+
+static bool exact; /* also holes, extended attributes, and times to the nanosecond */
 
 /* Files with several names, by where they are: the second name becomes a hard link to the first. */
 static struct link {
@@ -51,20 +54,30 @@ static bool octal(char *field, size_t size, uint64_t v)
 }
 
 static struct {
-	char data[4 * PATH_ROOM];
+	char data[256 << 10];
 	size_t length;
 } pax;
 
 /* "LENGTH key=value\n", where LENGTH counts its own digits. */
-static void pax_add(const char *key, const char *value)
+static void pax_bytes(const char *key, const void *value, size_t size)
 {
-	size_t body = strlen(key) + strlen(value) + 3, total = body + 1, digits = 1;
+	size_t body = strlen(key) + size + 3, total = body + 1, digits = 1;
 	for (size_t ten = 10; total >= ten; ten *= 10) {
 		digits++;
 		total = body + digits;
 	}
-	if (pax.length + total < sizeof pax.data)
-		pax.length += text_format(pax.data + pax.length, sizeof pax.data - pax.length, "%lu %s=%s\n", (unsigned long)total, key, value);
+	if (total + 1 >= sizeof pax.data - pax.length)
+		die("too_many", EFBIG, NULL, "more than %d bytes of names and attributes", (int)sizeof pax.data);
+	char *at = pax.data + pax.length;
+	at += text_format(at, sizeof pax.data - pax.length, "%lu %s=", (unsigned long)total, key);
+	memcpy(at, value, size);
+	at[size] = '\n';
+	pax.length += total;
+}
+
+static void pax_add(const char *key, const char *value)
+{
+	pax_bytes(key, value, strlen(value));
 }
 
 static void pax_number(const char *key, int64_t v)
@@ -136,10 +149,39 @@ static void emit_pax(void)
 	pad(pax.length);
 }
 
-static void header(const struct stat *st, const char *name, char type, const char *link, uint64_t size)
+/* `dir` and `last`: where the entry is, for its attributes. `holes`: the content begins with a map of the file's `real` bytes. */
+struct origin {
+	int dir;
+	const char *last, *path;
+	bool holes;
+	uint64_t real;
+};
+
+static void add_exact(const struct stat *st, const char *name, char type, const struct origin *from)
+{
+	char place[NAME_MAX + 64], text[40];
+	if (from->holes) {
+		pax_add("GNU.sparse.major", "1");
+		pax_add("GNU.sparse.minor", "0");
+		pax_add("GNU.sparse.name", name);
+		pax_number("GNU.sparse.realsize", (int64_t)from->real);
+	}
+	if (st->st_mtim.tv_nsec && st->st_mtime >= 0) {
+		text_format(text, sizeof text, "%ld.%09ld", (long)st->st_mtime, (long)st->st_mtim.tv_nsec);
+		pax_add("mtime", text);
+	}
+	if (type == '1')
+		return; /* the attributes are the first name's */
+	text_format(place, sizeof place, "/proc/self/fd/%d/%s", from->dir, from->last);
+	tar_xattrs_of(from->dir == AT_FDCWD ? from->path : place, from->path, pax_bytes);
+}
+
+static void header(const struct stat *st, const char *name, char type, const char *link, uint64_t size, const struct origin *from)
 {
 	struct tar_header h = {0};
 	pax.length = 0;
+	if (exact)
+		add_exact(st, name, type, from);
 	if (!place_name(&h, name) || !ascii(name))
 		pax_add("path", name);
 	if (link && (strlen(link) > sizeof h.link || !ascii(link)))
@@ -155,7 +197,8 @@ static void header(const struct stat *st, const char *name, char type, const cha
 		pax_number("size", (int64_t)size);
 	if (st->st_mtime < 0 || !octal(h.mtime, 12, (uint64_t)st->st_mtime)) {
 		octal(h.mtime, 12, 0);
-		pax_number("mtime", st->st_mtime);
+		if (!exact || !st->st_mtim.tv_nsec || st->st_mtime < 0)
+			pax_number("mtime", st->st_mtime);
 	}
 	h.type = type;
 	if (type == '3' || type == '4') {
@@ -182,7 +225,63 @@ static void put_content(int fd, uint64_t size, const char *path)
 		out_bytes(zeros, n);
 		left -= n;
 	}
-	pad(size);
+}
+
+/* Where a file has data, and what it comes to. False: it has no holes, or in too many pieces: then it goes as it is. */
+struct pieces {
+	uint64_t offset[PIECES], size[PIECES], total;
+	unsigned count;
+};
+
+static bool find_pieces(int fd, const struct stat *st, struct pieces *p)
+{
+	p->count = 0;
+	p->total = 0;
+	if ((uint64_t)st->st_blocks * 512 >= (uint64_t)st->st_size)
+		return false;
+	for (off_t at = 0; at < st->st_size && p->count < PIECES - 1; p->count++) {
+		off_t data = lseek(fd, at, SEEK_DATA), end = data < 0 ? -1 : lseek(fd, data, SEEK_HOLE);
+		if (data < 0 && errno == ENXIO)
+			break;
+		if (end < 0)
+			return false;
+		at = end < st->st_size ? end : st->st_size;
+		p->offset[p->count] = (uint64_t)data;
+		p->size[p->count] = (uint64_t)(at - data);
+		p->total += (uint64_t)(at - data);
+	}
+	if (p->count == PIECES - 1)
+		return false;
+	p->offset[p->count] = (uint64_t)st->st_size; /* the end is always said */
+	p->size[p->count++] = 0;
+	return p->total < (uint64_t)st->st_size;
+}
+
+/* GNU's sparse format 1.0: the map as decimal lines in whole blocks, then the data without the holes. */
+static void put_sparse(int fd, const struct stat *st, const struct pieces *p, const char *as, struct origin *from)
+{
+	size_t room = (size_t)p->count * 42 + 32, n;
+	char *map = malloc(room);
+	if (!map)
+		die(NULL, ENOMEM, from->path, "out of memory");
+	n = text_format(map, room, "%u\n", p->count);
+	for (unsigned i = 0; i < p->count; i++)
+		n += text_format(map + n, room - n, "%lu\n%lu\n", (unsigned long)p->offset[i], (unsigned long)p->size[i]);
+	size_t whole = (n + TAR_BLOCK - 1) / TAR_BLOCK * TAR_BLOCK;
+	from->holes = true;
+	from->real = (uint64_t)st->st_size;
+	header(st, as, '0', NULL, whole + p->total, from);
+	out_bytes(map, n);
+	pad(n);
+	free(map);
+	for (unsigned i = 0; i < p->count; i++) {
+		if (!p->size[i])
+			continue;
+		if (lseek(fd, (off_t)p->offset[i], SEEK_SET) < 0)
+			die_errno(from->path);
+		put_content(fd, p->size[i], from->path);
+	}
+	pad(p->total);
 }
 
 /* File systems that are views of the kernel, not content. */
@@ -204,7 +303,8 @@ static void put(int dir, const char *name, const char *path, const char *as, int
 static void put_directory(int dir, const char *name, const char *path, const char *as, const struct stat *st, int depth)
 {
 	char *entry = path_join(as, "");
-	header(st, entry, '5', NULL, 0);
+	struct origin from = {dir, name, path, false, 0};
+	header(st, entry, '5', NULL, 0, &from);
 	int sub = openat(dir, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | (depth ? O_NOFOLLOW : 0));
 	if (sub < 0)
 		die_errno(path);
@@ -232,13 +332,18 @@ static void put_file(int dir, const char *name, const char *path, const char *as
 		return; /* it went meanwhile */
 	if (fd < 0 || fstat(fd, st))
 		die_errno(path);
+	static struct pieces pieces;
+	struct origin from = {dir, name, path, false, 0};
 	const char *first = st->st_nlink > 1 ? seen_before(st, as) : NULL;
 	if (first) {
-		header(st, as, '1', first, 0);
+		header(st, as, '1', first, 0, &from);
+	} else if (exact && find_pieces(fd, st, &pieces)) {
+		put_sparse(fd, st, &pieces, as, &from);
 	} else {
-		header(st, as, '0', NULL, (uint64_t)st->st_size);
-		if (st->st_size)
-			put_content(fd, (uint64_t)st->st_size, path);
+		header(st, as, '0', NULL, (uint64_t)st->st_size, &from);
+		lseek(fd, 0, SEEK_SET);
+		put_content(fd, (uint64_t)st->st_size, path);
+		pad((uint64_t)st->st_size);
 	}
 	close(fd);
 }
@@ -247,6 +352,7 @@ static void put(int dir, const char *name, const char *path, const char *as, int
 {
 	char target[PATH_ROOM];
 	struct stat st;
+	struct origin from = {dir, name, path, false, 0};
 	/* Only what was asked for may be a link to it; below, links are entries. */
 	if (fstatat(dir, name, &st, depth ? AT_SYMLINK_NOFOLLOW : 0)) {
 		if (errno == ENOENT && depth)
@@ -265,17 +371,17 @@ static void put(int dir, const char *name, const char *path, const char *as, int
 		if (n < 0)
 			die_errno(path);
 		target[n] = 0;
-		header(&st, as, '2', target, 0);
+		header(&st, as, '2', target, 0, &from);
 		break;
 	}
 	case S_IFCHR:
-		header(&st, as, '3', NULL, 0);
+		header(&st, as, '3', NULL, 0, &from);
 		break;
 	case S_IFBLK:
-		header(&st, as, '4', NULL, 0);
+		header(&st, as, '4', NULL, 0, &from);
 		break;
 	case S_IFIFO:
-		header(&st, as, '6', NULL, 0);
+		header(&st, as, '6', NULL, 0, &from);
 		break;
 	default: /* sockets mean nothing elsewhere */
 		break;
@@ -298,6 +404,7 @@ void applet_tar_out(void)
 	char *path = path_argument("path", false);
 	uint64_t limit = mp_u64_or(&applet_args, "limit", INT64_MAX, INT64_MAX);
 	struct stat st;
+	exact = mp_bool_or(&applet_args, "exact", false);
 	if (stat(path, &st))
 		die_errno(path);
 	tar_write_tree(path, S_ISDIR(st.st_mode) ? "." : path_name(path), limit);

@@ -243,6 +243,95 @@ def packs_and_unpacks(a: Agent) -> None:
         assert Path(f"{d}/w{kind}/{name}").read_bytes() == b"abc" and os.stat(f"{d}/w{kind}/{name}").st_mtime == 77
 
 
+def attributes(top: str) -> dict[str, tuple]:
+    """What `exact` keeps of a tree besides the contents."""
+    found = {}
+    for path in sorted(Path(top).rglob("*")):
+        st = path.lstat()
+        xattrs = {n: os.getxattr(path, n, follow_symlinks=False) for n in os.listxattr(path, follow_symlinks=False)}
+        blocks = st.st_blocks if path.is_file() and not path.is_symlink() else 0
+        found[str(path.relative_to(top))] = (st.st_mode, st.st_uid, st.st_mtime_ns, st.st_size, st.st_nlink, blocks, xattrs)
+    return found
+
+
+@host_test
+def packs_exactly(a: Agent) -> None:
+    """Holes, extended attributes and nanoseconds, there and back; and as Python's tarfile understands them."""
+    if os.geteuid():
+        return
+    box, d = Box(a.connect()), a.directory
+    t = Path(f"{d}/t")
+    (t / "sub").mkdir(parents=True)
+    with open(t / "holes", "wb") as f:
+        f.truncate(5 << 20)
+        for at in (0, 1 << 20, (3 << 20) + 4096):
+            f.seek(at)
+            f.write(b"data" * 1024)
+    with open(t / "only hole", "wb") as f:
+        f.truncate(1 << 30)
+    (t / "attrs").write_text("x")
+    os.chown(t / "attrs", 12, 34)
+    os.setxattr(t / "attrs", "user.a=%b", b"\0\n=\xff" * 500)
+    os.setxattr(t / "attrs", "trusted.t", b"t")
+    os.setxattr(t / "attrs", "security.capability", bytes.fromhex("0100000202000000000000000000000000000000"))
+    os.setxattr(t / "sub", "user.on_directory", b"d")
+    os.symlink("nowhere", t / "sub" / "link")
+    os.setxattr(t / "sub" / "link", "trusted.on_link", b"l", follow_symlinks=False)
+    os.link(t / "attrs", t / "sub" / "hard")
+    os.utime(t / "attrs", ns=(1, 1234567890_123456789))
+    data = box("tar-out", path=str(t), exact=True)
+    assert len(data) < 1 << 20
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        member = tar.getmember("./holes")
+        assert member.size == 5 << 20 and member.issparse()
+        content = tar.extractfile(member)
+        assert content is not None and content.read() == (t / "holes").read_bytes()
+    box("tar-in", data, path=f"{d}/u", preserve=True)
+    back, wanted = attributes(f"{d}/u"), attributes(str(t))
+    assert back == wanted, [name for name in wanted if back.get(name) != wanted[name]]
+    assert (Path(f"{d}/u/holes")).read_bytes() == (t / "holes").read_bytes()
+    # Without being asked it is as before: whole files, no attributes.
+    with tarfile.open(fileobj=io.BytesIO(box("tar-out", path=str(t / "sub")))) as tar:
+        assert not any(m.pax_headers for m in tar)
+
+
+def sparse(content: bytes, **pax: str) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        m = tarfile.TarInfo("GNUSparseFile.0/f")
+        m.size = len(content)
+        m.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "f", **pax}
+        tar.addfile(m, io.BytesIO(content))
+    return out.getvalue()
+
+
+@host_test
+def refuses_damaged_maps(a: Agent) -> None:
+    box, d = Box(a.connect()), a.directory
+    size = {"GNU.sparse.realsize": "10000"}
+
+    def block(text: str, more: bytes = b"") -> bytes:
+        return text.encode().ljust(512, b"\0") + more
+
+    for i, data in enumerate(
+        (
+            sparse(block("1\n0\n4\n", b"abcd")),
+            sparse(block("x\n"), **size),
+            sparse(block("1\n9999\n4\n", b"abcd"), **size),
+            sparse(block("2\n100\n4\n50\n4\n", b"abcdabcd"), **size),
+            sparse(block("1\n0\n5000\n", b"abcd"), **size),
+            sparse(block("99999999999\n"), **size),
+            sparse(block("1\n18446744073709551615\n4\n", b"abcd"), **size),
+            sparse(b"1\n0\n", **size),
+            sparse(block("0\n"), **{**size, "GNU.sparse.major": "7"}),
+            sparse(block("0\n"), **{**size, "GNU.sparse.map": "0,1"}),
+        )
+    ):
+        fails("bad_archive", box, "tar-in", data, path=f"{d}/bad{i}")
+    box("tar-in", sparse(block("1\n100\n4\n", b"abcd"), **size), path=f"{d}/good")
+    assert Path(f"{d}/good/f").read_bytes() == bytes(100) + b"abcd" + bytes(9896)
+
+
 def archive(*members: tuple[str, str, str | bytes]) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:

@@ -313,13 +313,22 @@ async def test_configure_says_what_it_was_given(path: Path) -> None:
 
     async with peered(path, script) as agent:
         assert await agent.configure(
-            Configuration(root=m.RootMount("/dev/vda", grow=True), hosts=[("::1", "me")], env={"A": b"\xff"})
+            Configuration(
+                root=m.RootMount("/dev/vda", grow=True),
+                hosts=[("::1", "me")],
+                env={"A": b"\xff"},
+                mounts=[m.Mount("vol-a", "/data", flags=["ro"], options="noload"), m.Mount("app", "/app", grow=True)],
+            )
         )
     assert seen == {
         "m": "configure",
         "root": {"device": "/dev/vda", "grow": True},
         "hosts": [["::1", "me"]],
         "env": {"A": b"\xff"},
+        "mounts": [
+            {"serial": "vol-a", "path": "/data", "flags": ["ro"], "options": "noload"},
+            {"serial": "app", "path": "/app", "grow": True},
+        ],
     }
 
 

@@ -370,13 +370,19 @@ class Files:
             return _one(result)
 
     @asynccontextmanager
-    async def tar_out(self, path: Path, *, limit: int | None = None) -> AsyncIterator[AsyncIterator[bytes]]:
-        """A directory's tree (names relative to it), or one file, as a POSIX tar in pieces."""
-        async with self._content("tar-out", path=path, limit=limit) as pieces:
+    async def tar_out(
+        self, path: Path, *, limit: int | None = None, exact: bool | None = None
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        """A directory's tree (names relative to it), or one file, as a POSIX tar in pieces.
+
+        ``exact``: with holes, extended attributes, and times to the nanosecond.
+        """
+        async with self._content("tar-out", path=path, limit=limit, exact=exact) as pieces:
             yield pieces
 
     async def tar_in(self, path: Path, source: Source, *, preserve: bool = False, parents: bool = True) -> None:
-        """Unpacks a tar below a directory, which is made where missing. ``preserve``: owners and devices too, as root."""
+        """Unpacks a tar below a directory, which is made where missing. ``preserve``: owners, devices and
+        extended attributes too, as root."""
         async with self._transfer("tar-in", stdin=True, path=path, preserve=preserve, parents=parents) as transfer:
             transfer.process.stdout.collect(0)
             await transfer.feed(_once(source) if isinstance(source, bytes) else source)

@@ -31,6 +31,7 @@ __all__ = [
     "ExecRequest",
     "ExitStatus",
     "GuestInfo",
+    "Mount",
     "NetworkConfiguration",
     "ProcessInfo",
     "Resolver",
@@ -62,6 +63,17 @@ class RootMount(Struct, frozen=True, omit_defaults=True):
     """The root file system the agent mounts; with ``grow`` it is enlarged to its device."""
 
     device: str
+    fstype: str = "ext4"
+    flags: Sequence[str] = ()
+    options: str = ""
+    grow: bool = False
+
+
+class Mount(Struct, frozen=True, omit_defaults=True):
+    """A further disk, found by its serial number, mounted at ``path`` after the root."""
+
+    serial: str
+    path: str
     fstype: str = "ext4"
     flags: Sequence[str] = ()
     options: str = ""
@@ -100,6 +112,7 @@ class Configuration(Struct, frozen=True, omit_defaults=True, tag_field="m", tag=
     workdir: Text = ""
     modules: Sequence[str] = ()
     tmpfs_tmp: bool = False
+    mounts: Sequence[Mount] = ()
 
 
 class ExecRequest(Struct, frozen=True, omit_defaults=True, tag_field="m", tag="exec"):
