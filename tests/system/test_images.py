@@ -28,7 +28,7 @@ from stoker.images.kernel import resolve_kernel
 from stoker.images.rootfs import resolve_image
 from stoker.images.store import Store
 from stoker.settings import Settings, load_settings
-from stoker.storage.qcow2 import create_overlay
+from stoker.storage.overlay import create_overlay
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(600)]
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from leaks import processes, wait_gone
 from stoker.errors import Conflict, HostError, InvalidRequest, StokerError
 from stoker.host.process import ProcessIdentity
 from stoker.settings import Settings
-from stoker.storage.qcow2 import create_overlay
+from stoker.storage.overlay import create_overlay
 from stoker.vmm.accel import verdict
 from stoker.vmm.console import tail
 from stoker.vmm.diagnosis import explain

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stoker.errors import InvalidRequest
-from stoker.storage.qcow2 import CLUSTER, create_overlay, render_overlay
+from stoker.storage.overlay import CLUSTER, create_overlay, render_overlay
 
 GIB = 1 << 30
 

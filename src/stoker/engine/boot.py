@@ -23,7 +23,7 @@ from stoker.images.initramfs import build_initramfs
 from stoker.images.kernel import resolve_kernel
 from stoker.images.progress import NullProgress, Progress
 from stoker.images.rootfs import resolve_image
-from stoker.storage.qcow2 import create_overlay
+from stoker.storage.overlay import create_overlay
 from stoker.vmm.accel import verdict
 from stoker.vmm.diagnosis import explain
 from stoker.vmm.machine import Disk, MachineSpec, UserNetwork

@@ -5,34 +5,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-__all__ = ["mounts_below", "remove_tree", "tree_sums", "unmount"]
+from stoker.host.mounts import mounts
+
+__all__ = ["mounts_below", "remove_tree", "tree_sums"]
 
 
 def mounts_below(path: Path) -> list[Path]:
     """The mount points at or below a path, the innermost first."""
     wanted = os.path.realpath(path)
-    found = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
-        # Spaces and the like are written in octal.
-        name = re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), line.split()[4]).decode(errors="surrogateescape")
-        if name == wanted or name.startswith(f"{wanted}/"):
-            found.append(Path(name))
-    return found[::-1]
-
-
-def unmount(path: Path) -> None:
-    """Takes a mount away, also when it is in use."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(os.fsencode(path), 2 | 8) != 0:  # MNT_DETACH | UMOUNT_NOFOLLOW
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(path))
+    found = [mount.point for mount in mounts()]
+    return [point for point in found if str(point) == wanted or str(point).startswith(f"{wanted}/")][::-1]
 
 
 def remove_tree(path: Path) -> None:

@@ -42,8 +42,9 @@ import msgspec
 
 from stoker.errors import HostError, NotFound
 from stoker.host.durable import sync_directory, sync_filesystem, write_atomically
-from stoker.host.files import mounts_below, remove_tree, tree_sums, unmount
+from stoker.host.files import mounts_below, remove_tree, tree_sums
 from stoker.host.lock import hold_directory, locked
+from stoker.host.mounts import umount
 from stoker.images.progress import NullProgress, Progress
 from stoker.settings import Settings
 
@@ -323,7 +324,7 @@ async def _remove_garbage(path: Path) -> None:
             continue
         try:
             for mount in mounts_below(tree):
-                unmount(mount)  # a build that was killed where it could have no mount namespace of its own
+                umount(mount, lazily=True)  # a build that was killed where it could have no mount namespace of its own
             await asyncio.to_thread(remove_tree, tree)
         except PermissionError:
             from stoker.images.bootstrap import remove_foreign_tree

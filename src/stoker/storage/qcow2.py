@@ -1,89 +1,155 @@
-"""Empty qcow2 overlays, written without a process: a header, a refcount table and block, an empty L1 table.
+"""Clones as qcow2 overlays on the shared base. All of them read through the base's one page cache; a clone is a few blocks.
 
-The name of the backing file is *not* in the header: the VMM is told on its command line, so that nothing a guest (or anybody else)
-writes into the file can make the host open another one.
-
-Layout, in clusters of 64 KiB (qcow2 version 3, 16-bit refcounts)::
-
-    0                   header
-    1 .. r              refcount table (r = 1: it covers 2 GiB of file per entry, 8192 entries)
-    r + 1               the first refcount block: it counts the clusters up to the end of the L1 table
-    r + 2 ..            L1 table, one entry for each 512 MiB of guest disk
-
-Only a few bytes are not zero, so the file is sparse: 12 KiB on the host's disk. A crash leaves the file as far as it was
-written; it belongs to one run's directory and goes with it.
+A clone of a clone freezes what the first one has: its disk becomes a *layer*, and both go on in overlays of their own above it. The
+step from the old disk to the new one is the replacement of the record, so a crash finds either.
 """
 
 from __future__ import annotations
 
 import os
-import struct
+import secrets
+import threading
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-from stoker.errors import InvalidRequest
+from stoker.errors import Conflict
+from stoker.host.reflink import data_ranges
+from stoker.host.trace import trace
+from stoker.storage.compose import Piece, compose
+from stoker.storage.layout import LAYER, Layout, Record, no_space, write
+from stoker.storage.overlay import allocated, grow_overlay, read_header, write_overlay
+from stoker.storage.strategy import Base, Clone, Strategy, Thing, Usage
+from stoker.storage.target import new_file, raised_to
 
-__all__ = ["CLUSTER", "create_overlay", "render_overlay"]
-
-CLUSTER_BITS = 16
-CLUSTER = 1 << CLUSTER_BITS
-L2_COVERS = CLUSTER * (CLUSTER // 8)
-"""Bytes of guest disk that one L1 entry (one L2 table) maps: 512 MiB."""
-REFCOUNTS_PER_BLOCK = CLUSTER // 2
-MAX_SIZE = 64 << 40
-"""64 TiB: more than ext4 on 32-bit block numbers takes, and an L1 table of 16 clusters."""
-
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
+__all__ = ["Qcow2"]
 
 
-def render_overlay(size: int) -> tuple[int, list[tuple[int, bytes]]]:
-    """The file of an empty overlay for a disk of ``size`` bytes: its length and the pieces (offset, bytes) that are not zero."""
-    if size <= 0 or size % 512 or size > MAX_SIZE:
-        raise InvalidRequest("bad_disk_size", f"a disk of {size} bytes cannot be made", "give a multiple of 512 bytes up to 64T")
-    l1_entries = -(-size // L2_COVERS)
-    l1_clusters = -(-l1_entries * 8 // CLUSTER)
-    refcount_table, refcount_block, l1_table = 1, 2, 3
-    clusters = l1_table + l1_clusters
-    assert clusters <= REFCOUNTS_PER_BLOCK
-    header = _HEADER.pack(
-        b"QFI\xfb",
-        3,  # version
-        0,  # no backing file name
-        0,
-        CLUSTER_BITS,
-        size,
-        0,  # not encrypted
-        l1_entries,
-        l1_table * CLUSTER,
-        refcount_table * CLUSTER,
-        1,  # clusters of the refcount table
-        0,  # internal snapshots
-        0,
-        0,  # incompatible features
-        0,  # compatible features
-        0,  # autoclear features
-        4,  # refcounts of 2^4 bits
-        _HEADER.size,
-    )
-    # Behind the header: the end-of-extensions marker (eight zero bytes) is there already, the file being sparse.
-    pieces = [
-        (0, header),
-        (refcount_table * CLUSTER, struct.pack(">Q", refcount_block * CLUSTER)),
-        (refcount_block * CLUSTER, struct.pack(f">{clusters}H", *[1] * clusters)),
-    ]
-    return clusters * CLUSTER, pieces
+class Qcow2:
+    """See :class:`stoker.storage.strategy.CloneStrategy`."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._lock = threading.Lock()
+        """Held while layers and what stands on them change."""
+
+    def clone(self, base: Base, name: str, size: int) -> Clone:
+        key = self._layout.base_key(base)
+        record = Record(Strategy.QCOW2, 0, key, "", "disk.0")
+        with self._layout.new(name, record) as disk:
+            write_overlay(disk, raised_to(size, base.size))
+        return self._clone(name, record)
+
+    def clone_of(self, name: str, new: str) -> Clone:
+        layout = self._layout
+        layout.check()
+        with self._lock:
+            if layout.find(new) is not None:
+                raise Conflict("clone_exists", f"there is a disk {new} in the pool already", f"stoker rm {new}, or another name")
+            before = layout.record(name)
+            size = self._header(name, before)
+            with no_space():
+                after = self._freeze(name, before, size)
+            with layout.new(new, replace(after, disk="disk.0")) as disk:
+                write_overlay(disk, size)
+        return self._clone(new, replace(after, disk="disk.0"))
+
+    def _header(self, name: str, record: Record) -> int:
+        path = self._layout.disk(name, record)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return read_header(fd, path).size
+        finally:
+            os.close(fd)
+
+    def _freeze(self, name: str, before: Record, size: int) -> Record:
+        """The clone's disk becomes a layer, and the clone goes on above it."""
+        layout = self._layout
+        layer = secrets.token_hex(6)
+        place, clone = layout.layers / layer, layout.place(name)
+        after = replace(before, parent=layer, disk=f"disk.{int(before.disk.partition('.')[2]) + 1}")
+        try:
+            (place / "refs").mkdir(parents=True, mode=0o700)
+            layout.refer(LAYER + layer, before)
+            trace("layer.after_directory")
+            os.link(clone / before.disk, place / "disk.0")
+            write(place, replace(before, disk="disk.0"))
+            layout.refer(name, after)
+            trace("layer.after_link")
+            write_overlay(clone / after.disk, size)
+            trace("layer.after_next")
+            write(clone, after)
+        except BaseException:
+            (clone / after.disk).unlink(missing_ok=True)
+            layout.leave(layer, name)
+            layout.forget(LAYER + layer, before)
+            raise
+        trace("layer.after_switch")
+        (clone / before.disk).unlink()
+        if before.parent:
+            layout.leave(before.parent, name)
+        trace("layer.after_parent")
+        return after
+
+    def open(self, name: str) -> Clone:
+        self._layout.check()
+        return self._clone(name, self._layout.record(name))
+
+    def _clone(self, name: str, record: Record) -> Clone:
+        path = self._layout.disk(name, record)
+        return Clone(name, Strategy.QCOW2, path, "qcow2", self._below(record), self._header(name, record))
+
+    def _below(self, record: Record) -> tuple[Path, ...]:
+        found = []
+        while record.parent:
+            layer = record.parent
+            record = self._layout.layer(layer)
+            found.append(self._layout.layers / layer / record.disk)
+        return (*found, self._layout.base_path(record.key))
+
+    def remove(self, name: str) -> None:
+        self._layout.check()
+        with self._lock:
+            record = self._layout.find(name)
+            self._layout.discard(name)
+            if record is not None:
+                self._layout.forget(name, record)
+
+    def flatten(self, name: str, target: Path) -> None:
+        clone = self.open(name)
+        *overlays, base = clone.path, *clone.backing
+        with ExitStack() as stack, new_file(target) as out:
+            os.ftruncate(out, clone.size)
+            layers: list[tuple[int, Iterable[Piece]]] = []
+            for path in overlays:
+                fd = _opened(path, stack)
+                layers.append((fd, allocated(fd, path)))
+            fd = _opened(base, stack)
+            layers.append((fd, (Piece(start, length, start) for start, length in data_ranges(fd))))
+            compose(layers, clone.size, out)
+
+    def grow(self, name: str, size: int) -> Clone:
+        clone = self.open(name)
+        if raised_to(size, clone.size) != clone.size:
+            fd = os.open(clone.path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                with no_space():
+                    grow_overlay(fd, clone.path, size)
+            finally:
+                os.close(fd)
+        return self.open(name)
+
+    def usage(self, name: str) -> Usage:
+        clone = self.open(name)
+        own, *below = (os.stat(path).st_blocks * 512 for path in (clone.path, *clone.backing))
+        return Usage(own, sum(below), clone.size)
+
+    def things(self, name: str) -> list[Thing]:
+        return [Thing("directory", str(self._layout.place(name)))]
 
 
-def create_overlay(path: Path, backing: Path, size: int) -> None:
-    """Writes an empty overlay for ``backing`` (raw), of at least the backing file's size. ``path`` must not exist.
-
-    What lies past the end of the backing file reads as zeros.
-    """
-    size = max(size, os.stat(backing).st_size)
-    length, pieces = render_overlay(-(-size // 512) * 512)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        for offset, data in pieces:
-            os.pwrite(fd, data, offset)
-        os.ftruncate(fd, length)
-    finally:
-        os.close(fd)
+def _opened(path: Path, stack: ExitStack) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd

@@ -1,0 +1,227 @@
+"""A pool: one directory with the disks of sandboxes, one process that works in it, one strategy for new disks.
+
+The strategy is chosen when the pool is first opened, by making and using a small clone with each candidate in turn, and can be
+overridden; disks made before keep theirs. Whoever opens a pool finds it put right: what a crash left half made is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from stoker.errors import Conflict, HostError, InvalidRequest, StokerError
+from stoker.host import devicemapper
+from stoker.host.lock import try_flock
+from stoker.storage.copied import Copied
+from stoker.storage.layout import Layout, no_space
+from stoker.storage.qcow2 import Qcow2
+from stoker.storage.reflink import Reflink
+from stoker.storage.snapshot_device import SnapshotDevices
+from stoker.storage.strategy import Base, Clone, CloneStrategy, Strategy, Thing, Usage
+
+__all__ = ["Pool", "Space", "Trial", "prefer"]
+
+FOR_QCOW2: Final = (Strategy.QCOW2, Strategy.REFLINK, Strategy.COPY)
+FOR_RAW: Final = (Strategy.DM_SNAPSHOT, Strategy.REFLINK, Strategy.COPY)
+"""In the order of preference: what shares the base's page cache first."""
+SLOW: Final = 20.0
+"""A candidate that takes so many times as long as the quickest is passed over."""
+PROBE_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Bytes of the file system that a pool is in."""
+
+    total: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What became of a small clone: seconds until it was made, opened and removed, or why it could not be."""
+
+    strategy: Strategy
+    seconds: float
+    error: str = ""
+
+
+def prefer(trials: Sequence[Trial]) -> Strategy:
+    """The first that works and is not far slower than another. ``trials`` are in the order of preference."""
+    works = [trial for trial in trials if not trial.error]
+    if not works:
+        raise HostError("pool_unusable", "no disk can be made: " + "; ".join(f"{t.strategy}: {t.error}" for t in trials))
+    quickest = min(trial.seconds for trial in works)
+    return next(trial.strategy for trial in works if trial.seconds <= quickest * SLOW or trial.strategy is works[-1].strategy)
+
+
+class Pool:
+    """Made by :meth:`open`; :meth:`close` lets go of it and leaves everything as it is."""
+
+    def __init__(self, directory: Path, lock: int) -> None:
+        self.directory = directory
+        self._lock = lock
+        self._layout = layout = Layout.make(directory)
+        self._by_strategy: dict[Strategy, CloneStrategy] = {
+            Strategy.QCOW2: Qcow2(layout),
+            Strategy.DM_SNAPSHOT: SnapshotDevices(layout),
+            Strategy.REFLINK: Reflink(layout),
+            Strategy.COPY: Copied(layout),
+        }
+        self.strategy = Strategy.COPY
+
+    @classmethod
+    def open(cls, directory: Path, strategy: Strategy | None = None, *, raw: bool = False, who: str = "stoker") -> Pool:
+        """Opens the pool in an existing directory; an empty one becomes a pool.
+
+        ``raw``: for virtual machines that open no qcow2. ``who`` is told to whoever comes second (``pool_in_use``, Conflict).
+        Errors: ``pool_missing``, ``pool_unusable`` (HostError), ``strategy_unsupported`` (InvalidRequest).
+        """
+        lock = _take(directory, who)
+        try:
+            with no_space():
+                pool = cls(directory, lock)
+            pool.sweep()
+            pool.strategy = pool._choose(strategy, raw)
+        except BaseException:
+            os.close(lock)
+            raise
+        return pool
+
+    def _choose(self, wanted: Strategy | None, raw: bool) -> Strategy:
+        if wanted is not None:
+            trial = self.trial(wanted)
+            if trial.error:
+                hint = "another pool_strategy, or none: then the best that works here is taken"
+                raise InvalidRequest("strategy_unsupported", f"{wanted} does not work in {self.directory}: {trial.error}", hint)
+            return wanted
+        trials = []
+        for strategy in FOR_RAW if raw else FOR_QCOW2:
+            trials.append(self.trial(strategy))
+            if not raw and not trials[-1].error:
+                break  # an overlay is not slower than a copy of anything
+        return prefer(trials)
+
+    def trial(self, strategy: Strategy) -> Trial:
+        """Makes, opens and removes a small clone."""
+        base, name = self.directory / ".probe", f"probe-{strategy.value}"
+        began = time.perf_counter()
+        try:
+            if strategy is Strategy.DM_SNAPSHOT and devicemapper.available("snapshot") is None:
+                return Trial(strategy, 0.0, "this kernel has no dm-snapshot, or it may not be used")
+            with no_space():
+                fd = os.open(base, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+                try:
+                    os.pwrite(fd, os.urandom(4096), 0)
+                    os.ftruncate(fd, PROBE_BYTES)
+                finally:
+                    os.close(fd)
+            disks, began = self._by_strategy[strategy], time.perf_counter()
+            clone = disks.clone(Base(base, PROBE_BYTES), name, 0)
+            with open(clone.path, "rb") as file:
+                file.read(1)
+            disks.remove(name)
+            return Trial(strategy, time.perf_counter() - began)
+        except (StokerError, OSError) as error:
+            return Trial(strategy, 0.0, error.message if isinstance(error, StokerError) else str(error))
+        finally:
+            if base.exists():
+                self._layout.drop_base(self._layout.base_key(Base(base, PROBE_BYTES)))
+                base.unlink()
+
+    def close(self) -> None:
+        """Another process may open it now. Disks, and the devices of those that are open, stay."""
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
+
+    def sweep(self) -> None:
+        """Removes what a crash left: parts of disks, their devices, references of what is gone."""
+        for name in self._layout.half_made():
+            for thing in self.things(name):
+                if thing.kind == "device" and devicemapper.CONTROL.exists():
+                    devicemapper.remove(thing.name)
+        self._layout.sweep()
+
+    # -- disks --------------------------------------------------------------------------------------------------------
+
+    def _of(self, name: str) -> CloneStrategy:
+        return self._by_strategy[self._layout.record(name).strategy]
+
+    def clone(self, base: Base, name: str, size: int = 0) -> Clone:
+        """A new disk that begins as ``base``, of ``size`` bytes (0: the base's)."""
+        return self._by_strategy[self.strategy].clone(base, name, size)
+
+    def clone_of(self, name: str, new: str) -> Clone:
+        return self._of(name).clone_of(name, new)
+
+    def open_clone(self, name: str) -> Clone:
+        return self._of(name).open(name)
+
+    def remove(self, name: str) -> None:
+        """Whatever there is of it, in the right order. Nothing is fine too."""
+        self._layout.check()
+        record = self._layout.find(name)
+        strategy = record.strategy if record is not None else self.strategy
+        self._by_strategy[strategy].remove(name)
+
+    def flatten(self, name: str, target: Path) -> None:
+        self._of(name).flatten(name, target)
+
+    def grow(self, name: str, size: int) -> Clone:
+        return self._of(name).grow(name, size)
+
+    def usage(self, name: str) -> Usage:
+        return self._of(name).usage(name)
+
+    def names(self) -> list[str]:
+        self._layout.check()
+        return self._layout.names()
+
+    def things(self, name: str) -> list[Thing]:
+        """What a disk consists of on the host; of one that does not exist yet, what it would."""
+        record = self._layout.find(name)
+        return self._by_strategy[record.strategy if record is not None else self.strategy].things(name)
+
+    # -- the pool itself ----------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises ``pool_unmounted`` (HostError) when the path does not lead here any more."""
+        self._layout.check()
+
+    def space(self) -> Space:
+        found = os.statvfs(self.directory)
+        return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
+
+    def users(self, base: Path) -> list[str]:
+        """The disks that stand on an image."""
+        found = []
+        for entry in os.scandir(self._layout.bases):
+            if os.readlink(Path(entry.path, "path")) == os.path.abspath(base):
+                found += [name.removeprefix("layer.") for name in self._layout.users(entry.name)]
+        return sorted(found)
+
+    def collect(self) -> int:
+        """Forgets bases that no disk stands on, with their copies in the pool. Returns the bytes that were freed."""
+        self._layout.check()
+        return sum(self._layout.drop_base(entry.name) for entry in list(os.scandir(self._layout.bases)))
+
+
+def _take(directory: Path, who: str) -> int:
+    """The pool's lock. Its file says who holds it, for the one that comes second."""
+    try:
+        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as e:
+        raise HostError("pool_missing", f"the pool {directory} cannot be opened: {e.strerror}", "stoker pool ls") from None
+    if not try_flock(fd):
+        holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(fd)
+        raise Conflict("pool_in_use", f"the pool {directory} is used by {holder}", "end that one, or give this daemon another pool")
+    with no_space():
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{who} (process {os.getpid()})\n".encode(), 0)
+    return fd
