@@ -233,16 +233,23 @@ static void send_exit(struct process *p)
 	p->exit_sent = channel_send(FRAME_EVENT, p->id, 0, buffer, w.length);
 }
 
-/* A descendant may hold a pipe for ever: once the process has ended, silence for a while ends the stream too. */
-static void give_up_quiet(struct process *p, struct output *o, uint64_t now)
+/* A descendant may hold a pipe for ever: once the process has ended, silence for a while ends the stream too. True: not silent. */
+static bool give_up_quiet(struct process *p, struct output *o, uint64_t now)
 {
 	if (!o->open || o->readable)
-		return;
+		return false;
 	uint64_t since = o->last_ns > p->ended_ns ? o->last_ns : p->ended_ns, until = since + QUIET_MS * 1000000ull;
-	if (now >= until)
-		output_close(o);
-	else
+	if (now < until) {
 		wake_at(until);
+		return false;
+	}
+	/* Among hundreds of others on a busy machine its event may not have had its turn: the pipe itself knows. */
+	o->readable = true;
+	if (output_read(o))
+		return true;
+	if (o->open && !o->readable)
+		output_close(o);
+	return false;
 }
 
 /* One turn for one process. True: it can go on at once. */
@@ -257,8 +264,8 @@ static bool work(struct process *p)
 	}
 	if (!p->running && !p->finished) {
 		uint64_t now = now_ns();
-		give_up_quiet(p, &p->out, now);
-		give_up_quiet(p, &p->err, now);
+		more |= give_up_quiet(p, &p->out, now);
+		more |= give_up_quiet(p, &p->err, now);
 		if (!p->out.open && !p->err.open) {
 			input_close(&p->in);
 			p->in.gone = p->in.gone_told = true;

@@ -137,21 +137,9 @@ async def test_impossible_images_leave_failed_rows(settings: Settings, short_dir
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 async def test_fifty_at_once(settings: Settings, short_dir: Path) -> None:
-    """None fails, all are usable, in at most 1.2 times what fifty take one after the other."""
+    """None fails and all are usable. How long it takes is for `stoker bench create --at-once 50` to say."""
     async with opened(own_data(settings, short_dir)) as engine:
-        await make(engine, name="warm")
-        singles = []
-        for _ in range(5):
-            began = time.monotonic()
-            box = await make(engine)
-            singles.append(time.monotonic() - began)
-            await engine.destroy(ADMIN, box.id)
-        began = time.monotonic()
         boxes = await asyncio.gather(*(make(engine) for _ in range(50)))
-        took = time.monotonic() - began
         assert {box.state for box in boxes} == {S.RUNNING}
         answers = await asyncio.gather(*(run(engine, box.id, "echo usable") for box in boxes))
         assert answers == [(0, b"usable\n")] * 50
-        single = sum(singles) / len(singles)
-        print(f"50 at once: {took:.1f} s, 50 single ones: {50 * single:.1f} s, ratio {took / (50 * single):.2f}")
-        assert took <= 1.2 * 50 * single
