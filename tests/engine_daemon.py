@@ -72,6 +72,12 @@ async def command(engine: Engine, words: dict[str, Any]) -> Any:
         case "start":
             operation = await engine.start(ADMIN, words["name"])
             return {"state": (await engine.wait_operation(ADMIN, operation.id, 120)).state}
+        case "image_rm":
+            await engine.images.remove("images", words["name"])
+        case "gc":
+            return {"items": len((await engine.upkeep.gc(dry_run=False)).items)}
+        case "fsck":
+            return {"clean": (await engine.upkeep.fsck(repair=words["repair"])).clean}
         case "list":
             return {"boxes": {box.name: box.state for box in (await engine.list(ADMIN)).items}}
     return {}

@@ -24,10 +24,18 @@ from stoker.api.models import (
     CreatedKey,
     CreateKey,
     CreateSandbox,
+    Difference,
     Event,
     FileInfo,
     FileType,
+    Freed,
+    FsckReport,
+    GcReport,
     Health,
+    Image,
+    ImageList,
+    Kernel,
+    KernelList,
     Metrics,
     MetricsSample,
     Operation,
@@ -52,6 +60,65 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 
 def new_id(prefix: str, length: int = 20) -> str:
     return prefix + "-" + "".join(secrets.choice(ALPHABET) for _ in range(length))
+
+
+DIGEST = "ab" * 32
+
+
+class FakeImages:
+    """One image and one kernel, both used by a sandbox called web."""
+
+    def __init__(self) -> None:
+        self.removed: list[tuple[str, str]] = []
+
+    def _known(self, kind: str, reference: str) -> None:
+        if reference not in ("debian:12", "debian-bookworm") and not (len(reference) >= 6 and DIGEST.startswith(reference)):
+            raise NotFound(f"{kind}_unknown", f"there is no {kind} {reference}")
+
+    async def image(self, who: Principal, reference: str) -> Image:
+        self._known("image", reference)
+        return Image(
+            digest=DIGEST,
+            reference="debian:bookworm",
+            names=["debian-bookworm"],
+            size=700 << 20,
+            disk=300 << 20,
+            created_at=1.0,
+            fstype="ext4",
+            used_by=["web"] if who.admin else [],
+        )
+
+    async def kernel(self, who: Principal, reference: str) -> Kernel:
+        self._known("kernel", reference)
+        return Kernel(
+            digest=DIGEST, reference="debian:bookworm", names=[], size=50 << 20, disk=90 << 20, created_at=1.0, release="6.1"
+        )
+
+    async def images(self, who: Principal) -> ImageList:
+        return ImageList(items=[await self.image(who, DIGEST)])
+
+    async def kernels(self, who: Principal) -> KernelList:
+        return KernelList(items=[await self.kernel(who, DIGEST)])
+
+    async def remove(self, kind: str, reference: str) -> None:
+        self._known(kind[:-1], reference)
+        if kind == "images":
+            raise Conflict("image_in_use", f"the image {reference} is in use by web", "stoker rm web", details={"used_by": ["web"]})
+        self.removed.append((kind, reference))
+
+
+class FakeUpkeep:
+    """A host with one difference and one thing too many."""
+
+    async def fsck(self, *, repair: bool) -> FsckReport:
+        difference = Difference(
+            kind="clone", name="/pool/x.qcow2", expected="nothing", found="it is there", repair="remove it", repaired=repair
+        )
+        return FsckReport(clean=repair, repair=repair, differences=[difference], checked={"clone": 1}, busy=["web"])
+
+    async def gc(self, *, dry_run: bool) -> GcReport:
+        freed = Freed(kind="image", name=DIGEST, why="superseded", bytes=4096)
+        return GcReport(dry_run=dry_run, items=[freed], freed=4096, by_kind={"image": 4096}, skipped=["kernels: not ours"])
 
 
 class FakeProcess:
@@ -429,6 +496,8 @@ class FakeEngine:
         self.leases: dict[str, int] = {}
         self.processes = FakeProcesses(self)
         self.files = FakeFiles(self, root)
+        self.images = FakeImages()
+        self.upkeep = FakeUpkeep()
         self.boot_seconds = 0.0
         self.retired = False
         self.tasks: set[asyncio.Task[None]] = set()

@@ -21,6 +21,7 @@ from stoker.api.files import (
     WatchKind,
     WriteFiles,
 )
+from stoker.api.images import Image, ImageList, Kernel, KernelList
 from stoker.api.processes import (
     ExecRequest,
     ExecResult,
@@ -65,6 +66,7 @@ from stoker.api.system import (
     Version,
 )
 from stoker.api.types import NetworkMode, SandboxState, Terminal
+from stoker.api.upkeep import Difference, Freed, Fsck, FsckReport, Gc, GcReport
 
 __all__ = [
     "ApiKey",
@@ -75,6 +77,7 @@ __all__ = [
     "CreateKey",
     "CreateSandbox",
     "CreatedKey",
+    "Difference",
     "ErrorBody",
     "Event",
     "EventPage",
@@ -85,7 +88,16 @@ __all__ = [
     "FileInfo",
     "FileList",
     "FileType",
+    "Freed",
+    "Fsck",
+    "FsckReport",
+    "Gc",
+    "GcReport",
     "Health",
+    "Image",
+    "ImageList",
+    "Kernel",
+    "KernelList",
     "MakeDirectory",
     "MakeSymlink",
     "Metrics",

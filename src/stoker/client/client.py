@@ -17,7 +17,15 @@ from stoker.api.models import (
     CreatedKey,
     CreateKey,
     Event,
+    Fsck,
+    FsckReport,
+    Gc,
+    GcReport,
     Health,
+    Image,
+    ImageList,
+    Kernel,
+    KernelList,
     Operation,
     OperationPage,
     Quota,
@@ -37,6 +45,9 @@ if TYPE_CHECKING:
     from stoker.client.process import AsyncProcess
 
 __all__ = ["AsyncClient", "default_client"]
+
+UPKEEP_TIMEOUT = 1800.0
+"""Seconds: a check may have to read every byte of an image."""
 
 
 class AsyncClient:
@@ -118,6 +129,39 @@ class AsyncClient:
         """What happens from now on, as it happens; with ``after`` first what is kept after that event (0: everything)."""
         where = path("events", "stream") if sandbox is None else path("sandboxes", sandbox, "events", "stream")
         return await events_feed(self.api, where, lambda data: decode_answer(data, Event), query={"after": after})
+
+    async def images(self) -> list[Image]:
+        """The images in the daemon's store, the newest first."""
+        return (await self.api.call("GET", path("images"), ImageList)).items
+
+    async def image(self, reference: str) -> Image:
+        """One image: by name (``debian:12``), digest, or the first characters of that."""
+        return await self.api.call("GET", path("images", reference), Image)
+
+    async def remove_image(self, reference: str) -> None:
+        """By name: that name, and the content with its last one. ``Conflict("image_in_use")`` names the sandboxes that use it."""
+        await self.api.send("DELETE", path("images", reference), timeout=UPKEEP_TIMEOUT)
+
+    async def kernels(self) -> list[Kernel]:
+        """The kernels in the daemon's store, the newest first."""
+        return (await self.api.call("GET", path("kernels"), KernelList)).items
+
+    async def kernel(self, reference: str) -> Kernel:
+        """One kernel: by name (``debian:12``), digest, or the first characters of that."""
+        return await self.api.call("GET", path("kernels", reference), Kernel)
+
+    async def remove_kernel(self, reference: str) -> None:
+        """As :meth:`remove_image`; the code is ``kernel_in_use``."""
+        await self.api.send("DELETE", path("kernels", reference), timeout=UPKEEP_TIMEOUT)
+
+    async def fsck(self, *, repair: bool = False) -> FsckReport:
+        """Compares the daemon's books with its host; with ``repair`` what differs is mended. For administrators."""
+        body = Fsck(repair=repair)
+        return await self.api.call("POST", path("host", "fsck"), FsckReport, body=body, timeout=UPKEEP_TIMEOUT)
+
+    async def gc(self, *, dry_run: bool = False) -> GcReport:
+        """Frees what nothing refers to and says how much; with ``dry_run`` only says it. For administrators."""
+        return await self.api.call("POST", path("host", "gc"), GcReport, body=Gc(dry_run=dry_run), timeout=UPKEEP_TIMEOUT)
 
     async def create_key(self, name: str = "", *, quota: Quota | None = None) -> CreatedKey:
         """Makes an API key. Its secret is in this answer and nowhere else."""

@@ -13,7 +13,11 @@ from stoker.api.models import (
     CreatedKey,
     Event,
     FileInfo,
+    FsckReport,
+    GcReport,
     Health,
+    Image,
+    Kernel,
     Metrics,
     Operation,
     ProcessInfo,
@@ -444,6 +448,38 @@ class Client:
     def events(self, *, sandbox: str | None = None, after: int | None = None) -> Feed[Event]:
         """What happens from now on, as it happens; with ``after`` first what is kept after that event (0: everything)."""
         return Feed._wrap(call(self._async.events(sandbox=sandbox, after=after)))
+
+    def images(self) -> list[Image]:
+        """The images in the daemon's store, the newest first."""
+        return call(self._async.images())
+
+    def image(self, reference: str) -> Image:
+        """One image: by name (``debian:12``), digest, or the first characters of that."""
+        return call(self._async.image(reference))
+
+    def remove_image(self, reference: str) -> None:
+        """By name: that name, and the content with its last one. ``Conflict("image_in_use")`` names the sandboxes that use it."""
+        call(self._async.remove_image(reference))
+
+    def kernels(self) -> list[Kernel]:
+        """The kernels in the daemon's store, the newest first."""
+        return call(self._async.kernels())
+
+    def kernel(self, reference: str) -> Kernel:
+        """One kernel: by name (``debian:12``), digest, or the first characters of that."""
+        return call(self._async.kernel(reference))
+
+    def remove_kernel(self, reference: str) -> None:
+        """As :meth:`remove_image`; the code is ``kernel_in_use``."""
+        call(self._async.remove_kernel(reference))
+
+    def fsck(self, *, repair: bool = False) -> FsckReport:
+        """Compares the daemon's books with its host; with ``repair`` what differs is mended. For administrators."""
+        return call(self._async.fsck(repair=repair))
+
+    def gc(self, *, dry_run: bool = False) -> GcReport:
+        """Frees what nothing refers to and says how much; with ``dry_run`` only says it. For administrators."""
+        return call(self._async.gc(dry_run=dry_run))
 
     def create_key(self, name: str = "", *, quota: Quota | None = None) -> CreatedKey:
         """Makes an API key. Its secret is in this answer and nowhere else."""

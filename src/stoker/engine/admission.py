@@ -84,6 +84,14 @@ class Admission:
         self._facts = facts or (lambda: host_facts(settings.data_dir))
         self._held: dict[str, Reservation] = {}
 
+    def held(self, sandbox: str) -> Reservation | None:
+        """What one sandbox holds."""
+        return self._held.get(sandbox)
+
+    def holders(self) -> list[str]:
+        """Every sandbox that holds something."""
+        return list(self._held)
+
     def totals(self, owner: str | None = None) -> Quota:
         """What is held together, by one owner (guests' memory alone) or by all (with the overhead of their VMMs)."""
         held = [r for r in self._held.values() if owner is None or r.owner == owner]

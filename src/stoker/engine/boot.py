@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,9 +20,8 @@ from stoker.guest.channel import connect
 from stoker.guest.messages import Configuration, NetworkConfiguration, Resolver, RootMount
 from stoker.host.binaries import agent_path
 from stoker.images.initramfs import build_initramfs
-from stoker.images.kernel import resolve_kernel
+from stoker.images.inventory import held_image, held_kernel
 from stoker.images.progress import NullProgress, Progress
-from stoker.images.rootfs import resolve_image
 from stoker.storage.overlay import create_overlay
 from stoker.vmm.accel import verdict
 from stoker.vmm.diagnosis import explain
@@ -76,12 +75,15 @@ class LiveMachine:
     kernel: Kernel
     timings: dict[str, float] = field(default_factory=dict)
     accelerator: str = ""
+    held: ExitStack = field(default_factory=ExitStack)
+    """Keeps its image and kernel from being removed until it is closed: by then a row names them, or the machine is gone."""
 
     async def end(self) -> None:
         """Ends the machine at once. What it wrote is not waited for: its disk is thrown away."""
         await self.agent.aclose()
         await self.machine.kill()
         await self.machine.close()
+        self.held.close()
 
 
 class _Watch:
@@ -200,10 +202,26 @@ async def boot(
     that carries the console's last lines where they help.
     """
     check(request)
-    report = progress or NullProgress()
+    with ExitStack() as held:
+        live = await _boot(request, settings, directory, clone, detached, progress or NullProgress(), reuse, cgroup, held)
+        live.held = held.pop_all()
+        return live
+
+
+async def _boot(
+    request: MachineRequest,
+    settings: Settings,
+    directory: Path,
+    clone: Path,
+    detached: bool,
+    report: Progress,
+    reuse: bool,
+    cgroup: Path | None,
+    held: ExitStack,
+) -> LiveMachine:
     watch = _Watch()
-    kernel = await resolve_kernel(request.kernel or settings.default_kernel, settings, report)
-    rootfs = await resolve_image(request.image, settings, report)
+    kernel = await held_kernel(request.kernel or settings.default_kernel, settings, report, held)
+    rootfs = await held_image(request.image, settings, report, held)
     initrd = await build_initramfs(kernel, agent_path(), settings, network=request.network != "none", base=request.initrd)
     watch.lap("images")
     accel = await verdict(settings, kernel.vmlinux, initrd)

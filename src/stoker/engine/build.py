@@ -86,7 +86,8 @@ async def _build(core: Core, box: Box, operation: Running) -> None:
         try:
             async with core.queue.turn(box.record.owner):
                 booted = await _make(core, box, operation)
-            await _running(core, box, booted)
+            with booted.held:
+                await _running(core, box, booted)
         except BaseException as cause:
             error = _why(cause, core, box)
             with anyio.CancelScope(shield=True):

@@ -11,7 +11,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -63,6 +63,8 @@ class Booted:
     accelerator: str = ""
     vmm: str = ""
     timings: dict[str, float] = field(default_factory=dict)
+    held: ExitStack = field(default_factory=ExitStack)
+    """What must not be removed until the sandbox's row names it."""
 
     def milliseconds(self) -> dict[str, float]:
         """The timings, and, of the guest's own clock, when the agent began and when it could be spoken to."""
@@ -181,6 +183,8 @@ class Core:
         self.bell = asyncio.Event()
         """Rung at every change of any sandbox: wait on the present one, the next is another."""
         self.problems: list[str] = []
+        self.upkeep = asyncio.Lock()
+        """Held by whoever looks after the whole host: one at a time."""
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # -- finding ------------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from stoker.engine import build, create, ending, verbs
 from stoker.engine.core import Booter, Box, Core
 from stoker.engine.database import Database, lock_data
 from stoker.engine.files import Files
+from stoker.engine.images import Images
 from stoker.engine.keys import Keys
 from stoker.engine.metrics import sample
 from stoker.engine.pages import page_after
@@ -55,6 +56,7 @@ from stoker.engine.processes import Processes
 from stoker.engine.reconcile import load_all, private_directory, reconcile
 from stoker.engine.timers import hold_lease, reap
 from stoker.engine.trace import arm
+from stoker.engine.upkeep import Upkeep
 from stoker.errors import GuestError, NotFound
 
 if TYPE_CHECKING:
@@ -75,6 +77,8 @@ class Engine:
         self._stack = stack
         self.processes = Processes(core)
         self.files = Files(core)
+        self.images = Images(core)
+        self.upkeep = Upkeep(core)
 
     @classmethod
     @asynccontextmanager

@@ -50,6 +50,7 @@ class RealBooter:
             accelerator=live.accelerator,
             vmm="qemu " + ".".join(map(str, facts.version)),
             timings=live.timings,
+            held=live.held,
         )
 
     async def adopt(self, directory: Path) -> Machine | None:

@@ -59,6 +59,10 @@ class Operations:
     def running(self) -> int:
         return sum(op.value.state is OperationState.RUNNING for op in self._all.values())
 
+    def working_on(self, sandbox: str) -> bool:
+        """Whether something is being done to it, or it is just being made."""
+        return any(one.value.sandbox == sandbox and one.value.state is OperationState.RUNNING for one in self._all.values())
+
     def discard(self, running: Running) -> None:
         """It never began."""
         self._all.pop(running.value.id, None)

@@ -33,7 +33,7 @@ from stoker.engine.state import Record, to_body
 from stoker.engine.watch import verdict_on, watch
 from stoker.errors import GuestError, HostError, StokerError
 
-__all__ = ["load_all", "private_directory", "reconcile"]
+__all__ = ["load_all", "private_directory", "reconcile", "settle"]
 
 log = logging.getLogger(__name__)
 S = SandboxState
@@ -89,13 +89,14 @@ async def _orphans(core: Core, entries: list[Entry], found: dict[str, list[int]]
 async def _one(core: Core, box: Box, found: dict[str, list[int]]) -> None:
     try:
         async with box.lock:
-            await _settle(core, box)
+            await settle(core, box)
     except (StokerError, OSError) as error:
         log.exception("%s could not be put right", box.id)
         core.problems.append(f"{box.id} could not be put right: {error}")
 
 
-async def _settle(core: Core, box: Box) -> None:
+async def settle(core: Core, box: Box) -> None:
+    """Puts one sandbox right, as the table above has it. Its lock is held, and nobody is at work on it."""
     record = box.record
     if record.request.lease:
         box.lease_until = time.monotonic() + core.lease_grace

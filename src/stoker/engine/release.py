@@ -14,7 +14,7 @@ import select
 import shutil
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -22,9 +22,9 @@ import msgspec
 
 from stoker.engine.ledger import Entry, Kind
 from stoker.errors import HostError
-from stoker.host.process import boot_id
+from stoker.host.process import ProcessIdentity, boot_id
 
-__all__ = ["CONSOLE", "end_processes", "release", "shims"]
+__all__ = ["CONSOLE", "clear_directory", "end_process", "end_processes", "release", "shims", "shims_below"]
 
 log = logging.getLogger(__name__)
 CONSOLE: Final = ("console.log", "console.log.1")
@@ -67,10 +67,8 @@ def _recorded(directory: Path) -> list[_Identity]:
     return [identity for identity in (shim.vmm, shim.shim) if identity is not None]
 
 
-def shims(directories: Collection[str]) -> dict[str, list[int]]:
-    """Which processes are the shims of exactly these directories. One pass over /proc."""
-    found: dict[str, list[int]] = {}
-    wanted = {os.fsencode(directory): directory for directory in directories}
+def _all_shims() -> Iterator[tuple[str, int]]:
+    """The directory and the number of every shim on this host. One pass over /proc."""
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
@@ -79,11 +77,28 @@ def shims(directories: Collection[str]) -> dict[str, list[int]]:
                 words = f.read(8192).split(b"\0")
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        if not words[0].endswith(SHIM) or b"--dir" not in words[:-1]:
-            continue
-        directory = wanted.get(words[words.index(b"--dir") + 1])
-        if directory is not None:
-            found.setdefault(directory, []).append(int(entry.name))
+        if words[0].endswith(SHIM) and b"--dir" in words[:-1]:
+            yield os.fsdecode(words[words.index(b"--dir") + 1]), int(entry.name)
+
+
+def shims(directories: Collection[str]) -> dict[str, list[int]]:
+    """Which processes are the shims of exactly these directories."""
+    found: dict[str, list[int]] = {}
+    for directory, pid in _all_shims():
+        if directory in directories:
+            found.setdefault(directory, []).append(pid)
+    return found
+
+
+def shims_below(parent: Path) -> dict[str, list[ProcessIdentity]]:
+    """The shims of every directory right below ``parent``."""
+    found: dict[str, list[ProcessIdentity]] = {}
+    for directory, pid in _all_shims():
+        if os.path.dirname(directory) == str(parent):
+            try:
+                found.setdefault(directory, []).append(ProcessIdentity.of(pid))
+            except ProcessLookupError:
+                continue
     return found
 
 
@@ -110,6 +125,11 @@ def _kill(pid: int, start: int | None, deadline: float) -> None:
             )
     finally:
         os.close(descriptor)
+
+
+def end_process(identity: ProcessIdentity, *, timeout: float = 10.0) -> None:
+    """Ends exactly this process, if it still runs, and waits until it is gone."""
+    _kill(identity.pid, identity.start, time.monotonic() + timeout)
 
 
 def end_processes(directory: Path, found: Collection[int] | None = None, *, timeout: float = 10.0) -> None:

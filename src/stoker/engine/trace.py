@@ -33,4 +33,12 @@ DESTROY = (
 )
 STOP = ("stop.after_mark", "stop.after_shutdown", "stop.after_process", "stop.after_stopped")
 START = ("start.after_mark", "start.after_running")
-POINTS = declare(*CREATE, *DESTROY, *STOP, *START)
+LIFE = declare(*CREATE, *DESTROY, *STOP, *START)
+UPKEEP = declare(
+    "remove.after_names",
+    "remove.after_rename",
+    "gc.before_item",
+    "gc.after_item",
+    "fsck.before_repair",
+    "fsck.after_repair",
+)

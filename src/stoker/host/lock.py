@@ -11,11 +11,11 @@ import asyncio
 import errno
 import fcntl
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-__all__ = ["hold_directory", "locked", "try_flock"]
+__all__ = ["hold_directory", "locked", "tried", "try_flock"]
 
 POLL = 0.05
 
@@ -63,3 +63,13 @@ def hold_directory(path: Path) -> int | None:
         raise
     os.close(fd)
     return None
+
+
+@contextmanager
+def tried(path: Path) -> Iterator[bool]:
+    """Holds the lock of ``path`` if nobody else does, and says whether it does. Never waits."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield try_flock(fd)
+    finally:
+        os.close(fd)

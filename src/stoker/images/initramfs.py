@@ -20,12 +20,15 @@ from stoker.images.kernel import Kernel
 from stoker.images.store import Store, translate_errors
 from stoker.settings import Settings
 
-__all__ = ["build_initramfs", "plan_modules", "render_initramfs"]
+__all__ = ["build_initramfs", "plan_modules", "render_initramfs", "superfluous"]
 
 FORMAT = 2
 """Part of the cache key: raise it when the archive's content changes for the same inputs."""
 MAX_BASE = 1 << 30
 KEPT_SECONDS = 30 * 24 * 3600
+TOUCHED_EVERY = 3600
+"""Seconds between two notes that one was used."""
+USED_LATELY = 2 * TOUCHED_EVERY
 
 TRANSPORTS = ("virtio_mmio", "virtio_pci")
 NETWORK = ("virtio_net",)
@@ -52,7 +55,7 @@ async def build_initramfs(kernel: Kernel, agent: Path, settings: Settings, *, ne
     key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()
     path = settings.data_dir.absolute() / "cache" / "initramfs" / f"{key}.cpio"
     try:
-        if time.time() - path.stat().st_mtime > 3600:
+        if time.time() - path.stat().st_mtime > TOUCHED_EVERY:
             os.utime(path)  # used: not to be removed soon
         return path
     except FileNotFoundError:
@@ -93,15 +96,32 @@ def _build(store: Store, kernel: Kernel, agent: Path, network: bool, base: Path 
 
 
 def _prune(directory: Path) -> None:
-    """Removes what has not been used for a month, and temporary files of runs that were killed."""
-    now = time.time()
+    for file, _ in superfluous(directory):
+        file.unlink(missing_ok=True)
+
+
+def superfluous(directory: Path, bound: int | None = None) -> list[tuple[Path, str]]:
+    """What may go, and why: what has not been used for a month, temporary files of runs that were killed, and with ``bound`` the
+    longest unused ones beyond so many bytes. One that was used lately stays in any case: a boot may be about to open it."""
+    found = []
     for file in directory.iterdir():
         try:
-            age = now - file.stat().st_mtime
-            if age > (600 if file.suffix != ".cpio" else KEPT_SECONDS):
-                file.unlink()
+            status = file.stat()
+            found.append((time.time() - status.st_mtime, status.st_blocks * 512, file))
         except FileNotFoundError:
-            pass
+            continue
+    going, kept = [], 0
+    for age, size, file in sorted(found):
+        if file.suffix != ".cpio":
+            if age > 600:
+                going.append((file, "its build was killed"))
+        elif age > KEPT_SECONDS:
+            going.append((file, "unused for a month"))
+        elif bound is not None and age > USED_LATELY and kept + size > bound:
+            going.append((file, f"not among the last {bound >> 20} MiB that were used"))
+        else:
+            kept += size
+    return going
 
 
 def _read_base(base: Path) -> bytes:

@@ -15,12 +15,14 @@ from pathlib import Path
 
 from stoker.errors import HostError, InvalidRequest, NotFound
 from stoker.images.progress import NullProgress, Progress
-from stoker.images.store import Manifest, Stage, Store
+from stoker.images.store import Stage, Store
 from stoker.settings import Settings
 
 __all__ = ["Kernel", "resolve_kernel"]
 
 KIND = "kernels"
+POINTER = "path-"
+"""Names of kernels that were files begin so."""
 META_PACKAGE = "linux-image-cloud-amd64"
 PACKAGE_PATTERN = r"linux-(?:image|binary|modules|base)-[0-9][A-Za-z0-9.+~-]*-cloud-amd64"
 SPACE = 400 << 20
@@ -180,12 +182,9 @@ def _write(path: Path, data: bytes) -> None:
 async def _import(store: Store, path: Path, name: str, progress: Progress) -> Kernel:
     try:
         real = path.resolve(strict=True)
-        found = real.stat()
+        pointer = file_pointer(real)
     except OSError as e:
         raise InvalidRequest("kernel_invalid", f"{path}: {e.strerror}", "give a vmlinux or bzImage") from None
-    # The file's identity stands for its content, so that a kernel known already is not read again.
-    identity = f"{real}|{found.st_dev}|{found.st_ino}|{found.st_size}|{found.st_mtime_ns}|{found.st_ctime_ns}"
-    pointer = "path-" + hashlib.sha256(identity.encode()).hexdigest()[:40]
     if (kernel := await _stored(store, pointer, name, progress)) is not None and kernel.modules == find_modules(
         real, kernel.release
     ):
@@ -200,6 +199,13 @@ async def _import(store: Store, path: Path, name: str, progress: Progress) -> Ke
     if kernel is None:
         raise HostError("image_corrupt", f"{store.entry(KIND, digest)} vanished right after it was made", "try again")
     return kernel
+
+
+def file_pointer(real: Path) -> str:
+    """The name of a file's kernel. The file's identity stands for its content, so that one known already is not read again."""
+    found = real.stat()
+    identity = f"{real}|{found.st_dev}|{found.st_ino}|{found.st_size}|{found.st_mtime_ns}|{found.st_ctime_ns}"
+    return POINTER + hashlib.sha256(identity.encode()).hexdigest()[:40]
 
 
 def _import_now(store: Store, stage: Stage, real: Path, progress: Progress) -> str:
@@ -229,9 +235,3 @@ def find_modules(kernel: Path, release: str) -> Path | None:
             if candidate.is_dir() and any(candidate.iterdir()):
                 return candidate
     return None
-
-
-def kernel_manifest(store: Store, digest: str) -> Manifest | None:
-    """What the store knows of a kernel (for listings)."""
-    found = store.lookup(KIND, digest)
-    return found[1] if found else None

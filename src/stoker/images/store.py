@@ -129,15 +129,21 @@ class Store:
             raise NotFound("image_unknown", f"{kind}/{digest} is not in the store")
         return self._damage(place, digest)
 
+    def untouched(self, kind: str, digest: str) -> bool:
+        """Whether nobody touched the entry's main file since its content was last known to be right."""
+        place = self.entry(kind, digest)
+        seal = _seal(place / MAIN[kind])
+        try:
+            return bool(seal) and (place / "SEAL").read_text() == seal
+        except (FileNotFoundError, UnicodeDecodeError):
+            return False
+
     async def require_intact(self, kind: str, digest: str, progress: Progress | None = None) -> None:
         """Raises ``image_corrupt`` if the entry's main file has been touched and any byte of the entry is not as it was made."""
         place = self.entry(kind, digest)
         seal = _seal(place / MAIN[kind])
-        try:
-            if seal and (place / "SEAL").read_text() == seal:
-                return
-        except (FileNotFoundError, UnicodeDecodeError):
-            pass
+        if self.untouched(kind, digest):
+            return
         step = f"checking {place}, which has been touched"
         (progress or NullProgress()).step(step, None, None)
         if damage := await asyncio.to_thread(self.verify, kind, digest):
@@ -223,12 +229,22 @@ class Store:
 
     async def sweep(self) -> None:
         """Removes what runs that were killed left in ``staging``."""
-        for path in list(self.directory("staging").iterdir()):
-            if (fd := hold_directory(path)) is not None:
-                try:
-                    await _remove_garbage(path)
-                finally:
-                    os.close(fd)
+        for path in self.staged():
+            await self.discard(path)
+
+    def staged(self) -> list[Path]:
+        """Every staging directory, with an owner or without."""
+        return sorted(self.directory("staging").iterdir())
+
+    async def discard(self, path: Path) -> bool:
+        """Removes a staging directory and what it wrote down, unless its owner lives. True: nothing is left of it."""
+        if (fd := hold_directory(path)) is None:
+            return not os.path.lexists(path)
+        try:
+            await _remove_garbage(path)
+        finally:
+            os.close(fd)
+        return not os.path.lexists(path)
 
     def publish(self, stage: Stage, tree: Path, kind: str, name: str, facts: dict[str, Any]) -> str:
         """Makes ``tree`` (inside the stage) an entry of the store and returns its digest. Names are left to the caller."""

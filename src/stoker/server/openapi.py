@@ -26,6 +26,14 @@ PATH_PARAMETERS: dict[str, dict[str, Any]] = {
         "schema": {"type": "string", "pattern": "^([0-9]{1,9}|[A-Za-z_][A-Za-z0-9._-]{0,63})$", "maxLength": 64, "minLength": 1},
     },
     "operation": {"description": "An operation's id.", "schema": {"type": "string", "pattern": "^op-[a-z2-7]{20}$"}},
+    "image": {
+        "description": "An image's name (`debian:12`), its digest, or the first characters of that.",
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9:._-]*$", "maxLength": 128, "minLength": 1},
+    },
+    "kernel": {
+        "description": "A kernel's name (`debian:12`), its digest, or the first characters of that.",
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9:._-]*$", "maxLength": 128, "minLength": 1},
+    },
     "key": {"description": "A key's id.", "schema": {"type": "string", "pattern": "^key-[a-z2-7]{12}$"}},
     "token": {
         "description": "From a signed URL.",

@@ -27,7 +27,13 @@ from stoker.api.models import (
     CreateSandbox,
     Event,
     FileInfo,
+    FsckReport,
+    GcReport,
     Health,
+    Image,
+    ImageList,
+    Kernel,
+    KernelList,
     MakeDirectory,
     MakeSymlink,
     Metrics,
@@ -44,7 +50,7 @@ from stoker.api.models import (
     WatchEvent,
 )
 
-__all__ = ["Attachment", "EngineProtocol", "Files", "Output", "Processes"]
+__all__ = ["Attachment", "EngineProtocol", "Files", "Images", "Output", "Processes", "Upkeep"]
 
 
 class Output(Protocol):
@@ -188,6 +194,33 @@ class Files(Protocol):
         """Unpacks below a directory, which is made where missing. Entries never leave it."""
 
 
+class Images(Protocol):
+    """What the store holds. References are names (``debian:12``), digests or beginnings of them.
+
+    Codes: ``image_unknown``, ``kernel_unknown``, ``image_ambiguous`` (NotFound); ``image_in_use``, ``image_shared`` and the
+    kernels' (Conflict).
+    """
+
+    async def images(self, who: Principal) -> ImageList: ...
+
+    async def kernels(self, who: Principal) -> KernelList: ...
+
+    async def image(self, who: Principal, reference: str) -> Image: ...
+
+    async def kernel(self, who: Principal, reference: str) -> Kernel: ...
+
+    async def remove(self, kind: str, reference: str) -> None:
+        """``kind``: images or kernels. A name goes; with its last name, or by digest, the content does too."""
+
+
+class Upkeep(Protocol):
+    """Looking after the host. Administrators only; one at a time."""
+
+    async def fsck(self, *, repair: bool) -> FsckReport: ...
+
+    async def gc(self, *, dry_run: bool) -> GcReport: ...
+
+
 class EngineProtocol(Protocol):
     """Everything else."""
 
@@ -196,6 +229,12 @@ class EngineProtocol(Protocol):
 
     @property
     def files(self) -> Files: ...
+
+    @property
+    def images(self) -> Images: ...
+
+    @property
+    def upkeep(self) -> Upkeep: ...
 
     # sandboxes ---------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,192 @@
+"""One sandbox: does its row fit the ledger, the machine, the files and the reservation? Called under the sandbox's lock."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from functools import partial
+from typing import Final
+
+from stoker.engine.core import Box, Places
+from stoker.engine.fsck.finding import Finding, Mend, Scene
+from stoker.engine.ledger import Entry, Kind, Ledger
+from stoker.engine.reconcile import settle
+from stoker.engine.release import CONSOLE, clear_directory, end_processes, release, shims
+from stoker.engine.state import TRANSIENT, WITH_MACHINE
+from stoker.vmm.shim import Supervised
+from stoker.vmm.shim import find as find_machine
+
+__all__ = ["examine", "is_busy"]
+
+SOCKETS: Final = ("agent.sock", "qmp.sock")
+OF_A_MACHINE: Final = (Kind.PROCESS, Kind.CGROUP)
+
+
+def is_busy(box: Box) -> bool:
+    """Somebody is at work on it: it is in between on purpose."""
+    return box.work is not None or box.lock.locked()
+
+
+async def examine(scene: Scene, box: Box) -> list[Finding]:
+    """Everything that differs. ``box.lock`` is held, and nobody is at work on it."""
+    core, record = scene.core, box.record
+    places = core.places(box.id)
+    entries = await core.ledger.of(box.id)
+    scene.count("sandbox")
+    scene.count("ledger", len(entries))
+    if record.doomed or record.state in TRANSIENT:
+        state = "being destroyed" if record.doomed else record.state.value
+        mend = partial(settle, core, box)
+        return [Finding("sandbox", box.id, "somebody at work on it", f"{state}, and nobody is", box.id, "finish it", mend)]
+    machine = await asyncio.to_thread(find_machine, places.directory)
+    if record.state in WITH_MACHINE:
+        found = _machine(scene, box, machine) or [
+            *_booked(scene, box, places, entries),
+            *_identity(scene, box, places, entries, machine),
+            *_files(box, places, running=True),
+        ]
+    elif record.boots:
+        found = [*await _no_machine(scene, box, places, entries, machine), *_files(box, places, running=False)]
+        found += _booked(scene, box, places, entries)
+    else:
+        found = await _nothing(scene, box, places, entries)
+    return found + (_reservation(scene, box) if scene.online else [])
+
+
+def _machine(scene: Scene, box: Box, machine: Supervised | None) -> list[Finding]:
+    """A running one has a machine, and a serving engine watches it."""
+    mend = partial(settle, scene.core, box)
+    directory = str(scene.core.places(box.id).directory)
+    scene.count("process")
+    if machine is None:
+        return [Finding("process", directory, "its VMM and shim", "none", box.id, "end it; its disk stays", mend)]
+    if scene.online and box.live is None:
+        found = f"process {machine.vmm.pid}, unwatched"
+        return [Finding("sandbox", box.id, "a machine that is watched", found, box.id, "adopt it", mend)]
+    return []
+
+
+def _booked(scene: Scene, box: Box, places: Places, entries: list[Entry]) -> list[Finding]:
+    """What there is of it is in the ledger, so that it goes with it."""
+    core = scene.core
+    have = {(entry.kind, entry.name) for entry in entries}
+    running = box.record.state in WITH_MACHINE
+    found = []
+    for kind, name in places.things(lease=False, sandbox=box.id):
+        if (kind, name) in have or (not running and kind in OF_A_MACHINE):
+            continue
+
+        async def mend(kind: Kind = kind, name: str = name) -> None:
+            await core.ledger.intend(box.id, kind, name)
+            await core.ledger.live(box.id, kind, name)
+
+        if kind in OF_A_MACHINE or os.path.lexists(name):
+            found.append(Finding(kind.value, name, "an entry in the ledger", "none", box.id, "adopt it", mend))
+    return found
+
+
+def _identity(scene: Scene, box: Box, places: Places, entries: list[Entry], machine: Supervised | None) -> list[Finding]:
+    """The ledger's process is the one that runs."""
+    assert machine is not None
+    now = {"pid": machine.vmm.pid, "start": machine.vmm.start}
+    name = str(places.directory)
+    booked = next((entry for entry in entries if entry.kind is Kind.PROCESS and entry.name == name), None)
+    if booked is None or booked.detail == now:
+        return []
+    mend = partial(scene.core.ledger.live, box.id, Kind.PROCESS, name, now)
+    found = f"{booked.detail.get('pid', 'none')} in the ledger"
+    return [Finding("process", name, f"process {machine.vmm.pid}", found, box.id, "write it down", mend)]
+
+
+def _files(box: Box, places: Places, *, running: bool) -> list[Finding]:
+    """Its disk is there; a running one's sockets are too."""
+    found = []
+    if not places.clone.exists():
+        found.append(Finding("clone", str(places.clone), "its disk", "no such file", box.id))
+    if running and (places.directory / "machine.json").exists():
+        sockets = (places.directory / name for name in SOCKETS)
+        found += [Finding("socket", str(path), "a socket", "no such file", box.id) for path in sockets if not path.is_socket()]
+    return found
+
+
+async def _no_machine(scene: Scene, box: Box, places: Places, entries: list[Entry], machine: Supervised | None) -> list[Finding]:
+    """A sandbox at rest: no process, nothing of one in the ledger, and only its console in the directory."""
+    state = box.record.state.value
+    running = await asyncio.to_thread(shims, [str(places.directory)])
+    found = []
+    pids = {pid for found_ in running.values() for pid in found_} | ({machine.vmm.pid} if machine else set())
+    if pids:
+        mend = partial(asyncio.to_thread, end_processes, places.directory)
+        what = "process " + ", ".join(map(str, sorted(pids)))
+        found.append(Finding("process", str(places.directory), f"none: it is {state}", what, box.id, "end it", mend))
+    for entry in entries:
+        if entry.kind in OF_A_MACHINE:
+            what = f"none: it is {state}"
+            found.append(
+                Finding(entry.kind.value, entry.name, what, "an entry in the ledger", box.id, "release it", _let_go(scene, entry))
+            )
+    try:
+        left = sorted(entry.name for entry in os.scandir(places.directory) if entry.name not in CONSOLE)
+    except FileNotFoundError:
+        left = []
+    if left:
+        mend = partial(clear_directory, places.directory)
+        what = ", ".join(left[:10])
+        found.append(Finding("directory", str(places.directory), "its console only", what, box.id, "remove the rest", mend))
+    return found
+
+
+async def _nothing(scene: Scene, box: Box, places: Places, entries: list[Entry]) -> list[Finding]:
+    """One that never ran has left nothing."""
+    found = [
+        Finding(
+            entry.kind.value,
+            entry.name,
+            "nothing: it never ran",
+            "an entry in the ledger",
+            box.id,
+            "release it",
+            _let_go(scene, entry),
+        )
+        for entry in entries
+    ]
+    booked = {(entry.kind, entry.name) for entry in entries}
+    for kind, name in places.things(lease=False, sandbox=box.id):
+        if kind is not Kind.PROCESS and (kind, name) not in booked and os.path.lexists(name):
+            mend = partial(release, Entry(kind, name, box.id, True, {}))
+            found.append(Finding(kind.value, name, "nothing: it never ran", "it is there", box.id, "remove it", mend))
+    return found
+
+
+def _let_go(scene: Scene, entry: Entry) -> Mend:
+    async def mend() -> None:
+        await release(entry)
+        await scene.core.database.write(lambda db: Ledger.released_in(db, entry.owner, [entry.kind]))
+
+    return mend
+
+
+def _reservation(scene: Scene, box: Box) -> list[Finding]:
+    """What it holds of the host's memory."""
+    core, resources, state = scene.core, box.record.resources, box.record.state
+    held = core.admission.held(box.id)
+    running = state in WITH_MACHINE
+    expected = resources.memory if running else 0
+    scene.count("admission")
+    if running or box.record.boots:
+        if held is not None and held.memory == expected:
+            return []
+    elif held is None:
+        return []
+
+    async def mend() -> None:
+        if running or box.record.boots:
+            core.admission.hold(box.id, owner=box.record.owner, memory=resources.memory, cpus=resources.cpus, disk=resources.disk)
+            if not running:
+                core.admission.rest(box.id)
+        else:
+            core.admission.release(box.id)
+
+    has = "no reservation" if held is None else f"{held.memory} bytes of memory reserved"
+    wanted = f"{expected} bytes of memory reserved" if running or box.record.boots else "no reservation"
+    return [Finding("admission", box.id, wanted, has, box.id, "correct it", mend)]
