@@ -211,7 +211,9 @@ async def _running(core: Core, box: Box, booted: Booted) -> None:
     box.rings.restart()
     box.touch()
     core.ring()
-    core.admission.settle(box.id)
+    # The size of its disk is known by now.
+    resources = box.record.resources
+    core.admission.hold(box.id, owner=box.record.owner, memory=resources.memory, cpus=resources.cpus, disk=resources.disk)
     live.watch = core.spawn(watch(core, box, live), f"watch {box.id}")
     trace("create.after_running" if record.boots == 0 else "start.after_running")
     if record.request.start and booted.command:

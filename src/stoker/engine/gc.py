@@ -123,16 +123,17 @@ async def _staging(core: Core) -> AsyncIterator[Garbage]:
 
 
 async def _initramfs(core: Core) -> AsyncIterator[Garbage]:
-    directory = Store(core.settings).directory("cache", "initramfs")
-    for path, why in superfluous(directory, INITRAMFS_BOUND):
+    directory = core.settings.data_dir / "cache" / "initramfs"
+    for path, why in superfluous(directory, INITRAMFS_BOUND) if directory.is_dir() else ():
         yield Garbage("initramfs", path.name, why, allocated(path), _unlink(path))
 
 
 async def _packages(core: Core) -> AsyncIterator[Garbage]:
     store = Store(core.settings)
     kept = 0
-    suites = sorted(store.directory("cache", "apt").iterdir(), key=lambda path: -path.stat().st_mtime)
-    for path in suites:
+    place = core.settings.data_dir / "cache" / "apt"
+    suites = list(place.iterdir()) if place.is_dir() else []
+    for path in sorted(suites, key=lambda path: -path.stat().st_mtime):
         size = await asyncio.to_thread(allocated, path)
         if kept + size <= PACKAGES_BOUND:
             kept += size

@@ -234,7 +234,10 @@ class Store:
 
     def staged(self) -> list[Path]:
         """Every staging directory, with an owner or without."""
-        return sorted(self.directory("staging").iterdir())
+        try:
+            return sorted((self.root / "staging").iterdir())
+        except FileNotFoundError:
+            return []
 
     async def discard(self, path: Path) -> bool:
         """Removes a staging directory and what it wrote down, unless its owner lives. True: nothing is left of it."""

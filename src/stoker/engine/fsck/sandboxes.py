@@ -41,13 +41,13 @@ async def examine(scene: Scene, box: Box) -> list[Finding]:
     machine = await asyncio.to_thread(find_machine, places.directory)
     if record.state in WITH_MACHINE:
         found = _machine(scene, box, machine) or [
-            *_booked(scene, box, places, entries),
+            *_booked(scene, box, places, entries, machine),
             *_identity(scene, box, places, entries, machine),
             *_files(box, places, running=True),
         ]
     elif record.boots:
         found = [*await _no_machine(scene, box, places, entries, machine), *_files(box, places, running=False)]
-        found += _booked(scene, box, places, entries)
+        found += _booked(scene, box, places, entries, None)
     else:
         found = await _nothing(scene, box, places, entries)
     return found + (_reservation(scene, box) if scene.online else [])
@@ -66,11 +66,11 @@ def _machine(scene: Scene, box: Box, machine: Supervised | None) -> list[Finding
     return []
 
 
-def _booked(scene: Scene, box: Box, places: Places, entries: list[Entry]) -> list[Finding]:
+def _booked(scene: Scene, box: Box, places: Places, entries: list[Entry], machine: Supervised | None) -> list[Finding]:
     """What there is of it is in the ledger, so that it goes with it."""
     core = scene.core
     have = {(entry.kind, entry.name) for entry in entries}
-    running = box.record.state in WITH_MACHINE
+    running = machine is not None
     found = []
     for kind, name in places.things(lease=False, sandbox=box.id):
         if (kind, name) in have or (not running and kind in OF_A_MACHINE):
@@ -78,17 +78,21 @@ def _booked(scene: Scene, box: Box, places: Places, entries: list[Entry]) -> lis
 
         async def mend(kind: Kind = kind, name: str = name) -> None:
             await core.ledger.intend(box.id, kind, name)
-            await core.ledger.live(box.id, kind, name)
+            await core.ledger.live(box.id, kind, name, _detail(machine) if kind is Kind.PROCESS and machine else None)
 
         if kind in OF_A_MACHINE or os.path.lexists(name):
             found.append(Finding(kind.value, name, "an entry in the ledger", "none", box.id, "adopt it", mend))
     return found
 
 
+def _detail(machine: Supervised) -> dict[str, int]:
+    return {"pid": machine.vmm.pid, "start": machine.vmm.start}
+
+
 def _identity(scene: Scene, box: Box, places: Places, entries: list[Entry], machine: Supervised | None) -> list[Finding]:
     """The ledger's process is the one that runs."""
     assert machine is not None
-    now = {"pid": machine.vmm.pid, "start": machine.vmm.start}
+    now = _detail(machine)
     name = str(places.directory)
     booked = next((entry for entry in entries if entry.kind is Kind.PROCESS and entry.name == name), None)
     if booked is None or booked.detail == now:
@@ -167,26 +171,29 @@ def _let_go(scene: Scene, entry: Entry) -> Mend:
 
 
 def _reservation(scene: Scene, box: Box) -> list[Finding]:
-    """What it holds of the host's memory."""
-    core, resources, state = scene.core, box.record.resources, box.record.state
+    """What it holds of the host: all of it while it has a machine, its disk while it rests."""
+    core, resources = scene.core, box.record.resources
     held = core.admission.held(box.id)
-    running = state in WITH_MACHINE
-    expected = resources.memory if running else 0
     scene.count("admission")
-    if running or box.record.boots:
-        if held is not None and held.memory == expected:
-            return []
-    elif held is None:
+    running = box.record.state in WITH_MACHINE
+    expected = None
+    if running:
+        expected = (resources.memory, resources.cpus, resources.disk)
+    elif box.record.boots:
+        expected = (0, 0, resources.disk)
+    has = None if held is None else (held.memory, held.cpus, held.disk)
+    if has == expected:
         return []
 
     async def mend() -> None:
-        if running or box.record.boots:
-            core.admission.hold(box.id, owner=box.record.owner, memory=resources.memory, cpus=resources.cpus, disk=resources.disk)
-            if not running:
-                core.admission.rest(box.id)
-        else:
+        if expected is None:
             core.admission.release(box.id)
+        else:
+            memory, cpus, disk = expected
+            core.admission.hold(box.id, owner=box.record.owner, memory=memory, cpus=cpus, disk=disk)
 
-    has = "no reservation" if held is None else f"{held.memory} bytes of memory reserved"
-    wanted = f"{expected} bytes of memory reserved" if running or box.record.boots else "no reservation"
-    return [Finding("admission", box.id, wanted, has, box.id, "correct it", mend)]
+    return [Finding("admission", box.id, _reserved(expected), _reserved(has), box.id, "correct it", mend)]
+
+
+def _reserved(what: tuple[int, int, int] | None) -> str:
+    return "nothing reserved" if what is None else f"reserved: {what[0]} bytes of memory, {what[1]} CPUs, {what[2]} bytes of disk"
