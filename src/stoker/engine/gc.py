@@ -97,7 +97,7 @@ async def _entries(core: Core, kind: str) -> AsyncIterator[Garbage]:
 
 def _remove_entry(core: Core, store: Store, item: Item) -> Callable[[], Awaitable[bool]]:
     async def remove() -> bool:
-        return await inventory.remove(store, item, refused=lambda: bool(users(core, item.kind, item.digest)), step=trace)
+        return await inventory.remove(store, item, refused=lambda: bool(users(core, item.kind, item.digest)))
 
     return remove
 

@@ -8,7 +8,6 @@ from typing import Final
 
 from stoker.api.models import Image, ImageList, Kernel, KernelList, Principal, SandboxState
 from stoker.engine.core import Box, Core
-from stoker.engine.trace import trace
 from stoker.errors import Conflict
 from stoker.images import inventory
 from stoker.images.inventory import WORD, Item
@@ -104,7 +103,7 @@ class Images:
             if name is not None and len(item.names) > 1:
                 inventory.forget_name(self._store, kind, name, item.digest)
                 return
-            if not await inventory.remove(self._store, item, refused=lambda: bool(users(core, kind, item.digest)), step=trace):
+            if not await inventory.remove(self._store, item, refused=lambda: bool(users(core, kind, item.digest))):
                 raise self._in_use(kind, reference, item)
 
     def _shared(self, kind: str, reference: str) -> Conflict:

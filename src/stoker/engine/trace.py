@@ -1,4 +1,4 @@
-"""Named points in the ways of create and destroy, so that a test can end the process at every one of them.
+"""Named points in the ways of create and destroy, and of upkeep, so that a test can end the process at every one of them.
 
 ``STOKER_TRACE_KILL=create.after_intent`` makes the process kill itself (SIGKILL) when it gets there; ``POINT:N`` on the N-th time.
 Armed once, when an engine is opened. The storage has points of its own (:mod:`stoker.storage.layout`).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from stoker.host.trace import arm, declare, trace
 
-__all__ = ["POINTS", "arm", "trace"]
+__all__ = ["POINTS", "UPKEEP", "arm", "trace"]
 
 CREATE = (
     "create.after_admit",
@@ -33,10 +33,8 @@ DESTROY = (
 )
 STOP = ("stop.after_mark", "stop.after_shutdown", "stop.after_process", "stop.after_stopped")
 START = ("start.after_mark", "start.after_running")
-LIFE = declare(*CREATE, *DESTROY, *STOP, *START)
+POINTS = declare(*CREATE, *DESTROY, *STOP, *START)
 UPKEEP = declare(
-    "remove.after_names",
-    "remove.after_rename",
     "gc.before_item",
     "gc.after_item",
     "fsck.before_repair",

@@ -20,6 +20,7 @@ from stoker.errors import HostError, NotFound, StokerError
 from stoker.host.durable import sync_directory
 from stoker.host.files import allocated
 from stoker.host.lock import hold_directory
+from stoker.host.trace import declare, trace
 from stoker.images.kernel import resolve_kernel
 from stoker.images.rootfs import resolve_image
 from stoker.images.store import MAIN, Store
@@ -38,6 +39,7 @@ KINDS: Final = ("images", "kernels")
 WORD: Final = {"images": "image", "kernels": "kernel"}
 BEING_REMOVED: Final = 0.02
 """Seconds between two looks at an entry that is just being taken away."""
+POINTS: Final = declare("remove.after_names", "remove.after_rename")
 SHORTEST: Final = 6
 """Characters of a digest that may stand for all of it."""
 
@@ -166,15 +168,9 @@ async def _held(settings: Settings, kind: str, digest: str, held: ExitStack) -> 
     return True
 
 
-async def remove(
-    store: Store,
-    item: Item,
-    *,
-    refused: Callable[[], bool],
-    step: Callable[[str], None] = lambda point: None,
-) -> bool:
+async def remove(store: Store, item: Item, *, refused: Callable[[], bool]) -> bool:
     """Takes an entry and all its names away. False, and nothing is changed, when somebody holds it or ``refused`` (asked when
-    nobody can begin to use it any more) says so. ``step`` is told of each step on the way (tests)."""
+    nobody can begin to use it any more) says so."""
     place = store.entry(item.kind, item.digest)
     fd = hold_directory(place)
     if fd is None:
@@ -185,12 +181,12 @@ async def remove(
         for name, digest in store.names(item.kind).items():
             if digest == item.digest:
                 forget_name(store, item.kind, name, item.digest)
-        step("remove.after_names")
+        trace("remove.after_names")
         try:
             async with store.stage() as stage:
                 os.rename(place, stage.path / "entry")
                 sync_directory(place.parent)
-                step("remove.after_rename")
+                trace("remove.after_rename")
         except FileNotFoundError:
             pass
     finally:
