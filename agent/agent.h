@@ -53,6 +53,7 @@ enum mode { MODE_INIT, MODE_SOCKET, MODE_STDIO };
 struct agent {
 	enum mode mode;
 	bool debug;
+	bool prepared; /* the root is mounted; `configure` still has to say whose machine this is */
 	bool configured;
 	bool leaving; /* the loop ends (never as PID 1) */
 	uint64_t started_us, ready_us; /* since the boot */
@@ -225,6 +226,7 @@ struct failure {
 };
 bool fail(struct failure *f, const char *code, int error, const char *format, ...) __attribute__((format(printf, 4, 5)));
 
+void call_prepare(uint32_t request, const struct mp *m);
 void call_configure(uint32_t request, const struct mp *m);
 bool set_realtime(const struct mp *m);
 bool add_entropy(const struct mp *bytes);

@@ -104,7 +104,7 @@ void describe_agent(struct mp_writer *w, uint32_t version)
 	mpw_map(w, 11);
 	mpw_key_uint(w, "version", version);
 	mpw_key_str(w, "agent", AGENT_VERSION);
-	mpw_key_str(w, "state", agent.configured ? "ready" : "initramfs");
+	mpw_key_str(w, "state", agent.configured ? "ready" : agent.prepared ? "prepared" : "initramfs");
 	mpw_key_str(w, "kernel", u.release);
 	mpw_key_str(w, "boot_id", boot_id);
 	mpw_key_uint(w, "pid", (uint64_t)getpid());
@@ -245,6 +245,8 @@ static void handle_call(const struct frame *f)
 		call_exec(r, &m);
 	} else if (call_about_process(r, &method, &m)) {
 		;
+	} else if (mp_text_is(&method, "prepare")) {
+		call_prepare(r, &m);
 	} else if (mp_text_is(&method, "configure")) {
 		call_configure(r, &m);
 	} else if (mp_text_is(&method, "processes")) {

@@ -183,7 +183,8 @@ static bool switch_root(struct failure *f)
 	return true;
 }
 
-static bool mount_root(const struct mp *root, struct failure *f)
+/* `read_only`: nothing at all may be written yet, as the disk will be another one. */
+static bool mount_root(const struct mp *root, bool read_only, struct failure *f)
 {
 	char device[256], type[32] = "ext4", options[512] = "";
 	struct mp d = mp_get(root, "device"), t = mp_get(root, "fstype"), flags = mp_get(root, "flags"), o = mp_get(root, "options");
@@ -194,11 +195,25 @@ static bool mount_root(const struct mp *root, struct failure *f)
 		return fail(f, "mount_failed", ENODEV, "no device %s", device);
 	mkdir("/newroot", 0755);
 	/* The image's own devices and set-uid programs work: the machine is the boundary. */
-	if (mount(device, "/newroot", type, mount_flags(&flags), options))
+	if (mount(device, "/newroot", type, mount_flags(&flags) | (read_only ? MS_RDONLY : 0), options))
 		return fail(f, "mount_failed", errno, "cannot mount %s as %s: %s", device, type, strerror(errno));
-	if (mp_bool_or(root, "grow", false))
+	if (!read_only && mp_bool_or(root, "grow", false))
 		mount_grow(device, "/newroot");
 	return switch_root(f);
+}
+
+/* The root that `prepare` mounted becomes what `configure` wants it to be. */
+static bool unlock_root(const struct mp *root, struct failure *f)
+{
+	char device[256], options[512] = "";
+	struct mp d = mp_get(root, "device"), flags = mp_get(root, "flags"), o = mp_get(root, "options");
+	if (!mp_copy(&d, device, sizeof device) || (mp_is_text(&o) && !mp_copy(&o, options, sizeof options)))
+		return fail(f, "bad_request", EINVAL, "root: device or options");
+	if (mount(NULL, "/", NULL, MS_REMOUNT | mount_flags(&flags), options))
+		return fail(f, "mount_failed", errno, "cannot make the root file system writable: %s", strerror(errno));
+	if (mp_bool_or(root, "grow", false))
+		mount_grow(device, "/");
+	return true;
 }
 
 /* ---- the call ------------------------------------------------------------------------------------------------------------------ */
@@ -267,26 +282,64 @@ static bool identity(const struct mp *m, struct failure *f)
 	return true;
 }
 
+/* Two copies of one machine are not in the same boot. */
+static bool new_boot_id(void)
+{
+	static const char source[] = "/proc/sys/kernel/random/uuid", own[] = "/run/stoker/boot_id", place[] = "/proc/sys/kernel/random/boot_id";
+	char uuid[64];
+	int fd;
+	mkdir("/run/stoker", 0755);
+	if (!read_small(source, uuid, sizeof uuid) || (fd = open(own, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0444)) < 0)
+		return false;
+	return put(fd, uuid) && mount(own, place, NULL, MS_BIND, NULL) == 0 && mount(NULL, place, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY, NULL) == 0;
+}
+
+/* The part that is the same for every machine of one root file system, and may so be done before its memory is put away. */
+static bool prepare_machine(const struct mp *m, bool network, bool read_only, struct failure *f)
+{
+	struct mp root = mp_get(m, "root");
+	if (network)
+		modules_load_network();
+	if (root.type == MP_MAP && !mount_root(&root, read_only, f))
+		return false;
+	mount_rest(mp_bool_or(m, "tmpfs_tmp", false));
+	network_loopback();
+	agent.prepared = true;
+	return true;
+}
+
 static bool configure_machine(const struct mp *m, struct failure *f)
 {
 	struct mp root = mp_get(m, "root"), network = mp_get(m, "network"), entropy = mp_get(m, "entropy"), realtime = mp_get(m, "realtime"),
 		  modules = mp_get(m, "modules"), mounts = mp_get(m, "mounts");
+	bool copy = agent.prepared;
 	/* Before anything that might want random numbers or look at the clock. */
 	if (mp_is_text(&entropy) && !add_entropy(&entropy))
 		return fail(f, "io", errno, "cannot add entropy: %s", strerror(errno));
 	if (realtime.type == MP_UINT && !set_realtime(&realtime))
 		return fail(f, "io", errno, "cannot set the clock: %s", strerror(errno));
-	if (network.type == MP_MAP)
-		modules_load_network();
+	if (copy && !new_boot_id())
+		return fail(f, "io", errno, "cannot give this copy a boot id of its own: %s", strerror(errno));
 	if (!load_named(&modules, f))
 		return false;
-	if (root.type == MP_MAP && !mount_root(&root, f))
+	if (!copy ? !prepare_machine(m, network.type == MP_MAP, false, f) : root.type == MP_MAP && !unlock_root(&root, f))
 		return false;
-	mount_rest(mp_bool_or(m, "tmpfs_tmp", false));
 	if (!mount_all(&mounts, f))
 		return false;
-	network_loopback();
 	return identity(m, f) && (network.type != MP_MAP || network_configure(&network, f));
+}
+
+void call_prepare(uint32_t request, const struct mp *m)
+{
+	struct failure f = {0};
+	if (agent.mode != MODE_INIT)
+		reply_error(request, "unsupported", ENOSYS, "only a machine of its own can be prepared");
+	else if (agent.prepared || agent.configured)
+		reply_error(request, "already_configured", EALREADY, "this machine is prepared");
+	else if (!prepare_machine(m, mp_bool_or(m, "network", false), true, &f))
+		reply_error(request, f.code, f.error, "%s", f.message);
+	else
+		reply_empty(request);
 }
 
 void call_configure(uint32_t request, const struct mp *m)

@@ -15,14 +15,14 @@ from stoker.engine.boot import MachineRequest, configuration
 from stoker.errors import HostError
 from stoker.guest.agent import Agent
 from stoker.guest.channel import connect
-from stoker.guest.messages import ExecRequest
+from stoker.guest.messages import ExecRequest, Preparation, RootMount
 from stoker.host.binaries import agent_path
 from stoker.images.initramfs import build_initramfs
 from stoker.images.kernel import resolve_kernel
 from stoker.images.progress import NullProgress
 from stoker.images.rootfs import RootFilesystem, resolve_image
 from stoker.settings import Settings
-from stoker.storage.qcow2 import create_overlay
+from stoker.storage.overlay import create_overlay
 from stoker.vmm.accel import verdict
 from stoker.vmm.machine import Disk, GuestMemory, MachineSpec
 from stoker.vmm.memory import Delta, Scratch, capture, changed_bytes, new_memory, sealed
@@ -99,11 +99,16 @@ async def base(settings: Settings, short_dir: Path) -> AsyncIterator[Base]:
     )
     create_overlay(directory / "root.qcow2", rootfs.path, rootfs.size)
     async with started(spec, settings) as machine:
-        async with await connect(machine.channel(), fresh=True, timeout=120):
+        async with await connect(machine.channel(), fresh=True, timeout=120) as agent:
+            root = RootMount(device="/dev/vda", fstype=rootfs.fstype, options="noinit_itable")
+            await agent.prepare(Preparation(root=root))
+            await said(agent, "true")
             with pytest.raises(HostError):
                 sealed(memory)  # it is still being written
         await machine.freeze()
         state = await machine.device_state()
+    create_overlay(directory / "empty", rootfs.path, rootfs.size)
+    assert (directory / "root.qcow2").read_bytes() == (directory / "empty").read_bytes(), "the base wrote to its disk"
     yield Base(spec, rootfs, settings, sealed(memory), state)
     os.close(memory)
 
@@ -141,7 +146,7 @@ async def test_forks_of_forks_of_a_restored_machine_go_on_each_with_its_own(base
             await parent.thaw()
             await child.thaw()
             async with await connect(child.channel(), fresh=False, timeout=60) as other:
-                assert other.welcome.boot_id == agent.welcome.boot_id
+                assert other.welcome.processes[0].id == process.id
                 again = await other.attach(process.id)
                 await again.stdin.write(b"child\n")
                 await process.stdin.write(b"parent\n")
@@ -161,7 +166,8 @@ async def test_clones_of_one_base_do_not_see_each_other(base: Base) -> None:
         assert await said(second, "ls /dev/shm") == ""
         # Memory that a guest frees is not taken out of the base.
         await said(first, "head -c 64M /dev/zero > /dev/shm/big; rm /dev/shm/big")
-        assert await said(second, "cat /proc/sys/kernel/random/boot_id") == await said(first, "cat /proc/sys/kernel/random/boot_id")
+        for words in ("/proc/sys/kernel/random/boot_id", "/proc/sys/kernel/random/uuid", "/dev/urandom | head -c 16 | od"):
+            assert await said(first, f"cat {words}") != await said(second, f"cat {words}")
         assert not await one.vmm_tail() or "error" not in "".join(await one.vmm_tail()).lower()
         assert changed_bytes(one.vmm.pid, base.memory) > changed_bytes(two.vmm.pid, base.memory) > 0
     assert os.pread(base.memory, MEMORY, 0) == before

@@ -147,6 +147,11 @@ class Agent(Caller):
         configured: m.Configured = await self._finish(number, timeout)
         return configured.pid1
 
+    async def prepare(self, preparation: m.Preparation, *, timeout: float = 60.0) -> None:
+        """Mounts the root of a machine that is to be copied before it is told who it is."""
+        number = self._begin("prepare", m.encode_map(preparation), m.Nothing)
+        await self._finish(number, timeout)
+
     async def processes(self) -> list[ProcessInfo]:
         """Every process of the agent's that runs, or ended and is remembered."""
         found: list[ProcessInfo] = []

@@ -33,6 +33,7 @@ __all__ = [
     "GuestInfo",
     "Mount",
     "NetworkConfiguration",
+    "Preparation",
     "ProcessInfo",
     "Resolver",
     "RootMount",
@@ -115,6 +116,14 @@ class Configuration(Struct, frozen=True, omit_defaults=True, tag_field="m", tag=
     mounts: Sequence[Mount] = ()
 
 
+class Preparation(Struct, frozen=True, omit_defaults=True, tag_field="m", tag="prepare"):
+    """What may be done before it is known whose machine this will be; see :class:`Configuration` for what comes then."""
+
+    root: RootMount | None = None
+    network: bool = False
+    tmpfs_tmp: bool = False
+
+
 class ExecRequest(Struct, frozen=True, omit_defaults=True, tag_field="m", tag="exec"):
     """A process to start. ``id`` 0 lets the :class:`~stoker.guest.agent.Agent` choose one; without ``stdin`` it reads /dev/null.
 
@@ -191,7 +200,7 @@ class Welcome(Struct, frozen=True):
 
     version: Annotated[int, Meta(ge=0, le=1 << 16)]
     agent: Short = ""
-    state: Literal["initramfs", "ready"] = "ready"
+    state: Literal["initramfs", "prepared", "ready"] = "ready"
     kernel: Short = ""
     boot_id: Short = ""
     pid: Pid = 0
