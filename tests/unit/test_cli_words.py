@@ -227,6 +227,37 @@ async def test_completion_of_names(server: Running, monkeypatch: pytest.MonkeyPa
     assert await completed("stoker exec ", 2) == set()
 
 
+@pytest.mark.parametrize(("word", "code"), [("image", "image_in_use"), ("kernel", "")])
+async def test_images_and_kernels(server: Running, stoker: Words, word: str, code: str) -> None:
+    digest = "ab" * 32
+    [row] = (await stoker(word, "ls")).out.splitlines()
+    assert row.startswith(f"{digest[:12]}\tdebian:bookworm\t")
+    assert json.loads((await stoker(word, "ls", "--json")).out)[0]["digest"] == digest
+    assert json.loads((await stoker(word, "inspect", "debian:12")).out)[0]["digest"] == digest
+    done = await stoker(word, "inspect", "nothing", digest[:8])
+    assert done.code == 125 and f"{word}_unknown" in done.err and digest in done.out
+    done = await stoker(word, "rm", "debian:12")
+    assert (done.code == 0) == (not code) and code in done.err
+    assert server.engine.images.removed == ([] if code else [("kernels", "debian:12")])
+
+
+async def test_fsck(stoker: Words) -> None:
+    done = await stoker("fsck")
+    assert done.code == 1 and "clone /pool/x.qcow2\n  expected nothing\n  found    it is there\n" in done.out
+    assert "1 differences, 1 left" in done.out and "being done to it: web" in done.out
+    done = await stoker("fsck", "--repair")
+    assert done.code == 0 and "mended: remove it" in done.out
+    assert json.loads((await stoker("fsck", "--json")).out)["differences"][0]["repaired"] is False
+
+
+async def test_gc(stoker: Words) -> None:
+    done = await stoker("gc")
+    assert (done.code, done.out) == (0, f"image\t{'ab' * 20}\t4K\tsuperseded\n")
+    assert done.err == "left alone: kernels: not ours\nfreed 4K (image 4K)\n"
+    done = await stoker("gc", "--dry-run", "--json")
+    assert json.loads(done.out)["dry_run"] is True
+
+
 async def test_completion_scripts(stoker: Words) -> None:
     for shell in ("bash", "zsh", "fish"):
         done = await stoker("completion", shell)
