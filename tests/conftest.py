@@ -60,7 +60,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         passed = [report.nodeid for report in reporter.stats.get("passed", [])]
         problems += [
             f"the suite tests/{suite} ran no test"
-            for suite in ("unit", "system")
+            for suite in ("unit", "system", "conformance")
             if not any(node.startswith(f"tests/{suite}/") for node in passed)
         ]
     if problems and reporter is not None:

@@ -40,11 +40,12 @@ from stoker.errors import CapacityExhausted, Conflict, HostError, InvalidRequest
 from stoker.host.trace import declare, trace
 from stoker.storage.strategy import Base, Strategy
 
-__all__ = ["MAKE", "REMOVE", "Layout", "Record", "no_space"]
+__all__ = ["DROP", "FREEZE", "LAYER", "MAKE", "REMOVE", "Layout", "Record", "no_space", "write"]
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAKE: Final = declare("clone.after_reference", "clone.after_directory", "clone.after_disk", "clone.after_record")
 FREEZE: Final = declare("layer.after_directory", "layer.after_link", "layer.after_next", "layer.after_switch", "layer.after_parent")
+DROP: Final = declare("layer.after_refs", "layer.after_removal")
 REMOVE: Final = declare("remove.after_record", "remove.after_directory", "remove.after_reference")
 LAYER: Final = "layer."
 NONE: Final = "-"
@@ -121,7 +122,7 @@ class Layout:
         return self.clones / name
 
     def names(self) -> list[str]:
-        return sorted(entry.name for entry in os.scandir(self.clones) if self.find(entry.name) is not None)
+        return sorted(name for name in _listed(self.clones) if self.find(name) is not None)
 
     def find(self, name: str) -> Record | None:
         """The record of a clone that is whole."""
@@ -194,9 +195,10 @@ class Layout:
         trace("remove.after_reference")
 
     def leave(self, layer: str, name: str) -> None:
-        """``name`` stands on this layer no more."""
+        """``name`` (or, "", nothing) stands on this layer no more."""
         refs = self.layers / layer / "refs"
-        (refs / name).unlink(missing_ok=True)
+        if name:
+            (refs / name).unlink(missing_ok=True)
         try:
             refs.rmdir()
         except FileNotFoundError:
@@ -205,10 +207,12 @@ class Layout:
             if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 return
             raise
+        trace("layer.after_refs")
         place = self.layers / layer
         record = _read(place)
         if place.exists():
             shutil.rmtree(place)
+        trace("layer.after_removal")
         if record is not None:
             self.forget(LAYER + layer, record)
 
@@ -271,9 +275,7 @@ class Layout:
             if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 return 0
             raise
-        freed = 0
-        for entry in os.scandir(place):
-            freed += entry.stat(follow_symlinks=False).st_blocks * 512
+        freed = sum(os.lstat(place / name).st_blocks * 512 for name in _listed(place))
         shutil.rmtree(place)
         return freed
 
@@ -281,34 +283,31 @@ class Layout:
 
     def half_made(self) -> list[str]:
         """Names that a crash left a part of: files without a record, references without files."""
-        left = {entry.name for entry in os.scandir(self.clones)}
-        for kind in (self.bases, self.layers):
-            for entry in os.scandir(kind):
-                left |= {
-                    name for name in _listed(Path(entry.path, "refs")) if not name.startswith(LAYER) and self.find(name) is None
-                }
-        return sorted(name for name in left if NAME.fullmatch(name))
+        left = set(_listed(self.clones))
+        for place in (self.bases, self.layers):
+            for entry in _listed(place):
+                left |= {name for name in _listed(place / entry / "refs") if not name.startswith(LAYER)}
+        return sorted(name for name in left if NAME.fullmatch(name) and self.find(name) is None)
 
     def sweep(self) -> None:
         """Removes references of what is gone, old disks of clones, layers and bases that nothing stands on."""
         for name in self.half_made():
             self.discard(name)
-        for entry in os.scandir(self.layers):
-            for name in _listed(Path(entry.path, "refs")):
-                if not self._stands(name, entry.name, "parent"):
-                    Path(entry.path, "refs", name).unlink(missing_ok=True)
-        for entry in os.scandir(self.layers):
-            if not _listed(Path(entry.path, "refs")):
-                self.leave(entry.name, "")
-        for entry in os.scandir(self.bases):
-            for name in _listed(Path(entry.path, "refs")):
-                if not self._stands(name, entry.name, "key"):
-                    Path(entry.path, "refs", name).unlink(missing_ok=True)
+        for place, what in ((self.layers, "parent"), (self.bases, "key")):
+            for entry in _listed(place):
+                for name in _listed(place / entry / "refs"):
+                    if not self._stands(name, entry, what):
+                        (place / entry / "refs" / name).unlink(missing_ok=True)
+            if place is self.layers:
+                # A layer that goes takes its reference on the one below along.
+                for entry in _listed(place):
+                    if not _listed(place / entry / "refs"):
+                        self.leave(entry, "")
         for name in self.names():
-            record = self.record(name)
-            for entry in os.scandir(self.clones / name):
-                if entry.name not in ("record", record.disk):
-                    Path(entry.path).unlink(missing_ok=True)
+            disk = self.record(name).disk
+            for entry in _listed(self.clones / name):
+                if entry not in ("record", disk):
+                    (self.clones / name / entry).unlink(missing_ok=True)
 
     def _stands(self, name: str, on: str, what: str) -> bool:
         place = self.layers / name.removeprefix(LAYER) if name.startswith(LAYER) else self.clones / name

@@ -17,7 +17,7 @@ from stoker.errors import Conflict, HostError, InvalidRequest, StokerError
 from stoker.host import devicemapper
 from stoker.host.lock import try_flock
 from stoker.storage.copied import Copied
-from stoker.storage.layout import Layout, no_space
+from stoker.storage.layout import LAYER, Layout, no_space
 from stoker.storage.qcow2 import Qcow2
 from stoker.storage.reflink import Reflink
 from stoker.storage.snapshot_device import SnapshotDevices
@@ -150,6 +150,7 @@ class Pool:
     # -- disks --------------------------------------------------------------------------------------------------------
 
     def _of(self, name: str) -> CloneStrategy:
+        self._layout.check()
         return self._by_strategy[self._layout.record(name).strategy]
 
     def clone(self, base: Base, name: str, size: int = 0) -> Clone:
@@ -200,15 +201,15 @@ class Pool:
     def users(self, base: Path) -> list[str]:
         """The disks that stand on an image."""
         found = []
-        for entry in os.scandir(self._layout.bases):
-            if os.readlink(Path(entry.path, "path")) == os.path.abspath(base):
-                found += [name.removeprefix("layer.") for name in self._layout.users(entry.name)]
+        for key in os.listdir(self._layout.bases):
+            if os.readlink(self._layout.bases / key / "path") == os.path.abspath(base):
+                found += [name for name in self._layout.users(key) if not name.startswith(LAYER)]
         return sorted(found)
 
     def collect(self) -> int:
         """Forgets bases that no disk stands on, with their copies in the pool. Returns the bytes that were freed."""
         self._layout.check()
-        return sum(self._layout.drop_base(entry.name) for entry in list(os.scandir(self._layout.bases)))
+        return sum(self._layout.drop_base(key) for key in os.listdir(self._layout.bases))
 
 
 def _take(directory: Path, who: str) -> int:

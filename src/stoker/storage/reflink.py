@@ -13,11 +13,15 @@ from pathlib import Path
 
 from stoker.errors import HostError
 from stoker.host.reflink import share, sparse_copy
+from stoker.host.trace import declare, trace
 from stoker.storage.files import FileClones
 from stoker.storage.layout import Layout, no_space
 from stoker.storage.strategy import Base, Strategy
 
 __all__ = ["Reflink"]
+
+
+IMPORT = declare("base.after_copy")
 
 
 class Reflink(FileClones):
@@ -64,6 +68,7 @@ class Reflink(FileClones):
                     os.fsync(fd)
                 finally:
                     os.close(fd)
+                trace("base.after_copy")
                 os.rename(temporary, image)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -1,0 +1,80 @@
+"""Where the tests of storage work: a pool, a base, small file systems; and what is left of them on the host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from stoker.host import devicemapper, loop
+from stoker.host.mounts import mount, mounted_at, umount
+from stoker.storage import filesystem
+from stoker.storage.pool import Pool
+from stoker.storage.strategy import Base, Strategy
+
+MIB = 1 << 20
+BASE = 4 * MIB
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a test works: a pool's directory, a base outside it, room for other files."""
+
+    strategy: Strategy
+    directory: Path
+    base: Base
+    scratch: Path
+
+    @contextmanager
+    def pool(self) -> Iterator[Pool]:
+        with closing(Pool.open(self.directory, self.strategy)) as pool:
+            yield pool
+
+
+def make_base(path: Path, size: int = BASE) -> Base:
+    """An image with data, holes, and data at its very end."""
+    with open(path, "wb") as file:
+        file.write(os.urandom(300_000))
+        file.seek(size // 2)
+        file.write(b"middle" * 20_000)
+        file.seek(size - 5000)
+        file.write(os.urandom(5000))
+    return Base(path, size)
+
+
+@contextmanager
+def file_system(image: Path, point: Path, size: int, kind: str) -> Iterator[None]:
+    """A small one, mounted."""
+    point.mkdir()
+    if kind == "xfs":
+        asyncio.run(filesystem.make(image, max(size, filesystem.LEAST)))
+        filesystem.attach(image, point)
+    else:
+        with open(image, "wb") as file:
+            file.truncate(size)
+        subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal", image], check=True, timeout=60)
+        with loop.opened(image) as device:
+            mount(device.path, point, "ext4")
+    try:
+        yield
+    finally:
+        if mounted_at(point) is not None:
+            umount(point)
+
+
+def left_over(place: Place) -> list[str]:
+    """What the kernel and the pool's directory still have of any disk."""
+    root = str(place.directory)
+    found = [f"loop {number}: {name}" for number, name in loop.listed() if name.startswith((f"{root}/", str(place.base.path)))]
+    if devicemapper.CONTROL.exists() or Path("/sys/class/misc/device-mapper").exists():
+        prefix = f"stoker-{os.readlink(place.directory / 'id')}-"
+        names = (path.read_text().strip() for path in Path("/sys/block").glob("dm-*/dm/name"))
+        found += [f"device {name}" for name in names if name.startswith(prefix)]
+    for part in ("clones", "layers"):
+        found += [str(path) for path in (place.directory / part).rglob("*")]
+    found += [str(path) for path in (place.directory / "bases").glob("*/refs/*")]
+    return found
