@@ -1,0 +1,169 @@
+"""A machine that was put away: its memory, its device state, and the manifest that says what can take it up again.
+
+A directory with ``memory`` (sparse, the guest's memory), ``state`` (the VMM's devices) and ``manifest.json``, written under another
+name, synced and renamed: it is whole or not there. The manifest's ``made_by`` is whatever must be the same for the state to load
+(:func:`fingerprint`); loading checks it first, and then the files against their digests. All functions block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from stoker.errors import HostError
+from stoker.host.durable import sync_directory
+from stoker.host.reflink import data_ranges
+from stoker.vmm.machine import MachineSpec
+from stoker.vmm.memory import new_memory, sealed
+from stoker.vmm.qemu.command import DiskHandles, Handles, command
+from stoker.vmm.qemu.facts import QemuFacts
+
+__all__ = ["Saved", "fingerprint", "load", "save"]
+
+FORMAT: Final = 1
+AGAIN: Final = "it is made anew by itself"
+_PIECE: Final = 1 << 20
+_MOST_STATE: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A base (a descriptor, see :mod:`stoker.vmm.memory`; its owner closes it) and the devices that go with it."""
+
+    memory: int
+    size: int
+    state: bytes
+
+
+def _identity(path: Path) -> list[Any]:
+    """A file of the store, which is never changed, only replaced by another. (Its times tell when it was last used.)"""
+    status = os.stat(path)
+    return [os.path.realpath(path), status.st_ino, status.st_size]
+
+
+def fingerprint(spec: MachineSpec, qemu: QemuFacts) -> dict[str, Any]:
+    """Everything that a machine's state depends on: the VMM's program, its whole command line but for names and descriptors, and
+    the files it is made from. Two machines with equal ones can take up each other's state."""
+    handles = Handles(
+        monitor=0,
+        console=0,
+        kernel="kernel",
+        initrd="initrd",
+        agent=0,
+        disks=tuple(DiskHandles(0, 0 if disk.backing is not None else None) for disk in spec.disks),
+        net_out=0,
+        net_in=0,
+        memory=0,
+    )
+    disks = [[disk.name, disk.format, _identity(disk.backing) if disk.backing else None] for disk in spec.disks]
+    return {
+        "vmm": ".".join(map(str, qemu.version)),
+        "program": [*_identity(Path(qemu.path)), os.stat(qemu.path).st_mtime_ns],
+        # The clock's frequency is measured anew in each run directory; the guest keeps the one it was told.
+        "command": [word for word in command(spec, replace(qemu, tsc_khz=0), handles) if word != spec.name],
+        "kernel": _identity(spec.kernel),
+        "initrd": _identity(spec.initrd),
+        "disks": disks,
+        "memory": spec.memory,
+        "host": os.uname().release,
+    }
+
+
+def _digest(fd: int) -> str:
+    """SHA-256 over the parts of a file that are not holes, each with its place."""
+    found = hashlib.sha256()
+    for offset, length in data_ranges(fd):
+        for at in range(offset, offset + length, _PIECE):
+            piece = os.pread(fd, min(_PIECE, offset + length - at), at)
+            # A page of zeros and a hole are the same memory, whatever a file system made of them.
+            if piece.count(0) != len(piece):
+                found.update(at.to_bytes(8, "little"))
+                found.update(piece)
+    return found.hexdigest()
+
+
+def _copy(source: int, target: int) -> None:
+    for offset, length in data_ranges(source):
+        os.lseek(target, offset, os.SEEK_SET)
+        while length:
+            done = os.sendfile(target, source, offset, length)
+            if not done:
+                raise HostError("saved_damaged", "the memory of a saved machine is cut off", AGAIN)
+            offset, length = offset + done, length - done
+
+
+def save(directory: Path, memory: int, state: bytes, made_by: Mapping[str, Any]) -> None:
+    """Puts a stopped machine away. ``directory`` must not exist; a failure leaves nothing."""
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    staging.mkdir(mode=0o700)
+    try:
+        size = os.fstat(memory).st_size
+        with open(staging / "memory", "wb") as file:
+            os.ftruncate(file.fileno(), size)
+            _copy(memory, file.fileno())
+            os.fsync(file.fileno())
+        manifest = {
+            "format": FORMAT,
+            "made_by": made_by,
+            "memory": {"size": size, "sha256": _digest(memory)},
+            "state": {"size": len(state), "sha256": hashlib.sha256(state).hexdigest()},
+        }
+        for name, data in (("state", state), ("manifest.json", json.dumps(manifest, indent=1).encode())):
+            with open(staging / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_directory(staging)
+        os.rename(staging, directory)
+        sync_directory(directory.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def load(directory: Path, made_by: Mapping[str, Any]) -> Saved:
+    """Takes a saved machine's memory and state out again.
+
+    Errors: :class:`HostError` ``saved_unusable`` (made by something else, and by what), ``saved_damaged``. FileNotFoundError: none.
+    """
+    manifest = _manifest(directory / "manifest.json")
+    mine = json.loads(json.dumps(made_by))
+    different = " and ".join(key for key in mine if manifest["made_by"].get(key) != mine[key])
+    if different:
+        raise HostError("saved_unusable", f"{directory} was made with another {different}", AGAIN)
+    state = (directory / "state").read_bytes()
+    if len(state) > _MOST_STATE or hashlib.sha256(state).hexdigest() != manifest["state"]["sha256"]:
+        raise HostError("saved_damaged", f"{directory}/state is damaged", AGAIN)
+    with open(directory / "memory", "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != manifest["memory"]["size"]:
+            raise HostError("saved_damaged", f"{directory}/memory is damaged", AGAIN)
+        memory = new_memory("base", size)
+        try:
+            _copy(file.fileno(), memory)
+            if _digest(memory) != manifest["memory"]["sha256"]:
+                raise HostError("saved_damaged", f"{directory}/memory is damaged", AGAIN)
+            sealed(memory)
+        except BaseException:
+            os.close(memory)
+            raise
+    return Saved(memory, size, state)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise HostError("saved_unusable", f"{path} is of format {manifest['format']}", AGAIN)
+        if not isinstance(manifest["made_by"], dict) or not isinstance(manifest["memory"]["size"], int):
+            raise TypeError
+        str(manifest["memory"]["sha256"]), str(manifest["state"]["sha256"])
+    except (ValueError, TypeError, KeyError):
+        raise HostError("saved_damaged", f"{path} is damaged", AGAIN) from None
+    return dict(manifest)
