@@ -113,21 +113,21 @@ static void on_signal(struct watch *w, uint32_t events)
 			}
 }
 
-static void watch_signals(void)
+void signals_watch(void)
 {
-	static struct watch w = {.ready = on_signal};
+	static struct watch w = {.ready = on_signal, .fd = -1};
 	sigset_t all, some;
 	/* Everything is blocked, and no handler is ever installed: a child that shares our memory cannot run one. */
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, NULL);
 	sigemptyset(&some);
 	sigaddset(&some, SIGCHLD);
-	if (agent.mode == MODE_INIT) {
+	if (agent.mode == MODE_INIT && !agent.beside) {
 		sigaddset(&some, SIGUSR1);
 		sigaddset(&some, SIGUSR2);
 		sigaddset(&some, SIGTERM);
 		sigaddset(&some, SIGINT);
-	} else {
+	} else if (agent.mode != MODE_INIT) {
 		sigset_t deadly = some;
 		sigemptyset(&deadly);
 		sigaddset(&deadly, SIGINT);
@@ -144,6 +144,7 @@ static void watch_signals(void)
 				syscall(SYS_rt_sigaction, number, standard, NULL, 8);
 	}
 	signal(SIGPIPE, SIG_IGN);
+	watch_close(&w);
 	w.fd = signalfd(-1, &some, SFD_CLOEXEC | SFD_NONBLOCK);
 	watch_add(&w, EPOLLIN);
 }
@@ -180,15 +181,23 @@ static void loop(void)
 	}
 }
 
+static struct rlimit inherited;
+
 static void own_limits(void)
 {
 	/* Three descriptors for each of 4,096 processes. Children get their own limit in launch.c. */
 	struct rlimit l = {524288, 524288};
+	getrlimit(RLIMIT_NOFILE, &inherited);
 	if (setrlimit(RLIMIT_NOFILE, &l)) {
 		getrlimit(RLIMIT_NOFILE, &l);
 		l.rlim_cur = l.rlim_max;
 		setrlimit(RLIMIT_NOFILE, &l);
 	}
+}
+
+void limits_restore(void)
+{
+	setrlimit(RLIMIT_NOFILE, &inherited);
 }
 
 static int listen_unix(const char *path)
@@ -215,6 +224,7 @@ int main(int argc, char **argv)
 {
 	agent.started_us = since_boot_us();
 	agent.mode = MODE_INIT;
+	agent.name = argv[0];
 	const char *path = NULL;
 	if (argc == 3 && !strcmp(argv[1], "--socket")) {
 		agent.mode = MODE_SOCKET;
@@ -237,7 +247,7 @@ int main(int argc, char **argv)
 	}
 	agent.ready_us = since_boot_us();
 	own_limits();
-	watch_signals();
+	signals_watch();
 	if (agent.mode == MODE_SOCKET) {
 		int fd = listen_unix(path);
 		if (fd < 0) {

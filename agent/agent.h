@@ -56,12 +56,16 @@ struct agent {
 	bool prepared; /* the root is mounted; `configure` still has to say whose machine this is */
 	bool configured;
 	bool leaving; /* the loop ends (never as PID 1) */
+	bool beside;  /* the image's own init is PID 1, and we are a child of it */
+	char *name;   /* argv[0], to be written to */
 	uint64_t started_us, ready_us; /* since the boot */
 };
 extern struct agent agent;
 
 uint64_t now_ns(void);
 uint64_t since_boot_us(void);
+void signals_watch(void);          /* (again after a fork: a signalfd in an epoll set is its first owner's) */
+void limits_restore(void);
 bool watch_add(struct watch *w, uint32_t events);
 void watch_close(struct watch *w); /* closes the descriptor, which also leaves the epoll set */
 void wake_at(uint64_t ns);         /* the loop runs again at the latest then */
@@ -214,7 +218,7 @@ void call_exec(uint32_t request, const struct mp *m);
 /* The child of an applet: `directory` is the working directory that could not be entered, or NULL. Returns the exit code. */
 int applet_main(char **argv, const struct mp *args, const char *directory, int error, const struct account *a);
 
-/* ---- setup.c, mounts.c, network.c, boot.c, info.c, power.c ----------------------------------------------------------------------------------------- */
+/* ---- setup.c, handover.c, mounts.c, network.c, boot.c, info.c, power.c ----------------------------------------------------------------------------------------- */
 
 extern struct mp configured_env;
 extern char configured_user[2 * NAME_ROOM], configured_workdir[PATH_ROOM];
@@ -248,6 +252,10 @@ bool mount_all(const struct mp *mounts, struct failure *f);
 
 bool network_loopback(void);
 bool network_configure(const struct mp *network, struct failure *f);
+
+/* Gives process 1 to the image's /sbin/init. True in the child that goes on as the agent; false: nothing was handed over. */
+bool hand_over(struct failure *f);
+void init_ask(bool reboot_it); /* for a shutdown */
 
 void call_info(uint32_t request);
 void call_sync(uint32_t request);

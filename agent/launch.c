@@ -51,6 +51,13 @@ bool launch_prepare(struct launch *l)
 	for (unsigned i = 0; i < l->limit_count; i++)
 		if (setrlimit(l->limits[i].resource, &l->limits[i].value))
 			return failed(l, "limits");
+	/* What protects the agent from the kernel's killer is not for what it starts. (Process 1 needs no such protection.) */
+	if (agent.beside) {
+		int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+		if (fd < 0 || write(fd, "0", 1) != 1)
+			return failed(l, "limits");
+		close(fd);
+	}
 	/* An ordinary user running the agent on a host can only be itself. */
 	if (agent.mode == MODE_INIT || geteuid() == 0 || l->account->uid != geteuid() || l->account->gid != getegid())
 		if (!become(l->account))

@@ -59,7 +59,9 @@ void power_request(bool again, uint64_t grace_ms)
 		reboot_it = again;
 		stage = ASKED;
 		deadline = now_ns() + (grace_ms < GRACE_MAX ? grace_ms : GRACE_MAX) * 1000000u;
-		if (agent.mode == MODE_INIT) {
+		if (agent.beside) {
+			init_ask(again);
+		} else if (agent.mode == MODE_INIT) {
 			kill(-1, SIGTERM);
 			kill(-1, SIGHUP); /* what ends an interactive shell */
 			kill(-1, SIGCONT);
@@ -141,11 +143,12 @@ bool power_work(void)
 	if (stage == RUNNING)
 		return false;
 	uint64_t now = now_ns();
-	if (processes_left() && now < deadline) {
+	/* The image's init ends everything in its own order and switches off; we only when it takes too long. */
+	if ((processes_left() || (agent.beside && stage == ASKED)) && now < deadline) {
 		wake_at(deadline);
 		return false;
 	}
-	if (stage == ASKED && processes_left()) {
+	if (stage == ASKED && (agent.beside || processes_left())) {
 		stage = KILLED;
 		deadline = now + AFTER_KILL_MS * 1000000ull;
 		if (agent.mode == MODE_INIT)

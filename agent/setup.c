@@ -351,13 +351,19 @@ void call_configure(uint32_t request, const struct mp *m)
 		reply_error(request, "already_configured", EALREADY, "this machine is configured");
 		return;
 	}
-	if (!remember(m, &f) || (agent.mode == MODE_INIT && !configure_machine(m, &f))) {
+	struct mp init = mp_get(m, "init");
+	bool beside = mp_text_is(&init, "image");
+	if (mp_is_text(&init) && !beside && !mp_text_is(&init, "agent")) {
+		reply_error(request, "bad_request", EINVAL, "init is agent or image");
+		return;
+	}
+	if (!remember(m, &f) || (agent.mode == MODE_INIT && (!configure_machine(m, &f) || (beside && !hand_over(&f))))) {
 		reply_error(request, f.code, f.error, "%s", f.message);
 		return;
 	}
 	agent.configured = true;
 	mpw_init(&w, buffer, sizeof buffer);
 	mpw_map(&w, 1);
-	mpw_key_bool(&w, "pid1", agent.mode == MODE_INIT);
+	mpw_key_bool(&w, "pid1", agent.mode == MODE_INIT && !agent.beside);
 	reply(request, &w);
 }

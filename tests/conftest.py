@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from lab_inside import VARIABLE, Inside
+from lab_plugin import HostLab
 from leaks import HostObjects, assert_gone
 
 ROOT_VARIABLE = "STOKER_TEST_ROOT"
@@ -33,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[ROOT_VARIABLE] = root
         config.stash[_ROOT] = Path(root)
         config.stash[_BEFORE] = HostObjects.now()
+    inside = os.environ.get(VARIABLE)
+    config.pluginmanager.register(Inside(inside) if inside else HostLab(Path(os.environ[ROOT_VARIABLE])), "lab")
 
 
 _ROOT: pytest.StashKey[Path] = pytest.StashKey()
@@ -60,9 +64,12 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         passed = [report.nodeid for report in reporter.stats.get("passed", [])]
         problems += [
             f"the suite tests/{suite} ran no test"
-            for suite in ("unit", "system", "conformance")
+            for suite in ("unit", "system", "conformance", "lab")
             if not any(node.startswith(f"tests/{suite}/") for node in passed)
         ]
+    inside = config.pluginmanager.get_plugin("lab")
+    if isinstance(inside, Inside):
+        inside.left(problems)
     if problems and reporter is not None:
         reporter.section("left behind", red=True)
         for problem in problems:

@@ -66,6 +66,10 @@ bool modules_load_later(const char *name, int *error) { (void)name; *error = ENO
 void modules_load_network(void) {}
 void mount_rest(bool tmpfs_tmp) { (void)tmpfs_tmp; }
 void root_empty(int old_root) { (void)old_root; }
+bool mount_wait(const char *device) { (void)device; abort(); }
+bool mount_all(const struct mp *mounts, struct failure *f) { (void)mounts; (void)f; abort(); }
+bool hand_over(struct failure *f) { (void)f; abort(); }
+void init_ask(bool again) { (void)again; abort(); }
 int applet_main(char **argv, const struct mp *args, const char *directory, int error, const struct account *a)
 {
 	(void)argv; (void)args; (void)directory; (void)error; (void)a;

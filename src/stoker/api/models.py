@@ -65,7 +65,7 @@ from stoker.api.system import (
     Quota,
     Version,
 )
-from stoker.api.types import NetworkMode, SandboxState, Terminal
+from stoker.api.types import InitMode, NetworkMode, SandboxState, Terminal
 from stoker.api.upkeep import Difference, Freed, Fsck, FsckReport, Gc, GcReport
 
 __all__ = [
@@ -96,6 +96,7 @@ __all__ = [
     "Health",
     "Image",
     "ImageList",
+    "InitMode",
     "Kernel",
     "KernelList",
     "MakeDirectory",

@@ -18,6 +18,7 @@ from stoker.api.types import (
     Hostname,
     HostPath,
     ImageReference,
+    InitMode,
     KernelReference,
     Labels,
     MemorySize,
@@ -90,6 +91,7 @@ class CreateSandbox(Model, frozen=True):
     user: GuestUser | None = None
     workdir: Annotated[str, Meta(max_length=4096, pattern=r"^/[^\x00]*" + END)] | None = None
     network: NetworkMode = NetworkMode.USER
+    init: InitMode = InitMode.AGENT
     timeout: Timeout | None = None
     lease: bool = False
     """The sandbox ends within a second when the lease's connection goes; it must be taken within 10 s (``/lease``)."""
@@ -138,6 +140,7 @@ class Sandbox(Model, frozen=True):
     command: list[str] = field(default_factory=list)
     """The image's own, once it is known."""
     network: NetworkMode = NetworkMode.USER
+    init: InitMode = InitMode.AGENT
     lease: bool = False
     timeout: Timeout | None = None
     expires_at: UnixTime | None = None

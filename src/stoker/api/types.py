@@ -28,6 +28,7 @@ __all__ = [
     "MemorySize",
     "Model",
     "Name",
+    "InitMode",
     "NetworkMode",
     "OperationId",
     "ProcessId",
@@ -143,6 +144,13 @@ class SandboxState(StrEnum):
     STOPPED = "stopped"
     FAILED = "failed"
     LOST = "lost"
+
+
+class InitMode(StrEnum):
+    """Process 1 of the guest: ``agent``: ours, ready at once; ``image``: the image's own ``/sbin/init``, the agent beside it."""
+
+    AGENT = "agent"
+    IMAGE = "image"
 
 
 class NetworkMode(StrEnum):

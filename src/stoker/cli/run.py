@@ -28,6 +28,7 @@ EXIT_FAILED = 125
 @click.option("--user", "-u", metavar="U", default="", help="User, or USER:GROUP, by name or number.  [default: the image's own]")
 @click.option("--hostname", metavar="NAME", default="", help="The guest's host name.")
 @click.option("--network", type=click.Choice(["none", "user"]), default="user", show_default=True, help="The guest's network.")
+@click.option("--init", type=click.Choice(["agent", "image"]), default="agent", show_default=True, help="Who is process 1.")
 @click.option("--interactive", "-i", is_flag=True, help="Read standard input, from a terminal too.")
 @click.option("--tty", "-t", is_flag=True, help="Give the command a terminal.")
 @click.option("--timeout", type=DURATION, metavar="S", help="End the command after so long, with exit code 124.")
@@ -49,6 +50,7 @@ def run(
     user: str,
     hostname: str,
     network: str,
+    init: str,
     interactive: bool,
     tty: bool,
     timeout: float | None,
@@ -73,6 +75,7 @@ def run(
         "memory": memory,
         "disk": disk or 0,
         "network": network,
+        "init": init,
         "hostname": hostname or None,
         "env": dict(variables),
         "user": user or None,

@@ -40,6 +40,7 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--user", "-u", metavar="U", help="Default user.  [default: the image's own]")
 @click.option("--hostname", metavar="NAME", help="The guest's host name.")
 @click.option("--network", type=click.Choice(["none", "user"]), default="user", show_default=True, help="The guest's network.")
+@click.option("--init", type=click.Choice(["agent", "image"]), default="agent", show_default=True, help="Who is process 1.")
 @click.option("--start", is_flag=True, help="Run the image's own command, as the process 'main'.")
 @click.option("--cold", is_flag=True, help="Boot, even where a put-away machine could be used.")
 @quiet_option

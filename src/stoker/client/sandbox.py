@@ -12,6 +12,7 @@ from stoker.api.models import (
     ConsoleLog,
     CreateSandbox,
     Event,
+    InitMode,
     Metrics,
     NetworkMode,
     Operation,
@@ -88,6 +89,7 @@ class AsyncSandbox:
         user: str | None = None,
         workdir: str | None = None,
         network: str = "user",
+        init: str = "agent",
         lease: bool = False,
         cold: bool = False,
         start: bool = False,
@@ -99,7 +101,7 @@ class AsyncSandbox:
 
         Sizes are bytes or such as ``512M``, times seconds or such as ``30m``. ``timeout`` destroys it so long after now,
         ``idle_timeout`` so long after its last use. With ``lease`` it ends with this program, however that ends. ``start`` runs
-        the image's own command as a process tagged ``main``.
+        the image's own command as a process tagged ``main``. With ``init="image"`` process 1 is the image's ``/sbin/init``.
         Cancelled, or not ready within ``ready_timeout`` seconds, nothing of it is left.
         """
         client = client or await default_client()
@@ -117,6 +119,7 @@ class AsyncSandbox:
             user=user,
             workdir=workdir,
             network=_network(network),
+            init=_init(init),
             timeout=_timeout(timeout, idle_timeout),
             lease=lease,
             cold=cold,
@@ -274,6 +277,13 @@ def _network(mode: str) -> NetworkMode:
         return NetworkMode(mode)
     except ValueError:
         raise InvalidRequest("bad_network", f"there is no network mode {mode!r}", "user or none") from None
+
+
+def _init(mode: str) -> InitMode:
+    try:
+        return InitMode(mode)
+    except ValueError:
+        raise InvalidRequest("bad_init", f"process 1 cannot be {mode!r}", "agent or image") from None
 
 
 def _timeout(absolute: float | str | None, idle: float | str | None) -> Timeout | None:

@@ -566,6 +566,7 @@ class Sandbox:
         user: str | None = None,
         workdir: str | None = None,
         network: str = "user",
+        init: str = "agent",
         lease: bool = False,
         cold: bool = False,
         start: bool = False,
@@ -577,7 +578,7 @@ class Sandbox:
 
         Sizes are bytes or such as ``512M``, times seconds or such as ``30m``. ``timeout`` destroys it so long after now,
         ``idle_timeout`` so long after its last use. With ``lease`` it ends with this program, however that ends. ``start`` runs
-        the image's own command as a process tagged ``main``.
+        the image's own command as a process tagged ``main``. With ``init="image"`` process 1 is the image's ``/sbin/init``.
         Cancelled, or not ready within ``ready_timeout`` seconds, nothing of it is left.
         """
         return Sandbox._wrap(
@@ -599,6 +600,7 @@ class Sandbox:
                 user=user,
                 workdir=workdir,
                 network=network,
+                init=init,
                 lease=lease,
                 cold=cold,
                 start=start,

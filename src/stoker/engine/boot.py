@@ -62,6 +62,8 @@ class MachineRequest:
     workdir: str = ""
     cold: bool = False
     """Always boot; never start from memory that was put away. (There is nothing else yet.)"""
+    init: str = "agent"
+    """``agent``: ours is process 1; ``image``: the image's own ``/sbin/init`` is, and the agent stays beside it."""
 
 
 @dataclass(slots=True)
@@ -113,6 +115,8 @@ def check(request: MachineRequest) -> None:
         raise InvalidRequest("bad_memory", f"memory is whole MiB, not {request.memory} bytes", "--memory 512M")
     if request.network not in ("none", "user"):
         raise InvalidRequest("bad_network", f"there is no network {request.network!r}", "--network none or --network user")
+    if request.init not in ("agent", "image"):
+        raise InvalidRequest("bad_init", f"process 1 cannot be {request.init!r}", "--init agent or --init image")
 
 
 def configuration(request: MachineRequest, rootfs: RootFilesystem, network: UserNetwork | None) -> Configuration:
@@ -140,6 +144,7 @@ def configuration(request: MachineRequest, rootfs: RootFilesystem, network: User
         realtime=time.time_ns(),
         user=request.user or rootfs.user or "root",
         workdir=request.workdir or rootfs.workdir or "",
+        init="" if request.init == "agent" else request.init,
     )
 
 
@@ -269,6 +274,8 @@ async def _boot(
                 console=await machine.console_tail(20),
             ) from None
         except StokerError as error:
+            if error.code == "no_init":
+                error.hint = "--init agent, or an image with an init: systemd-sysv in Debian"
             if not error.console:
                 error.console = await machine.console_tail(20)
             raise

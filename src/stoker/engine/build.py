@@ -154,6 +154,7 @@ def machine_request(record: Record) -> MachineRequest:
         user=record.user if again else request.user or "",
         workdir=record.workdir if again else request.workdir or "",
         cold=request.cold,
+        init=request.init.value,
     )
 
 

@@ -166,6 +166,7 @@ def to_sandbox(record: Record, expires_at: float | None) -> Sandbox:
         workdir=record.workdir or request.workdir or "",
         command=record.command,
         network=request.network,
+        init=request.init,
         lease=request.lease,
         timeout=record.timeout,
         expires_at=expires_at,

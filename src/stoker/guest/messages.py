@@ -114,6 +114,8 @@ class Configuration(Struct, frozen=True, omit_defaults=True, tag_field="m", tag=
     modules: Sequence[str] = ()
     tmpfs_tmp: bool = False
     mounts: Sequence[Mount] = ()
+    init: str = ""
+    """Who is process 1 from here on: ``agent`` (the same as nothing) or ``image``, the image's own ``/sbin/init``."""
 
 
 class Preparation(Struct, frozen=True, omit_defaults=True, tag_field="m", tag="prepare"):
@@ -344,6 +346,7 @@ _FAMILIES: dict[str, type[StokerError]] = {
     "no_such_group": InvalidRequest,
     "too_many": CapacityExhausted,
     "already_configured": Conflict,
+    "no_init": InvalidRequest,
 }
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,8 +153,8 @@ async def _own_mounts(mode: str) -> list[str]:
     return []
 
 
-async def bootstrap(suite: str, settings: Settings, stage: Stage, progress: Progress) -> Path:
-    """Installs a minimal Debian with apt; returns a tar archive of it inside the stage."""
+async def bootstrap(suite: str, settings: Settings, stage: Stage, progress: Progress, *, options: Sequence[str] = ()) -> Path:
+    """Installs a minimal Debian with apt; returns a tar archive of it inside the stage. ``options`` are mmdebstrap's."""
     _require_tools()
     mode, keyring = _mode(), debian.keyring()
     sources = stage.path / "debian.sources"
@@ -165,7 +166,7 @@ async def bootstrap(suite: str, settings: Settings, stage: Stage, progress: Prog
     # The tree is synced as a whole when it is in the store; dpkg's own syncs cost a quarter of the time. Not left in the image.
     argv += ["--dpkgopt=force-unsafe-io", '--customize-hook=rm "$1"/etc/dpkg/dpkg.cfg.d/99mmdebstrap']
     argv += ['--customize-hook=mv "$1"/etc/apt/sources.list.d/0000debian.sources "$1"/etc/apt/sources.list.d/debian.sources']
-    argv += [suite, "-", sources]
+    argv += [*options, suite, "-", sources]
     name = f"installing Debian {suite}"
     progress.step(name, 0.0, 100.0)
     steps = _Steps(progress, name)
@@ -205,8 +206,16 @@ async def remove_foreign_tree(tree: Path) -> None:
         await run(["mmdebstrap", "--unshare-helper", "rm", "-rf", "--one-file-system", tree], check=False)
 
 
-async def make_ext4(archive: Path, stage: Stage, image: Path, progress: Progress, *, free: int = FREE) -> ext4.Plan:
-    """Makes ``image`` from a tar archive of a root file system."""
+async def make_ext4(
+    archive: Path,
+    stage: Stage,
+    image: Path,
+    progress: Progress,
+    *,
+    free: int = FREE,
+    prepare: Callable[[Path], None] | None = None,
+) -> ext4.Plan:
+    """Makes ``image`` from a tar archive of a root file system. ``prepare`` may change the unpacked tree, in a thread."""
     name = "making the root file system"
     progress.step(name, 0, 4, "unpacking")
     tree = stage.path / "tree"
@@ -225,6 +234,8 @@ async def make_ext4(archive: Path, stage: Stage, image: Path, progress: Progress
     progress.step(name, 1, 4, "measuring")
     script = await asyncio.to_thread(_differences, archive, tree)
     archive.unlink()
+    if prepare is not None:
+        await asyncio.to_thread(prepare, tree)
     blocks, inodes = await asyncio.to_thread(ext4.measure, tree)
     plan = ext4.plan_size(blocks, inodes, free)
     progress.step(name, 2, 4, f"{plan.size >> 20} MiB")

@@ -1,0 +1,10 @@
+"""Tests that run inside the lab VM, a whole host: systemd is process 1, there are device-mapper, WireGuard, VLANs and KVM.
+
+What is collected here runs there (docs/development.md). Kernel and base ``debian:12`` are in the lab's own data directory.
+"""
+
+from __future__ import annotations
+
+from guest_fixtures import accelerator, data_dir, settings, stoker
+
+__all__ = ["accelerator", "data_dir", "settings", "stoker"]
