@@ -3,7 +3,7 @@
  *
  *   stoker-shim --dir DIR [--owner-fd N] [--status-fd N] [--console-fd N] [--console-bytes N]
  *               [--uid U --gid G [--groups G1,G2] [--device PATH]] [--cgroup FILE]
- *               [--net-out N --net-in N --net-deny FILE] [--pass-fd N]... -- VMM ARGV...
+ *               [--net-out N --net-in N --net-deny FILE] [--go-fd N] [--journal SANDBOX] [--pass-fd N]... -- VMM ARGV...
  *
  * It exists so that a machine can outlive the process that started it, and cannot when it must not:
  *
@@ -18,6 +18,10 @@
  *   shim.json: {"boot":"...","shim":{"pid":P,"start":T},"vmm":{"pid":P,"start":T}}        T: field 22 of /proc/PID/stat
  *   exit.json: {"code":N|null,"signal":N|null,"cause":"vmm"|"owner"|"term"|"exec","errno":N,"oom":true|false}
  *   When nothing could be started the status line is {"error":"what","errno":N}.
+ * - With --go-fd (a read end) the VMM is not started before a byte comes; at the pipe's end instead nothing is. Meanwhile somebody puts
+ *   us where everything that we start is to be (a unit of systemd's).
+ * - With --journal both logs go to journald too, line by line, and so do the VMM's start and end. A flood costs the lines beyond
+ *   LINES_PER_SECOND (their number is told), and journald that does not keep up costs its own.
  * - The network filter reads the frames the guest sends (QEMU's filter-redirector: 4 bytes length, big endian, then the frame)
  *   from --net-out and writes those that may pass to --net-in. Frames only come back through us, so without us none passes.
  *   --net-deny: lines "nameserver A.B.C.D" and "deny A.B.C.D/N".
@@ -48,6 +52,7 @@
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -63,7 +68,11 @@ enum { NR_OPEN_TREE = 428, NR_MOVE_MOUNT = 429, NR_FSOPEN = 430, NR_FSCONFIG = 4
 enum { MAX_PASS = 64, MAX_DENY = 4096, MAX_GROUPS = 32, PAUSE_MS = 10 };
 enum { FRAME_MIN = 14, FRAME_MAX = 1514, LENGTH_MAX = 4096 + 65536 + 64, NET_IN = 1 << 17, NET_OUT = 1 << 18 };
 
-static int dir_fd = -1, owner_fd = -1, status_fd = -1, console_fd = -1, cgroup_fd = -1;
+enum { LINE_MAX_BYTES = 1024, LINES_PER_SECOND = 200 };
+#define JOURNAL "/run/systemd/journal/socket"
+
+static int dir_fd = -1, owner_fd = -1, status_fd = -1, console_fd = -1, cgroup_fd = -1, go_fd = -1, journal_fd = -1;
+static const char *sandbox; /* what its lines in the journal are marked with */
 static int pass_fds[MAX_PASS], passed;
 static long uid = -1, gid = -1;
 static const char *device;
@@ -170,14 +179,82 @@ static void publish(const char *name, const char *text, size_t n)
     renameat(dir_fd, beside, dir_fd, name);
 }
 
+/* --------------------------------------------------------------------------------------------------------- journal -- */
+
+/* A host without journald is no error: the files are there in any case. */
+static void journal_open(void)
+{
+    struct sockaddr_un to = {.sun_family = AF_UNIX, .sun_path = JOURNAL};
+    journal_fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (journal_fd >= 0 && connect(journal_fd, (struct sockaddr *)&to, sizeof to) < 0) {
+        close(journal_fd);
+        journal_fd = -1;
+    }
+}
+
+/* One message; the text has no line breaks. What journald has no room for is lost: nobody waits for it. */
+static void journal(int priority, const char *stream, const char *text, size_t n)
+{
+    char message[LINE_MAX_BYTES + 256];
+    if (journal_fd < 0)
+        return;
+    int size = snprintf(message, sizeof message, "PRIORITY=%d\nSYSLOG_IDENTIFIER=stoker\nSTOKER_SANDBOX=%s\nSTOKER_STREAM=%s\nMESSAGE=%.*s\n",
+                        priority, sandbox, stream, (int)n, text);
+    if (size > 0 && size < (int)sizeof message)
+        send(journal_fd, message, (size_t)size, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+static void journal_event(int priority, const char *format, ...)
+{
+    char text[256];
+    va_list words;
+    va_start(words, format);
+    int n = vsnprintf(text, sizeof text, format, words);
+    va_end(words);
+    if (n > 0)
+        journal(priority, "machine", text, (size_t)n < sizeof text ? (size_t)n : sizeof text - 1);
+}
+
 /* ---------------------------------------------------------------------------------------------------- bounded logs -- */
 
 struct log {
-    const char *name;
+    const char *name, *stream;
     int pipe, file;
     size_t size, half;
     long long not_before; /* floods are read at intervals, so that a byte at a time does not cost a wake-up at a time */
+    char line[LINE_MAX_BYTES]; /* the beginning of a line that has not ended, for the journal */
+    size_t begun;
+    long long second; /* of the lines below */
+    unsigned lines, left_out;
 };
+
+static void log_line(struct log *log)
+{
+    long long second = now_ms() / 1000;
+    if (second != log->second) {
+        if (log->left_out)
+            journal_event(5, "%u lines of the %s were left out", log->left_out, log->stream);
+        log->second = second;
+        log->lines = log->left_out = 0;
+    }
+    if (log->begun && log->lines++ < LINES_PER_SECOND)
+        journal(6, log->stream, log->line, log->begun);
+    else if (log->begun)
+        log->left_out++;
+    log->begun = 0;
+}
+
+/* Cuts what came into lines. Control characters go: this ends in somebody's terminal. */
+static void log_journal(struct log *log, const char *bytes, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        unsigned char c = (unsigned char)bytes[i];
+        if (c == '\n' || log->begun == sizeof log->line)
+            log_line(log);
+        if ((c >= ' ' && c != 127) || c == '\t')
+            log->line[log->begun++] = (char)c;
+    }
+}
 
 static void log_open(struct log *log)
 {
@@ -215,6 +292,8 @@ static int log_read(struct log *log, long long now)
     ssize_t got = read(log->pipe, buffer, sizeof buffer);
     if (got > 0) {
         log_write(log, buffer, (size_t)got);
+        if (journal_fd >= 0)
+            log_journal(log, buffer, (size_t)got);
         log->not_before = got == (ssize_t)sizeof buffer ? 0 : now + PAUSE_MS;
         return 1;
     }
@@ -480,6 +559,17 @@ static void write_exit(int status, const char *cause, int error, int oom)
     publish("exit.json", text, (size_t)n);
 }
 
+static int told_to_go(void)
+{
+    char byte;
+    ssize_t got;
+    while ((got = read(go_fd, &byte, 1)) < 0 && errno == EINTR)
+        ;
+    close(go_fd);
+    go_fd = -1;
+    return got == 1;
+}
+
 static pid_t start_vmm(char **argv, struct log *vmm)
 {
     int output[2], errors[2];
@@ -591,15 +681,26 @@ static void supervise(pid_t vmm, int signals, struct log *logs, unsigned long lo
             if (poll(&rest, 1, 0) <= 0 || !log_read(&logs[i], 0))
                 break;
         }
+    /* Whoever ends a whole unit signals the VMM and us: then it may be gone before we were at our own signal. */
+    if (signalled(signals))
+        cause = "term";
     int killed = WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL && !strcmp(cause, "vmm");
-    write_exit(status, cause, 0, killed && oom_kills() > ooms);
+    int oom = killed && oom_kills() > ooms;
+    write_exit(status, cause, 0, oom);
+    for (int i = 0; i < 2 && journal_fd >= 0; i++)
+        log_line(&logs[i]);
+    if (WIFSIGNALED(status))
+        journal_event(strcmp(cause, "vmm") ? 6 : 3, "the machine was ended by signal %d%s%s", WTERMSIG(status),
+                      strcmp(cause, "vmm") ? ", as it was asked to" : "", oom ? ", for lack of memory" : "");
+    else
+        journal_event(WEXITSTATUS(status) ? 3 : 6, "the machine ended with %d", WEXITSTATUS(status));
 }
 
 /* Closes what was not named, so that nothing of the starter's (sockets, databases, other machines' pipes) lives on in us. */
 static void close_others(void)
 {
-    int keep[MAX_PASS + 8], n = 0;
-    int named[] = {dir_fd, owner_fd, status_fd, console_fd, cgroup_fd, net.from, net.to};
+    int keep[MAX_PASS + 9], n = 0;
+    int named[] = {dir_fd, owner_fd, status_fd, console_fd, cgroup_fd, go_fd, net.from, net.to};
     for (size_t i = 0; i < sizeof named / sizeof *named; i++)
         if (named[i] >= 0)
             keep[n++] = named[i];
@@ -648,6 +749,10 @@ static char **options(int argc, char **argv, struct log *logs)
             gid = number(value, 1, INT_MAX, "gid");
         else if (!strcmp(name, "--cgroup"))
             cgroup_fd = open(value, O_WRONLY | O_CLOEXEC);
+        else if (!strcmp(name, "--go-fd"))
+            go_fd = descriptor(value, "go-fd");
+        else if (!strcmp(name, "--journal"))
+            sandbox = value;
         else if (!strcmp(name, "--device"))
             device = value;
         else if (!strcmp(name, "--net-out"))
@@ -714,7 +819,8 @@ int main(int argc, char **argv)
     if (argc == 2 && !strcmp(argv[1], "--tsc-khz"))
         return measure_counter();
     net.from = net.to = -1;
-    struct log logs[2] = {{.name = "console.log", .pipe = -1, .half = 2 << 20}, {.name = "vmm.log", .pipe = -1, .half = 128 << 10}};
+    struct log logs[2] = {{.name = "console.log", .stream = "console", .pipe = -1, .half = 2 << 20},
+                          {.name = "vmm.log", .stream = "vmm", .pipe = -1, .half = 128 << 10}};
     char **command = options(argc, argv, logs);
     close_others();
     umask(077);
@@ -745,8 +851,13 @@ int main(int argc, char **argv)
     logs[0].pipe = console_fd;
     if (console_fd >= 0)
         fcntl(console_fd, F_SETFL, O_NONBLOCK);
+    if (go_fd >= 0 && !told_to_go())
+        return 0;
+    if (sandbox)
+        journal_open();
     unsigned long long ooms = oom_kills();
     pid_t vmm = start_vmm(command, &logs[1]);
+    journal_event(6, "the machine began as process %d", (int)vmm);
     if (cgroup_fd >= 0)
         close(cgroup_fd);
     drop_capabilities();

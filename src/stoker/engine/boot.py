@@ -25,7 +25,7 @@ from stoker.images.progress import NullProgress, Progress
 from stoker.storage.overlay import create_overlay
 from stoker.vmm.accel import verdict
 from stoker.vmm.diagnosis import explain
-from stoker.vmm.machine import Disk, MachineSpec, UserNetwork
+from stoker.vmm.machine import Disk, Gate, MachineSpec, UserNetwork
 from stoker.vmm.qemu.driver import launch
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class MachineRequest:
     workdir: str = ""
     cold: bool = False
     """Always boot; never start from memory that was put away. (There is nothing else yet.)"""
+    gate: Gate | None = None
+    """See :class:`stoker.vmm.machine.MachineSpec`. A machine with one writes to the host's journal."""
     init: str = "agent"
     """``agent``: ours is process 1; ``image``: the image's own ``/sbin/init`` is, and the agent stays beside it."""
 
@@ -251,6 +253,8 @@ async def _boot(
         console_bytes=settings.console_bytes,
         detached=detached,
         cgroup=cgroup,
+        gate=request.gate,
+        journal=request.name if request.gate is not None else "",
     )
     async with AsyncExitStack() as undo:
         machine = await launch(spec, settings)

@@ -7,10 +7,12 @@ fails keeps the disk. The work belongs to the engine: who asked for it may go.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import logging
 import sqlite3
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from stoker.engine.boot import MachineRequest
     from stoker.vmm.driver import Machine
 
-__all__ = ["begin", "cancel", "make_hub"]
+__all__ = ["begin", "cancel", "enter_unit", "make_hub"]
 
 log = logging.getLogger(__name__)
 FAILED_KEPT: Final = 64
@@ -121,11 +123,35 @@ async def _make(core: Core, box: Box, operation: Running) -> Booted:
     if places.cgroup is not None:
         cgroups.create(places.cgroup, limits(box.record))
     trace("create.after_cgroup")
-    booted = await core.booter.boot(
-        machine_request(box.record), places.directory, places.clone, places.cgroup, operation, again=box.record.boots > 0
-    )
+    request = machine_request(box.record)
+    if places.unit is not None:
+        request = dataclasses.replace(request, gate=partial(_enter, core, box))
+    booted = await core.booter.boot(request, places.directory, places.clone, places.cgroup, operation, again=box.record.boots > 0)
     trace("create.after_boot")
     return booted
+
+
+async def enter_unit(core: Core, box: Box, pids: list[int]) -> None:
+    """Puts processes into the machine's unit. :class:`HostError` when systemd does not do it."""
+    record = box.record
+    await core.units.enter(record.id, pids, f"Stoker sandbox {record.label} ({record.request.image})", limits(record))
+
+
+async def _enter(core: Core, box: Box, pid: int) -> None:
+    """Puts a shim that waits into the machine's unit; where systemd does not do it, into a plain control group."""
+    try:
+        await enter_unit(core, box, [pid])
+        trace("unit.after_enter")
+    except HostError as error:
+        log.warning("%s gets no unit: %s", box.id, error)
+        if error.code != "systemd_silent":  # else it may come to be yet
+            await core.ledger.released(box.id, Kind.UNIT)
+        base = await asyncio.to_thread(cgroups.base)
+        if base is not None:
+            group = base / box.id
+            await core.ledger.intend(box.id, Kind.CGROUP, str(group))
+            cgroups.create(group, limits(box.record))
+            cgroups.place(group, pid)
 
 
 def limits(record: Record) -> Limits:
@@ -208,6 +234,16 @@ async def _running(core: Core, box: Box, booted: Booted) -> None:
         with anyio.CancelScope(shield=True):
             await let_go(booted.machine, live)
         raise
+    _serve(core, box, live)
+    if places.unit is not None:
+        core.spawn(core.units.register(box.id, identity.pid), f"machine {box.id}")
+    trace("create.after_running" if record.boots == 0 else "start.after_running")
+    if record.request.start and booted.command:
+        await _main(core, box, live, booted.command)
+
+
+def _serve(core: Core, box: Box, live: Live) -> None:
+    """From here on it is used and watched."""
     box.live = live
     box.rings.restart()
     box.touch()
@@ -216,9 +252,6 @@ async def _running(core: Core, box: Box, booted: Booted) -> None:
     resources = box.record.resources
     core.admission.hold(box.id, owner=box.record.owner, memory=resources.memory, cpus=resources.cpus, disk=resources.disk)
     live.watch = core.spawn(watch(core, box, live), f"watch {box.id}")
-    trace("create.after_running" if record.boots == 0 else "start.after_running")
-    if record.request.start and booted.command:
-        await _main(core, box, live, booted.command)
 
 
 async def let_go(machine: Machine, live: Live) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +24,12 @@ from stoker.engine.admission import Admission, BootQueue
 from stoker.engine.consoles import Console
 from stoker.engine.database import Database
 from stoker.engine.events import Events
-from stoker.engine.ledger import Kind, Ledger
+from stoker.engine.ledger import Entry, Kind, Ledger
 from stoker.engine.metrics import Rings
 from stoker.engine.operations import Operations
+from stoker.engine.release import release
 from stoker.engine.state import WITH_MACHINE, Record, require, to_sandbox
+from stoker.engine.units import Units, unit_name
 from stoker.errors import GuestError, HostError, NotFound
 
 if TYPE_CHECKING:
@@ -91,10 +93,14 @@ class Places:
 
     directory: Path
     clone: Path
+    unit: str | None
     cgroup: Path | None
+    """Where machines are no units."""
 
     def things(self, *, lease: bool, sandbox: str) -> list[tuple[Kind, str]]:
         found = [(Kind.PROCESS, str(self.directory)), (Kind.DIRECTORY, str(self.directory)), (Kind.CLONE, str(self.clone))]
+        if self.unit is not None:
+            found.append((Kind.UNIT, self.unit))
         if self.cgroup is not None:
             found.append((Kind.CGROUP, str(self.cgroup)))
         if lease:
@@ -164,7 +170,9 @@ class Box:
 class Core:
     """The shared parts. Built by :meth:`stoker.engine.engine.Engine.open`."""
 
-    def __init__(self, settings: Settings, database: Database, booter: Booter, *, lease_grace: float, boots: int) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, booter: Booter, *, lease_grace: float, boots: int, units: Units | None = None
+    ) -> None:
         self.settings = settings
         self.database = database
         self.booter = booter
@@ -176,6 +184,7 @@ class Core:
         self.operations = Operations()
         self.boxes: dict[str, Box] = {}
         self.names: dict[tuple[str, str], str] = {}
+        self.units = units or Units()
         self.cgroups: Path | None = None
         self.closing = False
         self.alarm = asyncio.Event()
@@ -205,8 +214,16 @@ class Core:
         return Places(
             self.settings.run_dir / "sandboxes" / sandbox,
             self.settings.data_dir / "pool" / f"{sandbox}.qcow2",
-            self.cgroups / sandbox if self.cgroups else None,
+            unit_name(sandbox) if self.units.usable else None,
+            self.cgroups / sandbox if self.cgroups and not self.units.usable else None,
         )
+
+    async def release(self, entry: Entry, found: Collection[int] | None = None) -> None:
+        """Takes away what an entry of the ledger names. ``found``: its shims, when they have been looked for already."""
+        if entry.kind is Kind.UNIT:
+            await self.units.release(entry.name)
+        else:
+            await release(entry, found)
 
     def ring(self) -> None:
         """Something changed: deadlines, machines."""

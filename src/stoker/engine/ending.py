@@ -9,8 +9,8 @@ from typing import Final
 
 from stoker.api.models import SandboxState
 from stoker.engine.core import Box, Core
-from stoker.engine.ledger import Kind, Ledger
-from stoker.engine.release import clear_directory, release
+from stoker.engine.ledger import OF_A_MACHINE, Kind, Ledger
+from stoker.engine.release import clear_directory
 from stoker.engine.state import require, to_body
 from stoker.engine.trace import trace
 from stoker.errors import Conflict, GuestError, StokerError
@@ -28,7 +28,7 @@ async def release_all(core: Core, box: Box, *, tracing: bool = False) -> None:
     for kind in Kind:
         for entry in entries:
             if entry.kind is kind:
-                await release(entry)
+                await core.release(entry)
         if tracing and kind is not Kind.LEASE:
             trace(f"destroy.after_{kind.value}")
 
@@ -50,13 +50,13 @@ async def detach(box: Box, error: StokerError) -> None:
 async def ended(core: Core, box: Box, state: SandboxState, error: StokerError | None) -> None:
     """The machine is gone, the disk stays: everything else of it goes, and the row says so."""
     for entry in await core.ledger.of(box.id):
-        if entry.kind in (Kind.PROCESS, Kind.CGROUP):
-            await release(entry)
+        if entry.kind in OF_A_MACHINE:
+            await core.release(entry)
     await clear_directory(core.places(box.id).directory)
     await core.save(
         box,
         event="sandbox.state",
-        also=lambda db: Ledger.released_in(db, box.id, (Kind.PROCESS, Kind.CGROUP)),
+        also=lambda db: Ledger.released_in(db, box.id, OF_A_MACHINE),
         state=state,
         error=to_body(error) if error is not None else None,
         ended_at=time.time(),

@@ -56,6 +56,7 @@ from stoker.engine.processes import Processes
 from stoker.engine.reconcile import load_all, private_directory, reconcile
 from stoker.engine.timers import hold_lease, reap
 from stoker.engine.trace import arm
+from stoker.engine.units import Units
 from stoker.engine.upkeep import Upkeep
 from stoker.errors import GuestError, NotFound
 
@@ -110,7 +111,9 @@ class Engine:
             private_directory(settings.run_dir / "sandboxes", 0o711)
             private_directory(settings.data_dir / "pool", 0o711)
             database = await stack.enter_async_context(Database.open(settings.database))
-            core = Core(settings, database, booter, lease_grace=lease_grace, boots=boots or max(2, os.cpu_count() or 1))
+            units = await stack.enter_async_context(Units())
+            width = boots or max(2, os.cpu_count() or 1)
+            core = Core(settings, database, booter, lease_grace=lease_grace, boots=width, units=units)
             keys = Keys(database)
             engine = cls(core, keys, stack)
             stack.push_async_callback(engine._let_go)
@@ -121,7 +124,8 @@ class Engine:
         core = self._core
         from stoker.host import cgroups
 
-        core.cgroups = await asyncio.to_thread(cgroups.base)
+        if not core.units.usable:
+            core.cgroups = await asyncio.to_thread(cgroups.base)
         await self._keys.load()
         await load_all(core)
         await reconcile(core)

@@ -11,6 +11,7 @@ process     the machine's directory (``shim --dir DIR``)   killing the recorded 
                                                            exactly that argument (engine.release)
 directory   ``RUN_DIR/sandboxes/ID``                       removing the tree: sockets, logs, records of the shim
 clone       ``DATA_DIR/pool/ID.qcow2``                     unlinking it
+unit        the machine's scope: ``stoker-ID.scope``       stopping it (engine.units)
 cgroup      the cgroup's directory                         killing what is in it, rmdir
 lease       the sandbox                                    nothing on the host; its sandbox goes with its holder
 ==========  =============================================  =====================================================
@@ -24,25 +25,28 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from stoker.engine.database import Database
 
-__all__ = ["Entry", "Kind", "Ledger"]
+__all__ = ["OF_A_MACHINE", "Entry", "Kind", "Ledger"]
 
 
 class Kind(StrEnum):
     """In the order of release."""
 
     PROCESS = "process"
+    UNIT = "unit"
     CGROUP = "cgroup"
     DIRECTORY = "directory"
     CLONE = "clone"
     LEASE = "lease"
 
 
+OF_A_MACHINE: Final = (Kind.PROCESS, Kind.UNIT, Kind.CGROUP)
+"""What goes with a machine; the rest stays while its sandbox does."""
 _ORDER = {kind: position for position, kind in enumerate(Kind)}
 
 

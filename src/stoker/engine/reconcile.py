@@ -28,7 +28,7 @@ from stoker.engine.core import Box, Core, Live, load
 from stoker.engine.ending import detach, ended, release_all
 from stoker.engine.hub import Started, decode_started
 from stoker.engine.ledger import Entry, Kind, Ledger
-from stoker.engine.release import release, shims
+from stoker.engine.release import shims
 from stoker.engine.state import Record, to_body
 from stoker.engine.watch import verdict_on, watch
 from stoker.errors import GuestError, HostError, StokerError
@@ -79,7 +79,7 @@ async def _orphans(core: Core, entries: list[Entry], found: dict[str, list[int]]
     for entry in entries:
         log.warning("removing %s %s of %s, which is gone", entry.kind.value, entry.name, entry.owner)
         try:
-            await release(entry, found.get(entry.name, []))
+            await core.release(entry, found.get(entry.name, []))
             await core.ledger.released(entry.owner, entry.kind)
         except (StokerError, OSError) as error:
             log.exception("%s %s could not be removed", entry.kind.value, entry.name)

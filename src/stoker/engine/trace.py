@@ -26,6 +26,7 @@ DESTROY = (
     "destroy.before_mark",
     "destroy.after_mark",
     "destroy.after_process",
+    "destroy.after_unit",
     "destroy.after_cgroup",
     "destroy.after_directory",
     "destroy.after_clone",
@@ -34,6 +35,8 @@ DESTROY = (
 STOP = ("stop.after_mark", "stop.after_shutdown", "stop.after_process", "stop.after_stopped")
 START = ("start.after_mark", "start.after_running")
 POINTS = declare(*CREATE, *DESTROY, *STOP, *START)
+UNIT = declare("unit.after_enter")
+"""Only where machines are units of systemd's."""
 UPKEEP = declare(
     "gc.before_item",
     "gc.after_item",

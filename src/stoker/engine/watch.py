@@ -98,6 +98,13 @@ def verdict_on(label: str, exit: MachineExit | None, tail: Sequence[str]) -> tup
         return SandboxState.FAILED, GuestError(
             "guest_panicked", f"the guest of {label} gave up: {panic.strip()[-200:]}", f"stoker logs {label}", console=tuple(tail)
         )
+    if exit is not None and exit.requested:
+        # Not by us: who asks for an end of ours says so in the row, and never gets here.
+        return SandboxState.STOPPED, GuestError(
+            "stopped_outside",
+            f"the machine of {label} was ended from outside: systemctl stop, machinectl terminate, or a SIGTERM to its shim",
+            f"its disk is kept: stoker start {label}",
+        )
     if exit is not None and exit.code == 0:
         return SandboxState.STOPPED, None
     how = "is gone" if exit is None else f"was killed by signal {exit.signal}" if exit.signal else f"ended with {exit.code}"

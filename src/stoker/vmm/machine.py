@@ -5,12 +5,16 @@ A driver gets file paths, sizes and addresses; it knows nothing of images, kerne
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["Accelerator", "Channel", "Disk", "GuestMemory", "MachineExit", "MachineSpec", "UserNetwork"]
+__all__ = ["Accelerator", "Channel", "Disk", "Gate", "GuestMemory", "MachineExit", "MachineSpec", "UserNetwork"]
+
+
+Gate = Callable[[int], Awaitable[None]]
 
 
 class Accelerator(StrEnum):
@@ -96,6 +100,10 @@ class MachineSpec:
     vsock_cid: int = 0
     cgroup: Path | None = None
     """A cgroup v2 directory the VMM starts in."""
+    gate: Gate | None = None
+    """Awaited with the number of the VMM's supervisor before it starts the VMM: whatever that is put into, the VMM is born in."""
+    journal: str = ""
+    """What the machine's lines in the host's journal are marked with; empty: none go there."""
     guest_memory: GuestMemory | None = None
     restore: bool = False
     """True: the machine does not boot, it waits for memory and device state of another that was made from the same values."""

@@ -20,14 +20,14 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stoker.errors import HostError
 from stoker.host.process import ProcessIdentity, boot_id
-from stoker.vmm.machine import MachineExit, UserNetwork
+from stoker.vmm.machine import Gate, MachineExit, UserNetwork
 
 __all__ = ["ShimOptions", "Supervised", "exit_of", "filter_rules", "find", "read_exit", "shim_command", "start"]
 
@@ -50,6 +50,9 @@ class ShimOptions:
     net_out: int | None = None
     net_in: int | None = None
     net_deny: Path | None = None
+    gate: Gate | None = None
+    journal: str = ""
+    """What its lines in the host's journal are marked with; empty: none go there."""
 
     def descriptors(self) -> tuple[int, ...]:
         named = (self.console, self.owner, self.net_out, self.net_in)
@@ -64,8 +67,8 @@ class Supervised:
     vmm: ProcessIdentity
 
 
-def shim_command(shim: Path, options: ShimOptions, status: int, vmm: Sequence[str]) -> list[str]:
-    """The supervisor's command line; ``vmm`` is the VMM's, with the full path of the program first."""
+def shim_command(shim: Path, options: ShimOptions, status: int, vmm: Sequence[str], go: int | None = None) -> list[str]:
+    """The supervisor's command line; ``vmm`` is the VMM's, with the full path of the program first. It waits for ``go``."""
     argv = [str(shim), "--dir", str(options.directory), "--status-fd", str(status)]
     argv += ["--console-fd", str(options.console), "--console-bytes", str(options.console_bytes)]
     if options.owner is not None:
@@ -80,6 +83,10 @@ def shim_command(shim: Path, options: ShimOptions, status: int, vmm: Sequence[st
         argv += ["--cgroup", str(options.cgroup / "cgroup.procs")]
     if options.net_deny is not None:
         argv += ["--net-out", str(options.net_out), "--net-in", str(options.net_in), "--net-deny", str(options.net_deny)]
+    if go is not None:
+        argv += ["--go-fd", str(go)]
+    if options.journal:
+        argv += ["--journal", options.journal]
     for fd in options.passed:
         argv += ["--pass-fd", str(fd)]
     return [*argv, "--", *vmm]
@@ -94,22 +101,32 @@ async def start(shim: Path, options: ShimOptions, vmm: Sequence[str], environmen
     """Starts the pair and returns when the VMM's program runs. The caller closes its copies of the descriptors.
 
     A VMM that cannot be executed is :class:`HostError` ``vmm_not_started``. On any failure the pair is ended before this returns.
+    With a gate the VMM starts when that returns, in whatever it has put the shim into.
     """
     status, theirs = os.pipe2(os.O_CLOEXEC)
     with ExitStack() as undo:
         undo.callback(os.close, status)
-        try:
+        waits = go = None
+        with ExitStack() as ends:
+            ends.callback(os.close, theirs)
+            if options.gate is not None:
+                waits, go = os.pipe2(os.O_CLOEXEC)
+                ends.callback(os.close, waits)
+                undo.callback(os.close, go)
             # dup2 onto itself is posix_spawn's way to let a descriptor through; nothing becomes inheritable in this process.
-            actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (theirs, *options.descriptors())]
+            let_through = (theirs, *options.descriptors(), *(() if waits is None else (waits,)))
+            actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in let_through]
             # A detached machine must not hold open the pipe that somebody reads our own output from.
             actions.append((os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0))
             actions += [(os.POSIX_SPAWN_DUP2, 0, fd) for fd in (1, 2)]
-            words = shim_command(shim, options, theirs, vmm)
+            words = shim_command(shim, options, theirs, vmm, waits)
             pid = os.posix_spawn(shim, words, environment, file_actions=actions)  # noqa: ASYNC221 - a vfork, no waiting
-        finally:
-            os.close(theirs)
         with ExitStack() as failed:
             failed.callback(_end_child, pid)
+            if options.gate is not None and go is not None:
+                await options.gate(pid)
+                with suppress(BrokenPipeError):
+                    os.write(go, b"g")  # gone already: its status pipe says why
             try:
                 async with asyncio.timeout(START_TIMEOUT):
                     line = await _read_line(status)

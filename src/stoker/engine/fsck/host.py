@@ -140,7 +140,7 @@ async def entries(scene: Scene) -> list[Finding]:
             continue
 
         async def mend(entry: Entry = entry) -> None:
-            await release(entry)
+            await core.release(entry)
             await core.ledger.released(entry.owner, entry.kind)
 
         what = f"an entry in the ledger of {entry.owner}, which is gone"

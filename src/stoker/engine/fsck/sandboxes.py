@@ -7,19 +7,21 @@ import os
 from functools import partial
 from typing import Final
 
+from stoker.engine.build import enter_unit
 from stoker.engine.core import Box, Places
 from stoker.engine.fsck.finding import Finding, Mend, Scene
-from stoker.engine.ledger import Entry, Kind, Ledger
+from stoker.engine.ledger import OF_A_MACHINE, Entry, Kind, Ledger
 from stoker.engine.reconcile import settle
 from stoker.engine.release import CONSOLE, clear_directory, end_processes, release, shims
 from stoker.engine.state import TRANSIENT, WITH_MACHINE
+from stoker.engine.units import unit_name
+from stoker.host.systemd import unit_of
 from stoker.vmm.shim import Supervised
 from stoker.vmm.shim import find as find_machine
 
 __all__ = ["examine", "is_busy"]
 
 SOCKETS: Final = ("agent.sock", "qmp.sock")
-OF_A_MACHINE: Final = (Kind.PROCESS, Kind.CGROUP)
 
 
 def is_busy(box: Box) -> bool:
@@ -40,11 +42,16 @@ async def examine(scene: Scene, box: Box) -> list[Finding]:
         return [Finding("sandbox", box.id, "somebody at work on it", f"{state}, and nobody is", box.id, "finish it", mend)]
     machine = await asyncio.to_thread(find_machine, places.directory)
     if record.state in WITH_MACHINE:
-        found = _machine(scene, box, machine) or [
-            *_booked(scene, box, places, entries, machine),
-            *_identity(scene, box, places, entries, machine),
-            *_files(box, places, running=True),
-        ]
+        scene.count("process")
+        if machine is None or (scene.online and box.live is None):
+            found = [_unwatched(scene, box, machine)]
+        else:
+            found = [
+                *_booked(scene, box, places, entries, machine),
+                *_identity(scene, box, places, entries, machine),
+                *await _unit(scene, box, entries, machine),
+                *_files(box, places, running=True),
+            ]
     elif record.boots:
         found = [*await _no_machine(scene, box, places, entries, machine), *_files(box, places, running=False)]
         found += _booked(scene, box, places, entries, None)
@@ -53,17 +60,14 @@ async def examine(scene: Scene, box: Box) -> list[Finding]:
     return found + (_reservation(scene, box) if scene.online else [])
 
 
-def _machine(scene: Scene, box: Box, machine: Supervised | None) -> list[Finding]:
+def _unwatched(scene: Scene, box: Box, machine: Supervised | None) -> Finding:
     """A running one has a machine, and a serving engine watches it."""
     mend = partial(settle, scene.core, box)
-    directory = str(scene.core.places(box.id).directory)
-    scene.count("process")
     if machine is None:
-        return [Finding("process", directory, "its VMM and shim", "none", box.id, "end it; its disk stays", mend)]
-    if scene.online and box.live is None:
-        found = f"process {machine.vmm.pid}, unwatched"
-        return [Finding("sandbox", box.id, "a machine that is watched", found, box.id, "adopt it", mend)]
-    return []
+        directory = str(scene.core.places(box.id).directory)
+        return Finding("process", directory, "its VMM and shim", "none", box.id, "end it; its disk stays", mend)
+    found = f"process {machine.vmm.pid}, unwatched"
+    return Finding("sandbox", box.id, "a machine that is watched", found, box.id, "adopt it", mend)
 
 
 def _booked(scene: Scene, box: Box, places: Places, entries: list[Entry], machine: Supervised | None) -> list[Finding]:
@@ -73,7 +77,7 @@ def _booked(scene: Scene, box: Box, places: Places, entries: list[Entry], machin
     running = machine is not None
     found = []
     for kind, name in places.things(lease=False, sandbox=box.id):
-        if (kind, name) in have or (not running and kind in OF_A_MACHINE):
+        if (kind, name) in have or (not running and kind in OF_A_MACHINE) or kind is Kind.UNIT:
             continue
 
         async def mend(kind: Kind = kind, name: str = name) -> None:
@@ -89,9 +93,8 @@ def _detail(machine: Supervised) -> dict[str, int]:
     return {"pid": machine.vmm.pid, "start": machine.vmm.start}
 
 
-def _identity(scene: Scene, box: Box, places: Places, entries: list[Entry], machine: Supervised | None) -> list[Finding]:
+def _identity(scene: Scene, box: Box, places: Places, entries: list[Entry], machine: Supervised) -> list[Finding]:
     """The ledger's process is the one that runs."""
-    assert machine is not None
     now = _detail(machine)
     name = str(places.directory)
     booked = next((entry for entry in entries if entry.kind is Kind.PROCESS and entry.name == name), None)
@@ -100,6 +103,28 @@ def _identity(scene: Scene, box: Box, places: Places, entries: list[Entry], mach
     mend = partial(scene.core.ledger.live, box.id, Kind.PROCESS, name, now)
     found = f"{booked.detail.get('pid', 'none')} in the ledger"
     return [Finding("process", name, f"process {machine.vmm.pid}", found, box.id, "write it down", mend)]
+
+
+async def _unit(scene: Scene, box: Box, entries: list[Entry], machine: Supervised) -> list[Finding]:
+    """The machine is in the unit that the ledger has, and the ledger has the unit that it is in."""
+    core, name = scene.core, unit_name(box.id)
+    where = await asyncio.to_thread(unit_of, machine.vmm.pid)
+    inside = where is not None and where[0] == name
+    booked = any(entry.kind is Kind.UNIT for entry in entries)
+    if inside == booked:
+        return []
+    if inside:
+
+        async def adopt() -> None:
+            await core.ledger.intend(box.id, Kind.UNIT, name)
+            await core.ledger.live(box.id, Kind.UNIT, name)
+
+        return [Finding("unit", name, "an entry in the ledger", "none", box.id, "adopt it", adopt)]
+    found = f"process {machine.vmm.pid} in {where[0] if where else 'no unit'}"
+    if not core.units.usable:
+        return [Finding("unit", name, "the machine in its unit", found, box.id)]
+    mend = partial(enter_unit, core, box, [machine.shim.pid, machine.vmm.pid])
+    return [Finding("unit", name, "the machine in its unit", found, box.id, "put it back into one", mend)]
 
 
 def _files(box: Box, places: Places, *, running: bool) -> list[Finding]:
@@ -164,7 +189,7 @@ async def _nothing(scene: Scene, box: Box, places: Places, entries: list[Entry])
 
 def _let_go(scene: Scene, entry: Entry) -> Mend:
     async def mend() -> None:
-        await release(entry)
+        await scene.core.release(entry)
         await scene.core.database.write(lambda db: Ledger.released_in(db, entry.owner, [entry.kind]))
 
     return mend

@@ -83,6 +83,8 @@ def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened
         groups=groups,
         device=device,
         cgroup=spec.cgroup,
+        gate=spec.gate,
+        journal=spec.journal,
         net_out=net_out,
         net_in=net_in,
         net_deny=rules,
