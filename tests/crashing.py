@@ -78,7 +78,8 @@ async def whole(engine: Engine, data: Path, run: Path) -> dict[str, SandboxState
     living = {box.id for box in boxes if box.state in (SandboxState.RUNNING, SandboxState.FROZEN, SandboxState.LOST)}
     with_disk = living | {box.id for box in boxes if box.started_at is not None}
     assert not [box for box in boxes if box.state in (SandboxState.CREATING, SandboxState.STOPPING)], boxes
-    assert {entry.name for entry in os.scandir(data / "pool")} == {f"{name}.qcow2" for name in with_disk}
+    assert {entry.name for entry in os.scandir(data / "pool" / "clones")} == with_disk
+    assert {path.name for path in (data / "pool" / "bases").glob("*/refs/*")} == with_disk
     assert {entry.name for entry in os.scandir(run / "sandboxes")} == with_disk
     assert machines(run) == living
     owned = await engine._core.ledger.all()

@@ -18,12 +18,14 @@ from typing import Any
 
 from guest_host import children
 from stoker.engine.core import Booted
+from stoker.engine.pools import MakeDisk
 from stoker.engine.trace import trace
 from stoker.errors import GuestError
 from stoker.guest.agent import Agent
 from stoker.guest.channel import connect
 from stoker.host.binaries import agent_path
 from stoker.host.process import ProcessIdentity, boot_id, wait_pidfd
+from stoker.storage.strategy import Base
 from stoker.vmm.machine import MachineExit
 
 
@@ -103,7 +105,7 @@ class HostBooter:
     def __init__(self, faults: Faults | None = None) -> None:
         self.faults = faults or Faults()
 
-    async def boot(self, request: Any, directory: Path, clone: Path, cgroup: Path | None, progress: Any, *, again: bool) -> Booted:
+    async def boot(self, request: Any, directory: Path, disk: MakeDisk, cgroup: Path | None, progress: Any) -> Booted:
         faults = self.faults
         faults.boots += 1
         faults.running += 1
@@ -113,15 +115,15 @@ class HostBooter:
         try:
             if faults.before is not None:
                 await faults.before()
-            return await self._start(request, directory, clone, again)
+            return await self._start(request, directory, disk)
         finally:
             faults.running -= 1
 
-    async def _start(self, request: Any, directory: Path, clone: Path, again: bool) -> Booted:
-        if again:
-            assert clone.exists(), "a start without its disk"
-        else:
-            clone.touch(exist_ok=False)
+    async def _start(self, request: Any, directory: Path, disk: MakeDisk) -> Booted:
+        base = directory.parent.parent / "base.img"
+        if not base.exists():
+            base.write_bytes(b"base" * (256 << 10))
+        await disk(Base(base, 1 << 20), 0)
         trace("boot.after_clone")
         console = os.open(directory / "console.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
         os.write(console, f"boot of {request.name}\n".encode())

@@ -47,6 +47,11 @@ class Settings:
     budget_cpus: int = 0
     budget_disk: int = 0
     max_sandboxes: int = 1000
+    pool: str = "auto"
+    """Where new disks go: ``auto`` (a pool with a file system of its own, made where the data directory cannot share blocks and the
+    daemon is root's), ``directory`` (the data directory itself), or the name of a pool."""
+    pool_strategy: str = "auto"
+    """How disks are made: ``auto``, ``qcow2``, ``dm-snapshot``, ``reflink`` or ``copy``."""
 
     @property
     def socket(self) -> Path:

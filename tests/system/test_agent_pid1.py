@@ -9,6 +9,7 @@ import anyio
 import pytest
 
 from stoker.engine.boot import MachineRequest, boot
+from stoker.engine.run import overlay_at
 from stoker.settings import Settings
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
@@ -25,7 +26,11 @@ async def test_the_agents_own_tests_as_pid_1(settings: Settings, short_dir: Path
     directory = short_dir / "machine"
     directory.mkdir()
     live = await boot(
-        MachineRequest("agent", "debian:12", network="none"), settings, directory, directory / "disk.qcow2", detached=False
+        MachineRequest("agent", "debian:12", network="none"),
+        settings,
+        directory,
+        overlay_at(directory / "disk.qcow2"),
+        detached=False,
     )
     try:
         assert live.agent.welcome.pid == 1

@@ -91,7 +91,7 @@ async def base(settings: Settings, short_dir: Path) -> AsyncIterator[Base]:
         cmdline=(),
         cpus=2,
         memory=MEMORY,
-        disks=(Disk(name="root", path=directory / "root.qcow2", format="qcow2", backing=rootfs.path),),
+        disks=(Disk(name="root", path=directory / "root.qcow2", format="qcow2", backing=(rootfs.path,)),),
         network=None,
         accelerator=accel.accelerator,
         cpu=accel.cpu,

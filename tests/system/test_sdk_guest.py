@@ -68,7 +68,7 @@ def home(session_root: Path, data_dir: Path, accelerator: str) -> Iterator[Comma
         else:
             os.environ[name] = value
     assert not wait_gone(lambda: [str(process) for process in processes(directory)])
-    assert not list((settings.run_dir / "sandboxes").iterdir()) and not list((settings.data_dir / "pool").iterdir())
+    assert not list((settings.run_dir / "sandboxes").iterdir()) and not list((settings.data_dir / "pool" / "clones").iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ async def test_disks_come_in_order_and_stay_apart(settings: Settings, guest: Gue
     more = tuple(Disk(f"more{number}", short_dir / f"more{number}", "raw") for number in range(8))
     for disk in more:
         disk.path.write_bytes(f"{disk.name:<16}".encode() + bytes(MIB - 16))
-    disks = (Disk("root", overlay, "qcow2", backing=base), Disk("second", raw, "raw", read_only=True), *more)
+    disks = (Disk("root", overlay, "qcow2", backing=(base,)), Disk("second", raw, "raw", read_only=True), *more)
     machine = await launch(probe_spec(guest.kernel, guest.initrd, short_dir / "m", "probe=disks", disks=disks), settings)
     try:
         lines = await console_says(machine, "probe ends")

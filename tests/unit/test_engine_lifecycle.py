@@ -63,7 +63,7 @@ async def clean(engine: Engine) -> None:
 
 def nothing_left(settings: Settings, engine: Engine) -> None:
     assert list((settings.run_dir / "sandboxes").iterdir()) == []
-    assert list((settings.data_dir / "pool").iterdir()) == []
+    assert list((settings.data_dir / "pool" / "clones").iterdir()) == []
 
 
 async def owned(engine: Engine) -> list[str]:
@@ -255,8 +255,9 @@ async def test_stop_keeps_the_disk_and_start_boots_from_it(settings: Settings) -
     faults = Faults()
     async with opened(settings, faults) as engine:
         box = await make(engine, env={"A": "1"})
-        clone = settings.data_dir / "pool" / f"{box.id}.qcow2"
-        clone.write_text("written by the guest")
+        clone = settings.data_dir / "pool" / "clones" / box.id / "disk.0"
+        with clone.open("ab") as disk:
+            disk.write(b"written by the guest")
         stopped = await engine.stop(ADMIN, box.id, 0.0)
         assert stopped.state is S.STOPPED and stopped.ended_at is not None
         assert engine._core.admission.totals().memory == 0 and engine._core.admission.totals().sandboxes == 1
@@ -265,7 +266,7 @@ async def test_stop_keeps_the_disk_and_start_boots_from_it(settings: Settings) -
         assert operation.kind == "start"
         assert (await engine.wait_operation(ADMIN, operation.id, 10)).state is OperationState.SUCCEEDED
         again = await engine.get(ADMIN, box.id)
-        assert again.state is S.RUNNING and clone.read_text() == "written by the guest"
+        assert again.state is S.RUNNING and clone.read_bytes().endswith(b"written by the guest")
         assert faults.boots == 2
         await clean(engine)
         nothing_left(settings, engine)

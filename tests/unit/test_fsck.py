@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import sqlite3
@@ -18,6 +19,7 @@ from stoker.api.models import CreateSandbox, Difference, FsckReport, Principal, 
 from stoker.engine.engine import Engine
 from stoker.engine.fsck.check import check_offline
 from stoker.engine.ledger import Kind
+from stoker.engine.pools import Pools
 from stoker.errors import Conflict
 from stoker.host.process import ProcessIdentity
 from stoker.images.store import Store
@@ -88,11 +90,12 @@ async def test_a_host_in_order(settings: Settings) -> None:
 async def test_things_of_nobody(settings: Settings) -> None:
     async with opened(settings) as engine:
         await make(engine, "bystander")
-        directory, clone = settings.run_dir / "sandboxes" / STRANGER, settings.data_dir / "pool" / f"{STRANGER}.qcow2"
+        directory, clone = settings.run_dir / "sandboxes" / STRANGER, settings.data_dir / "pool" / "clones" / STRANGER
         with shim(directory) as process:
             while not (directory / "shim.json").exists():
                 await asyncio.sleep(0.01)
-            clone.write_bytes(b"disk")
+            clone.mkdir()
+            (clone / "disk.0").write_bytes(b"disk")
             await mends(engine, ("process", str(process.pid)), ("directory", str(directory)), ("clone", str(clone)))
             assert process.wait(5) in (0, -9)
         assert not directory.exists() and not clone.exists()
@@ -113,7 +116,7 @@ async def test_what_belongs_to_another_data_directory(settings: Settings, short_
 
 async def test_names_that_are_not_ours_are_told_and_left(settings: Settings) -> None:
     async with opened(settings) as engine:
-        notes, other = settings.data_dir / "pool" / "notes.txt", settings.run_dir / "sandboxes" / "mine"
+        notes, other = settings.data_dir / "pool" / "clones" / "notes.txt", settings.run_dir / "sandboxes" / "mine"
         notes.write_text("mine")
         other.mkdir()
         for repair in (False, True):
@@ -126,8 +129,8 @@ async def test_names_that_are_not_ours_are_told_and_left(settings: Settings) -> 
 
 async def test_entries_of_the_ledger_whose_sandbox_is_gone(settings: Settings) -> None:
     async with opened(settings) as engine:
-        clone = settings.data_dir / "pool" / f"{STRANGER}.qcow2"
-        clone.touch()
+        clone = settings.data_dir / "pool" / "clones" / STRANGER
+        clone.mkdir()
         await engine._core.ledger.intend(STRANGER, Kind.CLONE, str(clone))
         await engine._core.ledger.intend(STRANGER, Kind.DIRECTORY, str(settings.run_dir / "sandboxes" / STRANGER))
         await mends(
@@ -189,7 +192,7 @@ async def test_a_disk_that_is_gone_is_told(settings: Settings) -> None:
     async with opened(settings) as engine:
         sandbox = await make(engine, "box", stopped=True)
         clone = engine._core.places(sandbox).clone
-        clone.unlink()
+        shutil.rmtree(clone)
         report = await engine.upkeep.fsck(repair=True)
         assert told(report) == [("clone", str(clone))] and not report.clean and report.differences[0].repair == ""
         assert report.differences[0].sandbox == sandbox
@@ -260,16 +263,17 @@ async def test_machines_of_single_commands(settings: Settings) -> None:
         me = ProcessIdentity.of(os.getpid())
         for name in (f"run-{me.pid}-{me.start}", f"run-{me.pid}-{me.start + 1}", "run-4194305-7"):
             (settings.run_dir / "runs" / name).mkdir(parents=True)
-            (settings.data_dir / "pool" / f"{name}.qcow2").touch()
+            (settings.data_dir / "runs").mkdir(exist_ok=True)
+            (settings.data_dir / "runs" / f"{name}.qcow2").touch()
         gone = [f"run-{me.pid}-{me.start + 1}", "run-4194305-7"]
         await mends(
             engine,
             *[("directory", str(settings.run_dir / "runs" / name)) for name in gone],
-            *[("clone", str(settings.data_dir / "pool" / f"{name}.qcow2")) for name in gone],
+            *[("clone", str(settings.data_dir / "runs" / f"{name}.qcow2")) for name in gone],
         )
         assert os.listdir(settings.run_dir / "runs") == [f"run-{me.pid}-{me.start}"]
         shutil.rmtree(settings.run_dir / "runs")
-        (settings.data_dir / "pool" / f"run-{me.pid}-{me.start}.qcow2").unlink()
+        (settings.data_dir / "runs" / f"run-{me.pid}-{me.start}.qcow2").unlink()
 
 
 async def test_a_create_in_progress_is_nobodys_difference(settings: Settings) -> None:
@@ -369,7 +373,7 @@ async def test_killed_while_it_mends(settings: Settings, point: str) -> None:
         await first.sure(do="create", image="host", name="bystander")
         for name in names:
             (run / "sandboxes" / name).mkdir()
-            (data / "pool" / f"{name}.qcow2").touch()
+            stray_disk(data / "pool" / "clones" / name)
         await first.sure(do="arm", point=point)
         assert await first.ask(do="fsck", repair=True) is None
     async with opened(settings) as engine:
@@ -379,12 +383,25 @@ async def test_killed_while_it_mends(settings: Settings, point: str) -> None:
         assert await whole(engine, data, run) == {"bystander": S.RUNNING}
 
 
+def fails(pools: Pools, path: Path) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+
+def stray_disk(path: Path) -> None:
+    """A whole disk of the pool that belongs to no sandbox."""
+    path.mkdir()
+    (path / "disk.0").write_bytes(b"disk")
+    (path / "record").symlink_to("qcow2:0:-:-:disk.0")
+
+
 async def test_a_repair_that_fails_is_told_and_the_rest_goes_on(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     async with opened(settings) as engine:
-        clone, directory = settings.data_dir / "pool" / f"{STRANGER}.qcow2", settings.run_dir / "sandboxes" / STRANGER
-        clone.mkdir()
+        clone, directory = settings.data_dir / "pool" / "clones" / STRANGER, settings.run_dir / "sandboxes" / STRANGER
+        stray_disk(clone)
         directory.mkdir()
+        monkeypatch.setattr(Pools, "remove", fails)
         report = await engine.upkeep.fsck(repair=True)
         [failed] = [one for one in report.differences if one.error]
         assert failed.name == str(clone) and not failed.repaired and not report.clean and not directory.exists()
-        clone.rmdir()
+        monkeypatch.undo()
+        assert (await engine.upkeep.fsck(repair=True)).clean and not clone.exists()

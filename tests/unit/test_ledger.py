@@ -14,8 +14,10 @@ import pytest
 
 from stoker.engine.database import Database
 from stoker.engine.ledger import Entry, Kind, Ledger
+from stoker.engine.pools import Pools
 from stoker.engine.release import clear_directory, end_processes, release, shims
 from stoker.host.process import ProcessIdentity, boot_id
+from stoker.settings import Settings
 
 pytestmark = pytest.mark.anyio
 FAKE_SHIM = Path("/tmp")
@@ -29,6 +31,10 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
 
 def entry(kind: Kind, name: Path | str) -> Entry:
     return Entry(kind, str(name), "sb-a", False, {})
+
+
+def pools(directory: Path) -> Pools:
+    return Pools(Settings(directory / "data", directory / "run", directory / "none.toml"))
 
 
 async def test_what_is_owned(database: Database) -> None:
@@ -53,21 +59,19 @@ async def test_what_is_owned(database: Database) -> None:
 
 async def test_releasing_what_never_was(tmp_path: Path) -> None:
     for kind in Kind:
-        await release(entry(kind, tmp_path / "nothing"))
+        await release(entry(kind, tmp_path / "nothing"), pools(tmp_path))
 
 
 async def test_releasing_files_twice(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").touch()
-    directory, clone = tmp_path / "sb", tmp_path / "sb.qcow2"
+    directory = tmp_path / "sb"
     (directory / "deep").mkdir(parents=True)
     (directory / "deep" / "link").symlink_to(outside)
-    clone.touch()
     for _ in range(2):
-        await release(entry(Kind.DIRECTORY, directory))
-        await release(entry(Kind.CLONE, clone))
-    assert not directory.exists() and not clone.exists()
+        await release(entry(Kind.DIRECTORY, directory), pools(tmp_path))
+    assert not directory.exists()
     assert (outside / "precious").exists()
 
 

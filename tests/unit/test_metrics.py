@@ -64,7 +64,8 @@ def test_rings_are_compact() -> None:
 
 def test_the_host_knows_this_process(tmp_path: Path) -> None:
     clone = tmp_path / "c"
-    clone.write_bytes(b"x" * 100_000)
+    clone.mkdir()
+    (clone / "disk.0").write_bytes(b"x" * 100_000)
     sample = read_host(os.getpid(), clone)
     assert sample is not None and sample.cpu > 0 and sample.memory > 1 << 20 and sample.disk >= 100_000
     assert read_host(2**22 - 1, clone) is None

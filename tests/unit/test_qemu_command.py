@@ -28,11 +28,11 @@ PLAIN = MachineSpec(
     cmdline=("stoker.debug=1",),
     cpus=1,
     memory=512 * MIB,
-    disks=(Disk("root", Path("/o"), "qcow2", backing=Path("/b")),),
+    disks=(Disk("root", Path("/o"), "qcow2", backing=(Path("/b"),)),),
     network=None,
     accelerator=Accelerator.TCG,
 )
-HANDLES = Handles(monitor=10, console=11, kernel="/proc/self/fd/12", initrd="/i", agent=13, disks=(DiskHandles(14, 15),))
+HANDLES = Handles(monitor=10, console=11, kernel="/proc/self/fd/12", initrd="/i", agent=13, disks=(DiskHandles(14, (15,)),))
 NETWORK = UserNetwork("52:54:00:53:4b:02", "10.0.2.15/24", "10.0.2.2", "10.0.2.3", ("10.0.0.0/8",))
 
 GOLDEN = """
@@ -48,7 +48,7 @@ GOLDEN = """
 -blockdev BLOCKDEV
 -chardev socket,id=agent,fd=13,server=on,wait=off
 -object rng-builtin,id=rng
--device virtio-blk-device,drive=disk0,serial=root,bus=virtio-mmio-bus.23
+-device virtio-blk-device,drive=disk0,serial=root,werror=stop,rerror=report,bus=virtio-mmio-bus.23
 -device virtio-serial-device,bus=virtio-mmio-bus.22
 -device virtio-rng-device,rng=rng,bus=virtio-mmio-bus.21
 -device virtserialport,chardev=agent,name=stoker.agent
@@ -111,22 +111,45 @@ def test_processors_by_accelerator_and_version() -> None:
     assert "tsc_early_khz" not in kernel_cmdline(PLAIN, QEMU10)
 
 
+def test_a_chain_of_layers_and_a_block_device() -> None:
+    layers = (Path("/newer"), Path("/older"), Path("/base"))
+    disks = (Disk("a", Path("/a"), "qcow2", backing=layers), Disk("b", Path("/dev/dm-0"), "raw"))
+    handles = replace(HANDLES, disks=(DiskHandles(20, (21, 22, 23)), DiskHandles(24, device=True)))
+    assert handles.descriptors() == (10, 11, 13, 20, 21, 22, 23, 24)
+    argv = command(replace(PLAIN, disks=disks), QEMU7, handles)
+    first, second = map(json.loads, option(argv, "-blockdev"))
+    found = []
+    node = first
+    while node is not None:
+        found.append((node["node-name"], node["driver"], node["read-only"], node["file"]["filename"], "backing" in node))
+        node = node.get("backing")
+    assert found == [
+        ("disk0", "qcow2", False, "/dev/fdset/2", True),
+        ("disk0-layer0", "qcow2", True, "/dev/fdset/3", True),
+        ("disk0-layer1", "qcow2", True, "/dev/fdset/4", True),
+        ("disk0-base", "raw", True, "/dev/fdset/5", False),
+    ]
+    assert (second["driver"], second["file"]["driver"], second["file"]["discard"]) == ("raw", "host_device", "unmap")
+    with pytest.raises(InvalidRequest, match="nothing lies below"):
+        command(replace(PLAIN, disks=(Disk("a", Path("/a"), "raw", backing=(Path("/b"),)),)), QEMU7, HANDLES)
+
+
 def test_disks() -> None:
     disks = (
         Disk("a", Path("/a"), "raw", read_only=True),
         Disk("b", Path("/b"), "qcow2", flush=True),
-        Disk("c", Path("/c"), "qcow2", backing=Path("/d"), backing_format="qcow2"),
+        Disk("c", Path("/c"), "qcow2", backing=(Path("/d"),), backing_format="qcow2"),
     )
-    handles = replace(HANDLES, disks=(DiskHandles(20), DiskHandles(21), DiskHandles(22, 23)))
+    handles = replace(HANDLES, disks=(DiskHandles(20), DiskHandles(21), DiskHandles(22, (23,))))
     argv = command(replace(PLAIN, disks=disks), QEMU7, handles)
     first, second, third = map(json.loads, option(argv, "-blockdev"))
     assert first["read-only"] and first["file"]["read-only"] and "backing" not in first
     assert second["cache"] == {"direct": False, "no-flush": False} and second["backing"] is None
     assert third["backing"]["driver"] == "qcow2" and third["backing"]["backing"] is None, "no header's word is taken"
     assert [text for text in option(argv, "-device") if "blk" in text] == [
-        "virtio-blk-device,drive=disk0,serial=a,bus=virtio-mmio-bus.23",
-        "virtio-blk-device,drive=disk1,serial=b,bus=virtio-mmio-bus.22",
-        "virtio-blk-device,drive=disk2,serial=c,bus=virtio-mmio-bus.21",
+        "virtio-blk-device,drive=disk0,serial=a,werror=stop,rerror=report,bus=virtio-mmio-bus.23",
+        "virtio-blk-device,drive=disk1,serial=b,werror=stop,rerror=report,bus=virtio-mmio-bus.22",
+        "virtio-blk-device,drive=disk2,serial=c,werror=stop,rerror=report,bus=virtio-mmio-bus.21",
     ]
     assert handles.descriptors() == (10, 11, 13, 20, 21, 22, 23)
 

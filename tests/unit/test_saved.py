@@ -92,7 +92,7 @@ def test_a_fingerprint_tells_what_matters_from_what_does_not(tmp_path: Path) -> 
         cmdline=(),
         cpus=1,
         memory=256 << 20,
-        disks=(Disk(name="root", path=tmp_path / "a/disk", format="qcow2", backing=tmp_path / "root"),),
+        disks=(Disk(name="root", path=tmp_path / "a/disk", format="qcow2", backing=(tmp_path / "root",)),),
         network=None,
         accelerator=Accelerator.TCG,
         guest_memory=GuestMemory(7),

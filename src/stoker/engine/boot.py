@@ -1,7 +1,7 @@
 """From a request to a running machine that answers: the one place where images, storage, network, vmm and guest meet.
 
-What a boot makes is a process (the shim and its VMM), the files in the machine's ``directory`` (sockets, logs, records) and the
-clone of its disk at ``clone``. A failed boot ends the process; the caller, who chose both places, owns the files and removes them.
+What a boot makes is a process (the shim and its VMM) and the files in the machine's ``directory`` (sockets, logs, records); its
+disk is made by the caller's ``disk``. A failed boot ends the process; the caller owns files and disk and removes them.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from stoker.host.binaries import agent_path
 from stoker.images.initramfs import build_initramfs
 from stoker.images.inventory import held_image, held_kernel
 from stoker.images.progress import NullProgress, Progress
-from stoker.storage.overlay import create_overlay
+from stoker.storage.strategy import Base
 from stoker.vmm.accel import verdict
 from stoker.vmm.diagnosis import explain
 from stoker.vmm.machine import Disk, Gate, MachineSpec, UserNetwork
 from stoker.vmm.qemu.driver import launch
 
 if TYPE_CHECKING:
+    from stoker.engine.pools import MakeDisk
     from stoker.guest.agent import Agent
     from stoker.images.kernel import Kernel
     from stoker.images.rootfs import RootFilesystem
     from stoker.settings import Settings
+    from stoker.storage.strategy import Clone
     from stoker.vmm.driver import Machine
 
 __all__ = ["LiveMachine", "MachineRequest", "boot"]
@@ -77,6 +79,7 @@ class LiveMachine:
     agent: Agent
     rootfs: RootFilesystem
     kernel: Kernel
+    disk: Clone
     timings: dict[str, float] = field(default_factory=dict)
     accelerator: str = ""
     held: ExitStack = field(default_factory=ExitStack)
@@ -130,7 +133,8 @@ def configuration(request: MachineRequest, rootfs: RootFilesystem, network: User
             device="/dev/vda",
             fstype=rootfs.fstype,
             # Else the guest's kernel writes zeros over every unused inode table in the background: all of it into the clone.
-            options="noinit_itable" if rootfs.fstype == "ext4" else "",
+            # What it deletes is given back to the host.
+            options="noinit_itable,discard" if rootfs.fstype == "ext4" else "",
             grow=request.disk > rootfs.size,
         ),
         hostname=hostname,
@@ -180,37 +184,36 @@ async def _first_word(machine: Machine, deadline: float) -> Agent:
         await asyncio.gather(ended, spoken, return_exceptions=True)
 
 
-def _clone(request: MachineRequest, rootfs: RootFilesystem, clone: Path) -> None:
-    """The machine's own disk: an empty overlay over its root file system."""
+async def _clone(request: MachineRequest, rootfs: RootFilesystem, disk: MakeDisk) -> Clone:
+    """The machine's own disk, upon its root file system."""
     if request.disk and request.disk < rootfs.size:
         raise InvalidRequest(
             "disk_too_small",
             f"{request.image} needs {rootfs.size // MIB} MiB of disk, more than {request.disk // MIB} MiB",
             f"--disk {rootfs.size // MIB}M or more",
         )
-    create_overlay(clone, rootfs.path, max(request.disk, rootfs.size))
+    return await disk(Base(rootfs.path, -(-os.stat(rootfs.path).st_size // 512) * 512), max(request.disk, rootfs.size))
 
 
 async def boot(
     request: MachineRequest,
     settings: Settings,
     directory: Path,
-    clone: Path,
+    disk: MakeDisk,
     *,
     detached: bool,
     progress: Progress | None = None,
-    reuse: bool = False,
     cgroup: Path | None = None,
 ) -> LiveMachine:
     """Boots a machine and configures its guest.
 
-    ``directory`` exists, is empty and only its owner's; ``clone`` does not exist yet (with ``reuse`` it does, made over this very
-    image). With ``detached`` the machine outlives this process. Its processes begin in ``cgroup``. Raises a :class:`StokerError`
-    that carries the console's last lines where they help.
+    ``directory`` exists, is empty and only its owner's; ``disk`` makes the machine's disk upon its image, or opens the one that was
+    made upon it before. With ``detached`` the machine outlives this process. Its processes begin in ``cgroup``. Raises a
+    :class:`StokerError` that carries the console's last lines where they help.
     """
     check(request)
     with ExitStack() as held:
-        live = await _boot(request, settings, directory, clone, detached, progress or NullProgress(), reuse, cgroup, held)
+        live = await _boot(request, settings, directory, disk, detached, progress or NullProgress(), cgroup, held)
         live.held = held.pop_all()
         return live
 
@@ -219,10 +222,9 @@ async def _boot(
     request: MachineRequest,
     settings: Settings,
     directory: Path,
-    clone: Path,
+    disk: MakeDisk,
     detached: bool,
     report: Progress,
-    reuse: bool,
     cgroup: Path | None,
     held: ExitStack,
 ) -> LiveMachine:
@@ -233,8 +235,7 @@ async def _boot(
     watch.lap("images")
     accel = await verdict(settings, kernel.vmlinux, initrd)
     watch.lap("accel")
-    if not reuse:
-        _clone(request, rootfs, clone)
+    clone = await _clone(request, rootfs, disk)
     trace("boot.after_clone")
     network = _network(request)
     watch.lap("clone")
@@ -246,7 +247,7 @@ async def _boot(
         cmdline=(),
         cpus=request.cpus,
         memory=request.memory,
-        disks=(Disk(name="root", path=clone, format="qcow2", backing=rootfs.path, flush=detached),),
+        disks=(Disk(name="root", path=clone.path, format=clone.format, backing=clone.backing, flush=detached),),
         network=network,
         accelerator=accel.accelerator,
         cpu=accel.cpu,
@@ -284,4 +285,4 @@ async def _boot(
                 error.console = await machine.console_tail(20)
             raise
         undo.pop_all()
-    return LiveMachine(request, machine, agent, rootfs, kernel, watch.laps, accel.accelerator.value)
+    return LiveMachine(request, machine, agent, rootfs, kernel, clone, watch.laps, accel.accelerator.value)

@@ -117,7 +117,7 @@ async def _make(core: Core, box: Box, operation: Running) -> Booted:
     """Everything on the host, in the order of the ledger."""
     places = core.places(box.id)
     if box.record.boots:
-        await release(Entry(Kind.DIRECTORY, str(places.directory), box.id, True, {}))
+        await release(Entry(Kind.DIRECTORY, str(places.directory), box.id, True, {}), core.pools)
     places.directory.mkdir(mode=0o700)
     trace("create.after_directory")
     if places.cgroup is not None:
@@ -126,7 +126,8 @@ async def _make(core: Core, box: Box, operation: Running) -> Booted:
     request = machine_request(box.record)
     if places.unit is not None:
         request = dataclasses.replace(request, gate=partial(_enter, core, box))
-    booted = await core.booter.boot(request, places.directory, places.clone, places.cgroup, operation, again=box.record.boots > 0)
+    disk = core.pools.opener(box.record.pool, box.id) if box.record.boots else core.pools.maker(box.record.pool, box.id)
+    booted = await core.booter.boot(request, places.directory, disk, places.cgroup, operation)
     trace("create.after_boot")
     return booted
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -27,6 +28,7 @@ from stoker.engine.events import Events
 from stoker.engine.ledger import Entry, Kind, Ledger
 from stoker.engine.metrics import Rings
 from stoker.engine.operations import Operations
+from stoker.engine.pools import MakeDisk, Pools
 from stoker.engine.release import release
 from stoker.engine.state import WITH_MACHINE, Record, require, to_sandbox
 from stoker.engine.units import Units, unit_name
@@ -79,7 +81,7 @@ class Booter(Protocol):
     """Who starts, finds and reaches machines; :class:`stoker.engine.machines.RealBooter` but in tests of failures."""
 
     async def boot(
-        self, request: MachineRequest, directory: Path, clone: Path, cgroup: Path | None, progress: Progress, *, again: bool
+        self, request: MachineRequest, directory: Path, disk: MakeDisk, cgroup: Path | None, progress: Progress
     ) -> Booted: ...
 
     async def adopt(self, directory: Path) -> Machine | None: ...
@@ -93,12 +95,15 @@ class Places:
 
     directory: Path
     clone: Path
+    """The directory of its disk in the pool."""
     unit: str | None
     cgroup: Path | None
     """Where machines are no units."""
+    disk: Callable[[], Iterable[tuple[Kind, str]]]
+    """What its disk consists of."""
 
     def things(self, *, lease: bool, sandbox: str) -> list[tuple[Kind, str]]:
-        found = [(Kind.PROCESS, str(self.directory)), (Kind.DIRECTORY, str(self.directory)), (Kind.CLONE, str(self.clone))]
+        found = [(Kind.PROCESS, str(self.directory)), (Kind.DIRECTORY, str(self.directory)), *self.disk()]
         if self.unit is not None:
             found.append((Kind.UNIT, self.unit))
         if self.cgroup is not None:
@@ -178,6 +183,7 @@ class Core:
         self.booter = booter
         self.lease_grace = lease_grace
         self.ledger = Ledger(database)
+        self.pools = Pools(settings)
         self.admission = Admission(settings)
         self.queue = BootQueue(boots)
         self.events = Events()
@@ -210,12 +216,17 @@ class Core:
             raise NotFound("sandbox_unknown", f"there is no sandbox {reference}", "stoker ls")
         return box
 
-    def places(self, sandbox: str) -> Places:
+    def places(self, sandbox: str, pool: str | None = None) -> Places:
+        """Of a sandbox, or of one that is about to be, in the named pool."""
+        if pool is None:
+            box = self.boxes.get(sandbox)
+            pool = box.record.pool if box is not None else self.pools.default
         return Places(
             self.settings.run_dir / "sandboxes" / sandbox,
-            self.settings.data_dir / "pool" / f"{sandbox}.qcow2",
+            self.pools.directory(pool) / "clones" / sandbox,
             unit_name(sandbox) if self.units.usable else None,
             self.cgroups / sandbox if self.cgroups and not self.units.usable else None,
+            partial(self.pools.things, pool, sandbox),
         )
 
     async def release(self, entry: Entry, found: Collection[int] | None = None) -> None:
@@ -223,7 +234,7 @@ class Core:
         if entry.kind is Kind.UNIT:
             await self.units.release(entry.name)
         else:
-            await release(entry, found)
+            await release(entry, self.pools, found)
 
     def ring(self) -> None:
         """Something changed: deadlines, machines."""

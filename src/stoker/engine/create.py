@@ -83,6 +83,7 @@ async def create(core: Core, who: Principal, request: CreateSandbox, key: str | 
         name=request.name,
         resources=Resources(cpus=request.cpus, memory=memory, disk=request.disk),
         hostname=request.hostname or request.name or "",
+        pool=core.pools.default,
         timeout=request.timeout,
         expires_at=expiry(request.timeout),
         versions=Versions(daemon=stoker.__version__),
@@ -134,7 +135,7 @@ def _again(core: Core, who: Principal, sandbox: str, before: str, digest: str) -
 
 async def _intend(core: Core, who: Principal, box: Box, key: str | None, digest: str, event: Event) -> None:
     record = box.record
-    things = core.places(record.id).things(lease=record.request.lease, sandbox=record.id)
+    things = core.places(record.id, record.pool).things(lease=record.request.lease, sandbox=record.id)
 
     def work(db: sqlite3.Connection) -> None:
         if key is not None:

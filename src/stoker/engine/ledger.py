@@ -9,10 +9,12 @@ kind        name                                           released by
 ==========  =============================================  =====================================================
 process     the machine's directory (``shim --dir DIR``)   killing the recorded identities, and a shim with
                                                            exactly that argument (engine.release)
-directory   ``RUN_DIR/sandboxes/ID``                       removing the tree: sockets, logs, records of the shim
-clone       ``DATA_DIR/pool/ID.qcow2``                     unlinking it
 unit        the machine's scope: ``stoker-ID.scope``       stopping it (engine.units)
 cgroup      the cgroup's directory                         killing what is in it, rmdir
+directory   ``RUN_DIR/sandboxes/ID``                       removing the tree: sockets, logs, records of the shim
+device      a device-mapper device                         removing it; while it is busy it stays
+loop        the file behind a loop device                  detaching whatever has exactly this file behind it
+clone       the disk's directory, ``POOL/clones/ID``       the pool (:mod:`stoker.storage.pool`)
 lease       the sandbox                                    nothing on the host; its sandbox goes with its holder
 ==========  =============================================  =====================================================
 
@@ -41,6 +43,8 @@ class Kind(StrEnum):
     UNIT = "unit"
     CGROUP = "cgroup"
     DIRECTORY = "directory"
+    DEVICE = "device"
+    LOOP = "loop"
     CLONE = "clone"
     LEASE = "lease"
 

@@ -9,6 +9,7 @@ from stoker.engine.core import Booted
 
 if TYPE_CHECKING:
     from stoker.engine.boot import MachineRequest
+    from stoker.engine.pools import MakeDisk
     from stoker.guest.agent import Agent
     from stoker.images.progress import Progress
     from stoker.settings import Settings
@@ -27,12 +28,12 @@ class RealBooter:
         self._settings = settings
 
     async def boot(
-        self, request: MachineRequest, directory: Path, clone: Path, cgroup: Path | None, progress: Progress, *, again: bool
+        self, request: MachineRequest, directory: Path, disk: MakeDisk, cgroup: Path | None, progress: Progress
     ) -> Booted:
         from stoker.engine.boot import boot
         from stoker.vmm.qemu.facts import qemu_facts
 
-        live = await boot(request, self._settings, directory, clone, detached=True, progress=progress, reuse=again, cgroup=cgroup)
+        live = await boot(request, self._settings, directory, disk, detached=True, progress=progress, cgroup=cgroup)
         facts = await qemu_facts(self._settings)
         rootfs = live.rootfs
         return Booted(
@@ -42,7 +43,7 @@ class RealBooter:
             image_path=str(rootfs.path),
             kernel_path=live.kernel.digest,
             kernel=live.kernel.name,
-            disk=max(request.disk, rootfs.size),
+            disk=live.disk.size,
             env={**dict(rootfs.env), **dict(request.env)},
             user=request.user or rootfs.user or "root",
             workdir=request.workdir or rootfs.workdir or "/",

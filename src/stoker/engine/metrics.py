@@ -161,7 +161,7 @@ def read_host(pid: int, clone: Path) -> HostSample | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     try:
-        disk = os.stat(clone).st_blocks * 512
+        disk = sum(entry.stat(follow_symlinks=False).st_blocks for entry in os.scandir(clone)) * 512
     except FileNotFoundError:
         disk = 0
     return HostSample((int(fields[11]) + int(fields[12])) / _TICKS, resident, disk)

@@ -21,7 +21,9 @@ from typing import Final
 import msgspec
 
 from stoker.engine.ledger import Entry, Kind
+from stoker.engine.pools import Pools
 from stoker.errors import HostError
+from stoker.host import devicemapper, loop
 from stoker.host.process import ProcessIdentity, boot_id
 
 __all__ = ["CONSOLE", "clear_directory", "end_process", "end_processes", "release", "shims", "shims_below"]
@@ -172,7 +174,7 @@ def _remove_cgroup(path: Path) -> None:
     remove(path)
 
 
-def _release(entry: Entry, found: Collection[int] | None) -> None:
+def _release(entry: Entry, pools: Pools, found: Collection[int] | None) -> None:
     path = Path(entry.name)
     if entry.kind is Kind.PROCESS:
         end_processes(path, found)
@@ -180,13 +182,18 @@ def _release(entry: Entry, found: Collection[int] | None) -> None:
         _remove_cgroup(path)
     elif entry.kind is Kind.DIRECTORY:
         _remove_tree(path)
+    elif entry.kind is Kind.DEVICE:
+        devicemapper.remove(entry.name)
+    elif entry.kind is Kind.LOOP:
+        for found_loop in loop.find(path):
+            loop.detach(found_loop)
     elif entry.kind is Kind.CLONE:
-        path.unlink(missing_ok=True)
+        pools.remove(path)
 
 
-async def release(entry: Entry, found: Collection[int] | None = None) -> None:
+async def release(entry: Entry, pools: Pools, found: Collection[int] | None = None) -> None:
     """Takes one owned thing away."""
-    await asyncio.to_thread(_release, entry, found)
+    await asyncio.to_thread(_release, entry, pools, found)
 
 
 async def clear_directory(directory: Path) -> None:

@@ -1,6 +1,6 @@
 """One machine for one command, owned by this process.
 
-A throw-away machine lives in ``RUN_DIR/runs/run-PID-START`` (sockets, logs) with its disk at ``DATA_DIR/pool/run-PID-START.qcow2``;
+A throw-away machine lives in ``RUN_DIR/runs/run-PID-START`` (sockets, logs) with its disk at ``DATA_DIR/runs/run-PID-START.qcow2``;
 the disk is unlinked as soon as the VMM has it open. A process that was killed leaves its directory (the VMM is ended by its shim);
 the next run removes directories and clones whose process, named by pid and start time, is gone.
 """
@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING
 from stoker.engine.boot import LiveMachine, MachineRequest, boot
 from stoker.errors import HostError
 from stoker.host.process import ProcessIdentity
+from stoker.storage.overlay import create_overlay
+from stoker.storage.strategy import Base, Clone, Strategy
 
 if TYPE_CHECKING:
+    from stoker.engine.pools import MakeDisk
     from stoker.images.progress import Progress
     from stoker.settings import Settings
 
-__all__ = ["running"]
+__all__ = ["overlay_at", "running"]
 
 _NAME = re.compile(r"run-(\d{1,10})-(\d{1,20})(\.qcow2)?")
 
@@ -60,20 +63,30 @@ def _sweep(*places: Path) -> None:
                 Path(entry.path).unlink(missing_ok=True)
 
 
+def overlay_at(path: Path) -> MakeDisk:
+    """A throw-away disk: an overlay in a file of the caller's."""
+
+    async def make(base: Base, size: int) -> Clone:
+        create_overlay(path, base.path, size)
+        return Clone(path.stem, Strategy.QCOW2, path, "qcow2", (base.path,), size)
+
+    return make
+
+
 @asynccontextmanager
 async def running(request: MachineRequest, settings: Settings, progress: Progress | None = None) -> AsyncIterator[LiveMachine]:
     """A machine that lives as long as the block, and not longer than this process."""
-    runs, pool = settings.run_dir / "runs", settings.data_dir / "pool"
+    runs, disks = settings.run_dir / "runs", settings.data_dir / "runs"
     _private_directory(settings.run_dir, 0o755)
     _private_directory(runs, 0o711)
-    _private_directory(pool, 0o711)
-    _sweep(runs, pool)
+    _private_directory(disks, 0o711)
+    _sweep(runs, disks)
     me = ProcessIdentity.of(os.getpid())
     directory = runs / f"run-{me.pid}-{me.start}"
-    clone = pool / f"{directory.name}.qcow2"
+    clone = disks / f"{directory.name}.qcow2"
     try:
         directory.mkdir(mode=0o700)
-        live = await boot(request, settings, directory, clone, detached=False, progress=progress)
+        live = await boot(request, settings, directory, overlay_at(clone), detached=False, progress=progress)
         try:
             clone.unlink()
             yield live

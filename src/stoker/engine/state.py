@@ -95,6 +95,8 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     operation: str | None = None
     main: int | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    pool: str = ""
+    """The pool its disk is in; "" is the one that needs no file system of its own."""
     boots: int = 0
     """How often it ran. From the first time on its disk is kept until it is destroyed."""
     doomed: bool = False

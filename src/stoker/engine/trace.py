@@ -29,6 +29,8 @@ DESTROY = (
     "destroy.after_unit",
     "destroy.after_cgroup",
     "destroy.after_directory",
+    "destroy.after_device",
+    "destroy.after_loop",
     "destroy.after_clone",
     "destroy.after_forget",
 )

@@ -134,11 +134,15 @@ def _device(buffer: bytes) -> Device:
 
 
 def find(name: str) -> Device | None:
-    """The device of exactly this name, if there is one."""
+    """The device of exactly this name, if there is one. A kernel without device-mapper has none."""
     try:
         return _device(_request(DEV_STATUS, name)[0])
     except OSError as e:
         if e.errno == errno.ENXIO:
+            return None
+        raise
+    except HostError as error:
+        if error.code == "device_mapper_missing":
             return None
         raise
 

@@ -233,7 +233,7 @@ class Layout:
             found = os.stat(base.path)
         except FileNotFoundError:
             raise HostError("base_missing", f"the image {base.path} is not there", "stoker fsck") from None
-        if found.st_size < base.size:
+        if -(-found.st_size // 512) * 512 < base.size:
             raise HostError("base_changed", f"the image {base.path} is smaller than the {base.size} bytes it should have")
         key = _key(base.path, found)
         place = self.bases / key

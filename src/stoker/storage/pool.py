@@ -143,7 +143,7 @@ class Pool:
         """Removes what a crash left: parts of disks, their devices, references of what is gone."""
         for name in self._layout.half_made():
             for thing in self.things(name):
-                if thing.kind == "device" and devicemapper.CONTROL.exists():
+                if thing.kind == "device":
                     devicemapper.remove(thing.name)
         self._layout.sweep()
 
@@ -166,7 +166,13 @@ class Pool:
     def remove(self, name: str) -> None:
         """Whatever there is of it, in the right order. Nothing is fine too."""
         self._layout.check()
-        record = self._layout.find(name)
+        try:
+            record = self._layout.find(name)
+        except HostError:
+            # Its record makes no sense. What refers to it is found and dropped by the sweep.
+            self._layout.discard(name)
+            self.sweep()
+            return
         strategy = record.strategy if record is not None else self.strategy
         self._by_strategy[strategy].remove(name)
 

@@ -34,7 +34,8 @@ class Disk:
     """A block device of the guest, ``vda``, ``vdb``... in the order given; ``name`` is its serial number in the guest
     (letters, digits, ``-`` and ``_``, at most 20).
 
-    ``backing`` is named outright: a qcow2 header's own word is never trusted. ``format`` is ``raw`` or ``qcow2``.
+    ``format`` is ``raw`` (a file or a block device) or ``qcow2``. ``backing`` names what lies below a qcow2 disk outright, from
+    top to bottom (a header's own word is never trusted): the last has ``backing_format``, those above it are qcow2.
     ``flush``: the guest's flushes reach the host's disk. False is right for a throw-away overlay, and makes it fast; the
     content survives the VMM's death all the same, only not the host's.
     """
@@ -43,7 +44,7 @@ class Disk:
     path: Path
     format: str
     read_only: bool = False
-    backing: Path | None = None
+    backing: tuple[Path, ...] = ()
     backing_format: str = "raw"
     flush: bool = False
 

@@ -56,12 +56,12 @@ def fingerprint(spec: MachineSpec, qemu: QemuFacts) -> dict[str, Any]:
         kernel="kernel",
         initrd="initrd",
         agent=0,
-        disks=tuple(DiskHandles(0, 0 if disk.backing is not None else None) for disk in spec.disks),
+        disks=tuple(DiskHandles(0, (0,) * len(disk.backing)) for disk in spec.disks),
         net_out=0,
         net_in=0,
         memory=0,
     )
-    disks = [[disk.name, disk.format, _identity(disk.backing) if disk.backing else None] for disk in spec.disks]
+    disks = [[disk.name, disk.format, [_identity(path) for path in disk.backing]] for disk in spec.disks]
     return {
         "vmm": ".".join(map(str, qemu.version)),
         "program": [*_identity(Path(qemu.path)), os.stat(qemu.path).st_mtime_ns],

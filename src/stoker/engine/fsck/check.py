@@ -161,6 +161,7 @@ async def check_offline(settings: Settings, *, repair: bool) -> FsckReport:
                     return await check(core, repair=repair, online=False)
                 finally:
                     await core.end_tasks()
+                    core.pools.close()
         except StokerError as error:
             if not error.code.startswith("database_"):
                 raise

@@ -102,32 +102,30 @@ async def directories(scene: Scene) -> list[Finding]:
         if not SANDBOX.fullmatch(name):
             found.append(Finding("directory", str(path), "directories of sandboxes only", "it is none of ours"))
         elif _still(scene, name, path):
-            mend = _unless_owned(scene, name, partial(_remove_machine, path, name))
+            mend = _unless_owned(scene, name, partial(_remove_machine, scene, path, name))
             found.append(Finding("directory", str(path), "nothing: no such sandbox", "it is there", name, "remove it", mend))
     return found
 
 
-async def _remove_machine(path: Path, sandbox: str) -> None:
+async def _remove_machine(scene: Scene, path: Path, sandbox: str) -> None:
     for kind in (Kind.PROCESS, Kind.DIRECTORY):
-        await release(Entry(kind, str(path), sandbox, True, {}))
+        await release(Entry(kind, str(path), sandbox, True, {}), scene.core.pools)
 
 
 async def clones(scene: Scene) -> list[Finding]:
-    """``DATA_DIR/pool``: one disk for each sandbox that ran."""
-    pool = scene.core.settings.data_dir / "pool"
-    names = await asyncio.to_thread(_names, pool)
-    scene.count("clone", len(names))
+    """``clones`` of every pool: one disk for each sandbox that ran."""
     found = []
-    for name in names:
-        path = pool / name
-        sandbox = name.removesuffix(".qcow2")
-        if OWNED.fullmatch(name):
-            continue
-        if not SANDBOX.fullmatch(sandbox) or scene.core.places(sandbox).clone != path:
-            found.append(Finding("clone", str(path), "disks of sandboxes only", "it is none of ours"))
-        elif _still(scene, sandbox, path):
-            mend = _unless_owned(scene, sandbox, partial(release, Entry(Kind.CLONE, str(path), sandbox, True, {})))
-            found.append(Finding("clone", str(path), "nothing: no such sandbox", "it is there", sandbox, "remove it", mend))
+    for place in scene.core.pools.directories():
+        names = await asyncio.to_thread(_names, place / "clones")
+        scene.count("clone", len(names))
+        for sandbox in names:
+            path = place / "clones" / sandbox
+            if not SANDBOX.fullmatch(sandbox):
+                found.append(Finding("clone", str(path), "disks of sandboxes only", "it is none of ours"))
+            elif _still(scene, sandbox, path):
+                entry = Entry(Kind.CLONE, str(path), sandbox, True, {})
+                mend = _unless_owned(scene, sandbox, partial(release, entry, scene.core.pools))
+                found.append(Finding("clone", str(path), "nothing: no such sandbox", "it is there", sandbox, "remove it", mend))
     return found
 
 
@@ -156,7 +154,7 @@ async def runs(scene: Scene) -> list[Finding]:
     """Machines of single commands whose owner is gone, and probes of the accelerator that nobody is at."""
     settings = scene.core.settings
     found = []
-    for place, kind in ((settings.run_dir / "runs", "directory"), (settings.data_dir / "pool", "clone")):
+    for place, kind in ((settings.run_dir / "runs", "directory"), (settings.data_dir / "runs", "clone")):
         for name in await asyncio.to_thread(_names, place):
             match = OWNED.fullmatch(name)
             if match is None or _lives(int(match[1]), int(match[2])):

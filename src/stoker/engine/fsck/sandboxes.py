@@ -182,7 +182,7 @@ async def _nothing(scene: Scene, box: Box, places: Places, entries: list[Entry])
     booked = {(entry.kind, entry.name) for entry in entries}
     for kind, name in places.things(lease=False, sandbox=box.id):
         if kind is not Kind.PROCESS and (kind, name) not in booked and os.path.lexists(name):
-            mend = partial(release, Entry(kind, name, box.id, True, {}))
+            mend = partial(release, Entry(kind, name, box.id, True, {}), scene.core.pools)
             found.append(Finding(kind.value, name, "nothing: it never ran", "it is there", box.id, "remove it", mend))
     return found
 

@@ -39,8 +39,11 @@ TRANSLATION_MIB = 128
 
 @dataclass(frozen=True, slots=True)
 class DiskHandles:
+    """An open disk and what lies below it, from top to bottom. ``device``: it is a block device."""
+
     image: int
-    backing: int | None = None
+    backing: tuple[int, ...] = ()
+    device: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Handles:
     def descriptors(self) -> tuple[int, ...]:
         """All of them, each once, to be passed on."""
         single = (self.monitor, self.console, self.agent, self.vsock, self.net_out, self.net_in, self.memory, self.state)
-        both = [fd for disk in self.disks for fd in (disk.image, disk.backing)]
+        both = [fd for disk in self.disks for fd in (disk.image, *disk.backing)]
         return tuple(fd for fd in (*single, *both) if fd is not None)
 
 
@@ -132,6 +135,8 @@ def _check(spec: MachineSpec) -> None:
             raise InvalidRequest("bad_disk", f"{disk.name!r} is not a name for a disk")
         if disk.format not in ("raw", "qcow2") or disk.backing_format not in ("raw", "qcow2"):
             raise InvalidRequest("bad_disk", f"disk {disk.name}: the format is raw or qcow2")
+        if disk.backing and disk.format == "raw":
+            raise InvalidRequest("bad_disk", f"disk {disk.name}: nothing lies below a raw disk")
     if len(spec.disks) > MAX_DISKS:
         raise InvalidRequest("too_many_disks", f"{len(spec.disks)} disks: this machine type has room for {MAX_DISKS}")
 
@@ -186,9 +191,9 @@ def _console(handles: Handles, fdsets: _FdSets) -> list[str]:
 def _blockdev(index: int, disk: Disk, opened: DiskHandles, fdsets: _FdSets) -> dict[str, Any]:
     cache = {"direct": False, "no-flush": not disk.flush}
 
-    def layer(kind: str, fd: int, name: str, read_only: bool) -> dict[str, Any]:
+    def layer(kind: str, fd: int, name: str, read_only: bool, device: bool = False) -> dict[str, Any]:
         file = {
-            "driver": "file",
+            "driver": "host_device" if device else "file",
             "filename": fdsets.add(fd),
             "aio": "threads",
             "read-only": read_only,
@@ -197,19 +202,22 @@ def _blockdev(index: int, disk: Disk, opened: DiskHandles, fdsets: _FdSets) -> d
         }
         return {"driver": kind, "node-name": name, "read-only": read_only, "cache": cache, "discard": "unmap", "file": file}
 
-    node = layer(disk.format, opened.image, f"disk{index}", disk.read_only)
-    if disk.format == "qcow2":
+    node = layer(disk.format, opened.image, f"disk{index}", disk.read_only, opened.device)
+    below = node
+    for depth, fd in enumerate(opened.backing):
+        last = depth + 1 == len(opened.backing)
+        name = f"disk{index}-base" if last else f"disk{index}-layer{depth}"
+        below["backing"] = layer(disk.backing_format if last else "qcow2", fd, name, True)
+        below = below["backing"]
+    if below["driver"] == "qcow2":
         # Never absent: without this word QEMU opens whatever file the header names.
-        node["backing"] = None
-        if opened.backing is not None:
-            node["backing"] = layer(disk.backing_format, opened.backing, f"disk{index}-base", True)
-            if disk.backing_format == "qcow2":
-                node["backing"]["backing"] = None
+        below["backing"] = None
     return node
 
 
 def _disk_device(index: int, disk: Disk) -> str:
-    return f"virtio-blk-device,drive=disk{index},serial={disk.name}"
+    # A write that fails stops the guest, which goes on with that very write when there is room again (or never hears of it).
+    return f"virtio-blk-device,drive=disk{index},serial={disk.name},werror=stop,rerror=report"
 
 
 def _channel(spec: MachineSpec, handles: Handles) -> tuple[list[str], str]:

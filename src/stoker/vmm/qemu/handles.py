@@ -57,8 +57,9 @@ def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened
         vsock=None if serial else _open("/dev/vhost-vsock", os.O_RDWR, close),
         disks=tuple(
             DiskHandles(
-                _open(disk.path, os.O_RDONLY if disk.read_only else os.O_RDWR, close),
-                _open(disk.backing, os.O_RDONLY, close) if disk.backing is not None else None,
+                fd := _open(disk.path, os.O_RDONLY if disk.read_only else os.O_RDWR, close),
+                tuple(_open(path, os.O_RDONLY, close) for path in disk.backing),
+                stat.S_ISBLK(os.fstat(fd).st_mode),
             )
             for disk in spec.disks
         ),
