@@ -41,6 +41,7 @@ def _tools(settings: Settings) -> tuple[Tool, ...]:
         Tool("skopeo", "skopeo", "images from registries"),
         Tool("passt", "passt", "networks without root"),
         Tool("dnsmasq", "dnsmasq-base", "addresses and names on tenants' networks"),
+        Tool("machinectl", "systemd-container", "machines in machinectl"),
         Tool("ip", "iproute2", "looking into networks by hand", ("-V",)),
         Tool("mkfs.xfs", "xfsprogs", "an XFS pool with reflink", ("-V",)),
         Tool("ssh", "openssh-client", "stoker ssh", ("-V",)),

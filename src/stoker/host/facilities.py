@@ -23,6 +23,7 @@ from pathlib import Path
 
 from stoker.errors import StokerError
 from stoker.host.run import run, tool_environment
+from stoker.host.systemd import refused as systemd_refused
 
 __all__ = ["Facility", "Status", "Tool", "kernel_facilities", "probe_tool", "which"]
 
@@ -187,10 +188,13 @@ def _vsock() -> Facility:
 
 
 def _systemd() -> Facility:
-    row = Facility("systemd", Status.OK, "", "socket activation, tenants as units", "boot the host with systemd as PID 1")
-    if Path("/run/systemd/system").is_dir():
-        return replace(row, detail="PID 1")
-    return replace(row, status=Status.MISSING, detail="not PID 1 here; processes are supervised directly")
+    """Whether machines can be units. Connecting is not tried: that starts programs on some hosts."""
+    row = Facility("systemd", Status.OK, "PID 1", "machines as units, socket activation", "boot the host with systemd as PID 1")
+    why = systemd_refused()
+    if not why:
+        return row
+    get = row.get if "PID 1" in why else INSTALL + "dbus"
+    return replace(row, status=Status.MISSING, detail=f"{why}; machines get plain control groups, if any", get=get)
 
 
 def _nftables() -> Facility:
