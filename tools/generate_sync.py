@@ -22,6 +22,7 @@ SOURCES = (
     ("commands", "AsyncCommands"),
     ("commands", "AsyncPty"),
     ("files", "AsyncFiles"),
+    ("volumes", "AsyncVolumes"),
     ("client", "AsyncClient"),
     ("sandbox", "AsyncSandbox"),
 )
@@ -32,7 +33,7 @@ from __future__ import annotations
 
 import builtins
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from stoker.api.models import (
@@ -54,6 +55,8 @@ from stoker.api.models import (
     SignedUrl,
     StartProcess,
     Version,
+    Volume,
+    VolumeMount,
     WatchEvent,
 )
 from stoker.api.models import Sandbox as SandboxInfo
@@ -68,9 +71,10 @@ from stoker.client.operations import OnProgress
 from stoker.client.process import AsyncProcess
 from stoker.client.results import CommandResult, Data, OnOutput, Output
 from stoker.client.sandbox import AsyncSandbox
+from stoker.client.volumes import AsyncVolumes
 from stoker.settings import Settings
 
-__all__ = ["Client", "Commands", "Feed", "Files", "Process", "Pty", "Sandbox"]
+__all__ = ["Client", "Commands", "Feed", "Files", "Process", "Pty", "Sandbox", "Volumes"]
 
 T = TypeVar("T")
 '''

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from stoker.client.sync import Process as Process
     from stoker.client.sync import Pty as Pty
     from stoker.client.sync import Sandbox as Sandbox
+    from stoker.client.sync import Volumes as Volumes
+    from stoker.client.volumes import AsyncVolumes as AsyncVolumes
     from stoker.errors import CapacityExhausted as CapacityExhausted
     from stoker.errors import CommandNotExecutable as CommandNotExecutable
     from stoker.errors import CommandNotFound as CommandNotFound
@@ -58,7 +60,8 @@ _HOMES = {
     "stoker.client.process": ("AsyncProcess",),
     "stoker.client.results": ("CommandFailed", "CommandResult", "CommandTimeout", "Output"),
     "stoker.client.sandbox": ("AsyncSandbox",),
-    "stoker.client.sync": ("Client", "Commands", "Feed", "Files", "Process", "Pty", "Sandbox"),
+    "stoker.client.sync": ("Client", "Commands", "Feed", "Files", "Process", "Pty", "Sandbox", "Volumes"),
+    "stoker.client.volumes": ("AsyncVolumes",),
     "stoker.errors": (
         "CapacityExhausted",
         "CommandNotExecutable",

@@ -148,7 +148,7 @@ async def test_damage_is_seen_or_harmless_and_never_overwritten(tmp_path: Path) 
             await database.write(lambda db, n=n: db.execute(INSERT, (f"n{n}", n)))  # type: ignore[misc]
     whole = path.read_bytes()
     randomly, reported = random.Random(7), 0
-    for _ in range(25):
+    for _ in range(150):
         damaged = bytearray(whole)
         start = randomly.randrange(len(damaged) - 600)
         damaged[start : start + 512] = randomly.randbytes(512)

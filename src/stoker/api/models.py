@@ -67,15 +67,18 @@ from stoker.api.system import (
 )
 from stoker.api.types import InitMode, NetworkMode, SandboxState, Terminal
 from stoker.api.upkeep import Difference, Freed, Fsck, FsckReport, Gc, GcReport
+from stoker.api.volumes import AppInfo, CreateVolume, ResizeVolume, Volume, VolumeMount, VolumePage, VolumeUser
 
 __all__ = [
     "ApiKey",
     "ApiKeyPage",
+    "AppInfo",
     "ChangeMode",
     "ChangeOwner",
     "ConsoleLog",
     "CreateKey",
     "CreateSandbox",
+    "CreateVolume",
     "CreatedKey",
     "Difference",
     "ErrorBody",
@@ -116,6 +119,7 @@ __all__ = [
     "Progress",
     "Quota",
     "ResizeRequest",
+    "ResizeVolume",
     "Resources",
     "Sandbox",
     "SandboxPage",
@@ -133,6 +137,10 @@ __all__ = [
     "TimeoutMode",
     "Version",
     "Versions",
+    "Volume",
+    "VolumeMount",
+    "VolumePage",
+    "VolumeUser",
     "WatchEvent",
     "WatchKind",
     "WriteFiles",

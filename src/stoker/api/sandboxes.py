@@ -32,6 +32,7 @@ from stoker.api.types import (
     Seconds,
     UnixTime,
 )
+from stoker.api.volumes import Digest, VolumeMount
 
 __all__ = [
     "ConsoleLog",
@@ -92,6 +93,9 @@ class CreateSandbox(Model, frozen=True):
     workdir: Annotated[str, Meta(max_length=4096, pattern=r"^/[^\x00]*" + END)] | None = None
     network: NetworkMode = NetworkMode.USER
     init: InitMode = InitMode.AGENT
+    volumes: Annotated[list[VolumeMount], Meta(max_length=16)] = field(default_factory=list)
+    app: Digest | None = None
+    """An app archive that was uploaded (``/v1/apps``): its content is in ``/app``, this sandbox's own and writable."""
     timeout: Timeout | None = None
     lease: bool = False
     """The sandbox ends within a second when the lease's connection goes; it must be taken within 10 s (``/lease``)."""
@@ -141,6 +145,9 @@ class Sandbox(Model, frozen=True):
     """The image's own, once it is known."""
     network: NetworkMode = NetworkMode.USER
     init: InitMode = InitMode.AGENT
+    volumes: list[VolumeMount] = field(default_factory=list)
+    app: str | None = None
+    """The SHA-256 of the app archive in ``/app``."""
     lease: bool = False
     timeout: Timeout | None = None
     expires_at: UnixTime | None = None

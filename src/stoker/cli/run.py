@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
 from stoker.cli.early import create_early
+from stoker.cli.mounts import MOUNT, wire_mounts
 from stoker.cli.options import DURATION, SIZE, absolute_image, absolute_kernel, command_words, environment, existing_file
 from stoker.settings import load_settings
 
@@ -29,6 +31,8 @@ EXIT_FAILED = 125
 @click.option("--hostname", metavar="NAME", default="", help="The guest's host name.")
 @click.option("--network", type=click.Choice(["none", "user"]), default="user", show_default=True, help="The guest's network.")
 @click.option("--init", type=click.Choice(["agent", "image"]), default="agent", show_default=True, help="Who is process 1.")
+@click.option("--volume", "-v", "volumes", metavar="NAME:/PATH[:ro]", multiple=True, type=MOUNT, help="Mount a volume.")
+@click.option("--app", metavar="FILE|DIR", help="A zip, tar, tar.gz or directory whose content goes into /app.")
 @click.option("--interactive", "-i", is_flag=True, help="Read standard input, from a terminal too.")
 @click.option("--tty", "-t", is_flag=True, help="Give the command a terminal.")
 @click.option("--timeout", type=DURATION, metavar="S", help="End the command after so long, with exit code 124.")
@@ -51,6 +55,8 @@ def run(
     hostname: str,
     network: str,
     init: str,
+    volumes: tuple[str, ...],
+    app: str | None,
     interactive: bool,
     tty: bool,
     timeout: float | None,
@@ -67,7 +73,7 @@ def run(
     the command; -i hands over a terminal's too, and -it makes it a session.
     """
     variables, initial = environment(env, env_file), existing_file("--initrd", initrd)
-    sandbox = {
+    sandbox: dict[str, Any] = {
         "image": absolute_image(image),
         "kernel": absolute_kernel(kernel),
         "initrd": str(initial or ""),
@@ -82,8 +88,11 @@ def run(
         "workdir": workdir or None,
         "cold": cold,
     }
+    sandbox |= {"volumes": volumes} if volumes else {}
     parsed = time.monotonic()
-    early = create_early(load_settings(), {**sandbox, "lease": True})
+    # An app has to be there before it can be named.
+    early = create_early(load_settings(), {**sandbox, **wire_mounts(volumes), "lease": True}) if app is None else None
+    sandbox |= {"app": app} if app is not None else {}
     # The machine boots while all this is imported.
     import asyncio
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stoker.cli.mounts import MOUNT
 from stoker.cli.options import DURATION, SIZE, absolute_image, absolute_kernel, environment, existing_file
 from stoker.cli.remote import SANDBOX, Following, each, json_option, labels_of, with_client
 from stoker.cli.table import Column, ago, show, show_json
@@ -41,6 +42,8 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--hostname", metavar="NAME", help="The guest's host name.")
 @click.option("--network", type=click.Choice(["none", "user"]), default="user", show_default=True, help="The guest's network.")
 @click.option("--init", type=click.Choice(["agent", "image"]), default="agent", show_default=True, help="Who is process 1.")
+@click.option("--volume", "-v", "volumes", metavar="NAME:/PATH[:ro]", multiple=True, type=MOUNT, help="Mount a volume.")
+@click.option("--app", metavar="FILE|DIR", help="A zip, tar, tar.gz or directory whose content goes into /app.")
 @click.option("--start", is_flag=True, help="Run the image's own command, as the process 'main'.")
 @click.option("--cold", is_flag=True, help="Boot, even where a put-away machine could be used.")
 @quiet_option

@@ -19,10 +19,11 @@ from stoker.errors import HostError, InvalidRequest, StokerError
 if TYPE_CHECKING:
     from tarfile import TarFile, TarInfo
 
-__all__ = ["pack", "save", "unpack"]
+__all__ = ["pack", "packed_size", "save", "unpack"]
 
 PIECE = 256 << 10
 DEPTH = 8
+BLOCK = 64 << 10
 
 
 class _Gone(Exception):
@@ -75,19 +76,33 @@ class _Pipe(io.RawIOBase):
         return b"".join(parts)
 
 
-def _write_tree(top: Path, pipe: _Pipe) -> None:
+def _write_tree(top: Path, pipe: _Pipe, exact: bool) -> None:
     import tarfile
 
     with tarfile.open(fileobj=cast(IO[bytes], pipe), mode="w|", bufsize=PIECE, format=tarfile.PAX_FORMAT) as archive:
-        for name in sorted(os.listdir(top)):
+        if exact:
+            from stoker.client.packing import add_exactly
+
+            add_exactly(archive, top)
+        for name in () if exact else sorted(os.listdir(top)):
             archive.add(top / name, arcname=name)
     pipe.put(None)
 
 
-async def pack(source: str | os.PathLike[str]) -> AsyncIterator[bytes]:
-    """The contents of a directory as a tar archive; names are relative to it. Owners are left to the unpacking side."""
+def packed_size(source: str | os.PathLike[str]) -> int:
+    """About what the contents of a directory take."""
+    from stoker.client.packing import allocated
+
+    return allocated(Path(source))
+
+
+async def pack(source: str | os.PathLike[str], *, exact: bool = False) -> AsyncIterator[bytes]:
+    """The contents of a directory as a tar archive; names are relative to it. Owners are left to the unpacking side.
+
+    ``exact``: with extended attributes, holes, and times to the nanosecond.
+    """
     pipe = _Pipe()
-    work = asyncio.ensure_future(asyncio.to_thread(_guarded, lambda: _write_tree(Path(source), pipe), pipe))
+    work = asyncio.ensure_future(asyncio.to_thread(_guarded, lambda: _write_tree(Path(source), pipe, exact), pipe))
     try:
         while (piece := await asyncio.to_thread(pipe.get)) is not None:
             yield piece
@@ -194,15 +209,19 @@ async def unpack(pieces: AsyncIterator[bytes], destination: str | os.PathLike[st
         await asyncio.gather(work, return_exceptions=True)
 
 
-async def save(pieces: AsyncIterator[bytes], destination: str | os.PathLike[str], mode: int) -> None:
-    """Writes a file beside its place and renames it. A directory gets no file of that name silently: it is an error."""
+async def save(pieces: AsyncIterator[bytes], destination: str | os.PathLike[str], mode: int, *, sparse: bool = False) -> None:
+    """Writes a file beside its place and renames it. A directory gets no file of that name silently: it is an error.
+
+    ``sparse``: blocks of zeros become holes.
+    """
     place = Path(destination)
     temporary = place.with_name(f".{place.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             async for piece in pieces:
-                await asyncio.to_thread(_write_all, fd, piece)
+                await asyncio.to_thread(_write_sparse if sparse else _write_all, fd, piece)
+            os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR))
             os.fchmod(fd, mode)
         finally:
             os.close(fd)
@@ -219,3 +238,13 @@ def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def _write_sparse(fd: int, data: bytes) -> None:
+    """The same, but that blocks of zeros are skipped."""
+    for start in range(0, len(data), BLOCK):
+        block = data[start : start + BLOCK]
+        if block.count(0) == len(block):
+            os.lseek(fd, len(block), os.SEEK_CUR)
+        else:
+            _write_all(fd, block)

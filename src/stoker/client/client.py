@@ -38,6 +38,7 @@ from stoker.client.api import Api, path
 from stoker.client.endpoint import Endpoint, parse_endpoint
 from stoker.client.feed import AsyncFeed, events_feed
 from stoker.client.transport import Transport
+from stoker.client.volumes import AsyncVolumes
 from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class AsyncClient:
                 hint="stoker serve" if not url else f"is the daemon running at {endpoint}, and STOKER_URL right?",
             )
         )
+        self.volumes = AsyncVolumes(self.api)
 
     async def __aenter__(self) -> AsyncClient:
         return self

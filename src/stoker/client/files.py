@@ -31,7 +31,7 @@ from stoker.client.feed import AsyncFeed, bytes_feed, events_feed
 from stoker.client.results import Data
 from stoker.errors import TooLarge
 
-__all__ = ["AsyncFiles", "OnBytes", "total_size"]
+__all__ = ["AsyncFiles", "OnBytes", "counted", "total_size"]
 
 OnBytes: TypeAlias = Callable[[int], object]
 """Called with the bytes that have gone over so far."""
@@ -160,11 +160,11 @@ class AsyncFiles:
         from stoker.client.archive import pack
 
         if os.path.isdir(source):
-            await self.untar(path, _counted(pack(source), on_progress), user=user)
+            await self.untar(path, counted(pack(source), on_progress), user=user)
             return
         with open(source, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode & 0o777
-            await self.write(path, _counted(chunks(file), on_progress), user=user, mode=mode)
+            await self.write(path, counted(chunks(file), on_progress), user=user, mode=mode)
 
     async def download(
         self, path: str, destination: str | os.PathLike[str], *, user: str | None = None, on_progress: OnBytes | None = None
@@ -178,10 +178,10 @@ class AsyncFiles:
         info = await self.stat(path, user=user)
         if info.type == "directory":
             async with await self.tar(path, user=user) as archive:
-                await unpack(_counted(archive, on_progress), destination)
+                await unpack(counted(archive, on_progress), destination)
             return
         async with await self.read_stream(path, user=user) as content:
-            await save(_counted(content, on_progress), destination, info.mode & 0o777)
+            await save(counted(content, on_progress), destination, info.mode & 0o777)
 
     async def signed_url(
         self, path: str, *, operation: SignedOperation | str = "read", expires_in: int = 3600, user: str | None = None
@@ -191,7 +191,8 @@ class AsyncFiles:
         return await self._api.call("POST", self._path("sign"), SignedUrl, body=request)
 
 
-async def _counted(pieces: AsyncIterator[bytes] | AsyncFeed[bytes], report: OnBytes | None) -> AsyncIterator[bytes]:
+async def counted(pieces: AsyncIterator[bytes] | AsyncFeed[bytes], report: OnBytes | None) -> AsyncIterator[bytes]:
+    """The same pieces; ``report`` hears how many bytes have gone by."""
     total = 0
     async for piece in pieces:
         yield piece

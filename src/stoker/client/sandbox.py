@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stoker.api.codec import decode_answer
@@ -22,9 +23,11 @@ from stoker.api.models import (
     Timeout,
     TimeoutAction,
     TimeoutMode,
+    VolumeMount,
 )
 from stoker.api.models import Sandbox as SandboxInfo
 from stoker.api.units import parse_duration, parse_size
+from stoker.api.volumes import parse_mount
 from stoker.client.api import path
 from stoker.client.client import AsyncClient, default_client
 from stoker.client.commands import AsyncCommands, AsyncPty
@@ -90,6 +93,8 @@ class AsyncSandbox:
         workdir: str | None = None,
         network: str = "user",
         init: str = "agent",
+        volumes: Sequence[str | VolumeMount] = (),
+        app: str | os.PathLike[str] | None = None,
         lease: bool = False,
         cold: bool = False,
         start: bool = False,
@@ -102,6 +107,8 @@ class AsyncSandbox:
         Sizes are bytes or such as ``512M``, times seconds or such as ``30m``. ``timeout`` destroys it so long after now,
         ``idle_timeout`` so long after its last use. With ``lease`` it ends with this program, however that ends. ``start`` runs
         the image's own command as a process tagged ``main``. With ``init="image"`` process 1 is the image's ``/sbin/init``.
+        ``volumes`` are such as ``data:/srv/data`` or ``data:/srv/data:ro``;
+        ``app`` is a zip, tar, tar.gz or directory of this host whose content goes into ``/app``.
         Cancelled, or not ready within ``ready_timeout`` seconds, nothing of it is left.
         """
         client = client or await default_client()
@@ -120,6 +127,8 @@ class AsyncSandbox:
             workdir=workdir,
             network=_network(network),
             init=_init(init),
+            volumes=[parse_mount(one) if isinstance(one, str) else one for one in volumes],
+            app=None if app is None else await _app(client, app),
             timeout=_timeout(timeout, idle_timeout),
             lease=lease,
             cold=cold,
@@ -264,6 +273,12 @@ async def created(
         raise
     box._held = held
     return box
+
+
+async def _app(client: AsyncClient, source: str | os.PathLike[str]) -> str:
+    from stoker.client.volumes import upload_app
+
+    return await upload_app(client.api, source)
 
 
 async def _lease(client: AsyncClient, sandbox: str) -> Lease:

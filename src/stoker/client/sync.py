@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from stoker.api.models import (
@@ -26,6 +26,8 @@ from stoker.api.models import (
     SignedUrl,
     StartProcess,
     Version,
+    Volume,
+    VolumeMount,
     WatchEvent,
 )
 from stoker.api.models import Sandbox as SandboxInfo
@@ -40,9 +42,10 @@ from stoker.client.operations import OnProgress
 from stoker.client.process import AsyncProcess
 from stoker.client.results import CommandResult, Data, OnOutput, Output
 from stoker.client.sandbox import AsyncSandbox
+from stoker.client.volumes import AsyncVolumes
 from stoker.settings import Settings
 
-__all__ = ["Client", "Commands", "Feed", "Files", "Process", "Pty", "Sandbox"]
+__all__ = ["Client", "Commands", "Feed", "Files", "Process", "Pty", "Sandbox", "Volumes"]
 
 T = TypeVar("T")
 
@@ -388,6 +391,62 @@ class Files:
         return call(self._async.signed_url(path, operation=operation, expires_in=expires_in, user=user))
 
 
+class Volumes:
+    """``client.volumes``: file systems that outlive sandboxes. A volume is named by its name or its id."""
+
+    _async: AsyncVolumes
+
+    @classmethod
+    def _wrap(cls, inner: AsyncVolumes) -> Volumes:
+        made = cls.__new__(cls)
+        made._async = inner
+        return made
+
+    def __repr__(self) -> str:
+        return repr(self._async).replace("<Async", "<", 1)
+
+    def create(self, name: str, *, size: str | int = "1G") -> Volume:
+        """Makes an empty volume. It takes the room of what is in it, up to ``size``."""
+        return call(self._async.create(name, size=size))
+
+    def list(self) -> builtins.list[Volume]:
+        """All of one's volumes, newest first."""
+        return call(self._async.list())
+
+    def get(self, volume: str) -> Volume:
+        """One volume as it is now, with its users."""
+        return call(self._async.get(volume))
+
+    def resize(self, volume: str, size: str | int) -> Volume:
+        """Makes it larger. Nobody may use it; its file system grows when it is mounted next."""
+        return call(self._async.resize(volume, size))
+
+    def remove(self, volume: str) -> None:
+        """Removes it and all that is in it. :class:`Conflict` (``volume_in_use``) names its users."""
+        call(self._async.remove(volume))
+
+    def import_tar(self, name: str, data: Data, *, size: str | int = "10G", on_progress: OnBytes | None = None) -> Volume:
+        """Makes a volume with the content of a tar: whole, or not at all."""
+        return calling_back(self._async.import_tar, {"on_progress": on_progress}, name, data, size=size)
+
+    def import_directory(
+        self, name: str, source: str | os.PathLike[str], *, size: str | int | None = None, on_progress: OnBytes | None = None
+    ) -> Volume:
+        """Makes a volume with a directory's contents: owners, modes, links, times, extended attributes and holes are kept.
+
+        ``size``: twice what is in the directory, at least 1 GiB, unless given.
+        """
+        return calling_back(self._async.import_directory, {"on_progress": on_progress}, name, source, size=size)
+
+    def export_tar(self, volume: str) -> Feed[bytes]:
+        """Its content as a tar: owners, modes, links, times, extended attributes and holes are kept."""
+        return Feed._wrap(call(self._async.export_tar(volume)))
+
+    def export_raw(self, volume: str, destination: str | os.PathLike[str], *, on_progress: OnBytes | None = None) -> None:
+        """Its ext4 file system as a raw, sparse file: there whole or not at all."""
+        calling_back(self._async.export_raw, {"on_progress": on_progress}, volume, destination)
+
+
 class Client:
     """A connection to a daemon, for one thread.
 
@@ -412,6 +471,10 @@ class Client:
     @property
     def endpoint(self) -> Endpoint:
         return self._async.endpoint
+
+    @property
+    def volumes(self) -> Volumes:
+        return Volumes._wrap(self._async.volumes)
 
     def __enter__(self) -> Client:
         return self
@@ -567,6 +630,8 @@ class Sandbox:
         workdir: str | None = None,
         network: str = "user",
         init: str = "agent",
+        volumes: Sequence[str | VolumeMount] = (),
+        app: str | os.PathLike[str] | None = None,
         lease: bool = False,
         cold: bool = False,
         start: bool = False,
@@ -579,6 +644,8 @@ class Sandbox:
         Sizes are bytes or such as ``512M``, times seconds or such as ``30m``. ``timeout`` destroys it so long after now,
         ``idle_timeout`` so long after its last use. With ``lease`` it ends with this program, however that ends. ``start`` runs
         the image's own command as a process tagged ``main``. With ``init="image"`` process 1 is the image's ``/sbin/init``.
+        ``volumes`` are such as ``data:/srv/data`` or ``data:/srv/data:ro``;
+        ``app`` is a zip, tar, tar.gz or directory of this host whose content goes into ``/app``.
         Cancelled, or not ready within ``ready_timeout`` seconds, nothing of it is left.
         """
         return Sandbox._wrap(
@@ -601,6 +668,8 @@ class Sandbox:
                 workdir=workdir,
                 network=network,
                 init=init,
+                volumes=volumes,
+                app=app,
                 lease=lease,
                 cold=cold,
                 start=start,

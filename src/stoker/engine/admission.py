@@ -58,6 +58,8 @@ class Reservation:
     cpus: int = 0
     disk: int = 0
     settled: bool = False
+    count: int = 1
+    """0: a volume or a job of our own, no sandbox."""
 
 
 def host_facts(data_dir: Path) -> HostFacts:
@@ -97,7 +99,7 @@ class Admission:
         held = [r for r in self._held.values() if owner is None or r.owner == owner]
         overhead = 0 if owner is not None else sum(VMM_OVERHEAD for r in held if r.memory)
         return Quota(
-            sandboxes=len(held),
+            sandboxes=sum(r.count for r in held),
             memory=sum(r.memory for r in held) + overhead,
             cpus=sum(r.cpus for r in held),
             disk=sum(r.disk for r in held),
@@ -145,6 +147,26 @@ class Admission:
     def hold(self, sandbox: str, *, owner: str, memory: int, cpus: int, disk: int) -> None:
         """Reserves without asking: a machine that exists already is adopted, whatever the budgets say now."""
         self._held[sandbox] = Reservation(owner, memory, cpus, disk, settled=True)
+
+    def admit_volume(self, volume: str, *, owner: str, disk: int, quota: Quota | None = None) -> None:
+        """The same for a volume, which has nothing but disk; again with another size: exchanged."""
+        before = self._held.pop(volume, None)
+        try:
+            wanted = Quota(disk=disk)
+            if quota is not None:
+                _refuse(wanted, self.totals(owner), quota, "key", 0)
+            facts = self._facts()
+            _refuse(wanted, self.totals(), self.budget(facts), "host", 0)
+            if not self._settings.budget_disk and facts.disk_free < DISK_RESERVE:
+                raise _exhausted("disk", "host", disk, facts.disk_free - DISK_RESERVE)
+        except CapacityExhausted:
+            if before is not None:
+                self._held[volume] = before
+            raise
+        self.hold_volume(volume, owner=owner, disk=disk)
+
+    def hold_volume(self, volume: str, *, owner: str, disk: int) -> None:
+        self._held[volume] = Reservation(owner, disk=disk, settled=True, count=0)
 
     def settle(self, sandbox: str) -> None:
         """The machine is up: what it first touches is now in the host's own figures."""

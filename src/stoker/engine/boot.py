@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stoker.engine.state import Attached
 from stoker.engine.trace import trace
 from stoker.errors import DeadlineExceeded, InvalidRequest, StokerError
 from stoker.guest.channel import connect
-from stoker.guest.messages import Configuration, NetworkConfiguration, Resolver, RootMount
+from stoker.guest.messages import Configuration, Mount, NetworkConfiguration, Resolver, RootMount
 from stoker.host.binaries import agent_path
 from stoker.images.initramfs import build_initramfs
 from stoker.images.inventory import held_image, held_kernel
 from stoker.images.progress import NullProgress, Progress
+from stoker.storage.overlay import create_overlay
 from stoker.storage.strategy import Base
 from stoker.vmm.accel import verdict
 from stoker.vmm.diagnosis import explain
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from stoker.storage.strategy import Clone
     from stoker.vmm.driver import Machine
 
-__all__ = ["LiveMachine", "MachineRequest", "boot"]
+__all__ = ["LiveMachine", "MachineRequest", "boot", "boot_helper"]
 
 MIB = 1 << 20
 DEFAULT_MEMORY = 512 * MIB
@@ -68,6 +70,7 @@ class MachineRequest:
     """See :class:`stoker.vmm.machine.MachineSpec`. A machine with one writes to the host's journal."""
     init: str = "agent"
     """``agent``: ours is process 1; ``image``: the image's own ``/sbin/init`` is, and the agent stays beside it."""
+    attached: tuple[Attached, ...] = ()
 
 
 @dataclass(slots=True)
@@ -151,7 +154,22 @@ def configuration(request: MachineRequest, rootfs: RootFilesystem, network: User
         user=request.user or rootfs.user or "root",
         workdir=request.workdir or rootfs.workdir or "",
         init="" if request.init == "agent" else request.init,
+        mounts=[mount_of(disk) for disk in request.attached],
     )
+
+
+def mount_of(disk: Attached) -> Mount:
+    """How the guest mounts a further disk. Of one that is only read the journal is left alone; a larger one grows."""
+    if disk.read_only:
+        return Mount(disk.serial, disk.path, flags=("ro",), options="noload")
+    return Mount(disk.serial, disk.path, options="noinit_itable", grow=True)
+
+
+def disk_of(disk: Attached) -> Disk:
+    """A volume's flushes reach the host's disk; an overlay goes with its sandbox."""
+    if disk.base is not None:
+        return Disk(disk.serial, disk.file, "qcow2", backing=(disk.base,), flush=True)
+    return Disk(disk.serial, disk.file, "raw", read_only=disk.read_only, flush=True)
 
 
 def _network(request: MachineRequest) -> UserNetwork | None:
@@ -236,6 +254,9 @@ async def _boot(
     accel = await verdict(settings, kernel.vmlinux, initrd)
     watch.lap("accel")
     clone = await _clone(request, rootfs, disk)
+    for attached in request.attached:
+        if attached.base is not None and not attached.file.exists():
+            create_overlay(attached.file, attached.base, 0)
     trace("boot.after_clone")
     network = _network(request)
     watch.lap("clone")
@@ -247,7 +268,10 @@ async def _boot(
         cmdline=(),
         cpus=request.cpus,
         memory=request.memory,
-        disks=(Disk(name="root", path=clone.path, format=clone.format, backing=clone.backing, flush=detached),),
+        disks=(
+            Disk(name="root", path=clone.path, format=clone.format, backing=clone.backing, flush=detached),
+            *(disk_of(attached) for attached in request.attached),
+        ),
         network=network,
         accelerator=accel.accelerator,
         cpu=accel.cpu,
@@ -257,6 +281,12 @@ async def _boot(
         gate=request.gate,
         journal=request.name if request.gate is not None else "",
     )
+    machine, agent = await _bring_up(spec, settings, configuration(request, rootfs, network), watch)
+    return LiveMachine(request, machine, agent, rootfs, kernel, clone, watch.laps, accel.accelerator.value)
+
+
+async def _bring_up(spec: MachineSpec, settings: Settings, words: Configuration, watch: _Watch) -> tuple[Machine, Agent]:
+    """Starts a machine and configures its guest; a failure ends it again."""
     async with AsyncExitStack() as undo:
         machine = await launch(spec, settings)
         undo.push_async_callback(machine.close)
@@ -268,13 +298,13 @@ async def _boot(
             undo.push_async_callback(agent.aclose)
             watch.lap("guest")
             trace("boot.after_hello")
-            await agent.configure(configuration(request, rootfs, network))
+            await agent.configure(words)
             watch.lap("configure")
             trace("boot.after_configure")
         except TimeoutError:
             raise DeadlineExceeded(
                 "boot_timeout",
-                f"{request.name} did not come up within {settings.boot_timeout:g} s",
+                f"{spec.name} did not come up within {settings.boot_timeout:g} s",
                 "stoker doctor; a slow host needs a larger boot_timeout",
                 console=await machine.console_tail(20),
             ) from None
@@ -285,4 +315,30 @@ async def _boot(
                 error.console = await machine.console_tail(20)
             raise
         undo.pop_all()
-    return LiveMachine(request, machine, agent, rootfs, kernel, clone, watch.laps, accel.accelerator.value)
+    return machine, agent
+
+
+async def boot_helper(name: str, settings: Settings, directory: Path, disk: Attached, memory: int) -> tuple[Machine, Agent]:
+    """A machine that stays in its initramfs, with one disk mounted; it ends with this process. See :mod:`stoker.engine.helper`."""
+    with ExitStack() as held:
+        kernel = await held_kernel(settings.default_kernel, settings, NullProgress(), held)
+        initrd = await build_initramfs(kernel, agent_path(), settings, network=False)
+        accel = await verdict(settings, kernel.vmlinux, initrd)
+        spec = MachineSpec(
+            name=name,
+            directory=directory,
+            kernel=kernel.vmlinux,
+            initrd=initrd,
+            cmdline=(),
+            cpus=1,
+            memory=memory,
+            disks=(disk_of(disk),),
+            network=None,
+            accelerator=accel.accelerator,
+            cpu=accel.cpu,
+            console_bytes=settings.console_bytes,
+        )
+        words = Configuration(
+            env={"PATH": DEFAULT_PATH}, entropy=os.urandom(64), realtime=time.time_ns(), user="root", mounts=[mount_of(disk)]
+        )
+        return await _bring_up(spec, settings, words, _Watch())

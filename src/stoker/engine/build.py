@@ -26,18 +26,20 @@ from stoker.api.models import (
     Versions,
 )
 from stoker.engine.admission import VMM_OVERHEAD
-from stoker.engine.core import Booted, Box, Core, Live
+from stoker.engine.core import Booted, Box, Core, Live, Places, released_in
 from stoker.engine.ending import ended, release_all
 from stoker.engine.hub import Hub
 from stoker.engine.ledger import Entry, Kind, Ledger
 from stoker.engine.operations import Running
 from stoker.engine.release import release
-from stoker.engine.state import Record, to_body
+from stoker.engine.state import Attached, Record, to_body
 from stoker.engine.trace import trace
+from stoker.engine.volume_files import volume_path, volume_ready
 from stoker.engine.watch import watch
 from stoker.errors import Conflict, HostError, InternalError, StokerError
 from stoker.host import cgroups
 from stoker.host.cgroups import Limits
+from stoker.storage.app import app_image
 
 if TYPE_CHECKING:
     from stoker.engine.boot import MachineRequest
@@ -123,7 +125,9 @@ async def _make(core: Core, box: Box, operation: Running) -> Booted:
     if places.cgroup is not None:
         cgroups.create(places.cgroup, limits(box.record))
     trace("create.after_cgroup")
-    request = machine_request(box.record)
+    for volume in box.record.volumes:
+        await volume_ready(core, volume)
+    request = machine_request(core, box.record, places)
     if places.unit is not None:
         request = dataclasses.replace(request, gate=partial(_enter, core, box))
     disk = core.pools.opener(box.record.pool, box.id) if box.record.boots else core.pools.maker(box.record.pool, box.id)
@@ -160,7 +164,7 @@ def limits(record: Record) -> Limits:
     return Limits(memory=record.resources.memory + 4 * VMM_OVERHEAD, pids=512, cpus=record.resources.cpus)
 
 
-def machine_request(record: Record) -> MachineRequest:
+def machine_request(core: Core, record: Record, places: Places) -> MachineRequest:
     """What to boot. A sandbox that ran before boots from its own disk, over the same root file system."""
     from stoker.engine.boot import MachineRequest
 
@@ -182,7 +186,16 @@ def machine_request(record: Record) -> MachineRequest:
         workdir=record.workdir if again else request.workdir or "",
         cold=request.cold,
         init=request.init.value,
+        attached=attached(core, record, places),
     )
+
+
+def attached(core: Core, record: Record, places: Places) -> tuple[Attached, ...]:
+    """The further disks: the app's own overlay, then the volumes in their order."""
+    disks = [Attached(one.id, volume_path(core, one.id), one.path, read_only=one.read_only) for one in record.volumes]
+    if record.request.app is not None and places.app is not None:
+        disks.insert(0, Attached("app", places.app, "/app", base=app_image(core.settings.data_dir, record.request.app)))
+    return tuple(disks)
 
 
 async def _running(core: Core, box: Box, booted: Booted) -> None:
@@ -306,7 +319,7 @@ async def _undo(core: Core, box: Box, error: StokerError) -> None:
         await core.save(
             box,
             event="sandbox.state",
-            also=lambda db: Ledger.released_in(db, box.id),
+            also=lambda db: released_in(db, box.id),
             state=SandboxState.FAILED,
             error=to_body(error),
             ended_at=time.time(),

@@ -30,7 +30,7 @@ from stoker.engine.metrics import Rings
 from stoker.engine.operations import Operations
 from stoker.engine.pools import MakeDisk, Pools
 from stoker.engine.release import release
-from stoker.engine.state import WITH_MACHINE, Record, require, to_sandbox
+from stoker.engine.state import WITH_MACHINE, Mounted, Record, VolumeRecord, require, to_sandbox
 from stoker.engine.units import Units, unit_name
 from stoker.errors import GuestError, HostError, NotFound
 
@@ -88,6 +88,10 @@ class Booter(Protocol):
 
     async def connect(self, machine: Machine) -> Agent: ...
 
+    async def helper(self, name: str, directory: Path, mounted: Mounted, file: Path) -> tuple[Machine, Agent]:
+        """A small machine without a root, which ends with this process, with one volume mounted."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -101,9 +105,13 @@ class Places:
     """Where machines are no units."""
     disk: Callable[[], Iterable[tuple[Kind, str]]]
     """What its disk consists of."""
+    app: Path | None = None
+    """The overlay over its app's file system."""
 
     def things(self, *, lease: bool, sandbox: str) -> list[tuple[Kind, str]]:
         found = [(Kind.PROCESS, str(self.directory)), (Kind.DIRECTORY, str(self.directory)), *self.disk()]
+        if self.app is not None:
+            found.append((Kind.APP_DISK, str(self.app)))
         if self.unit is not None:
             found.append((Kind.UNIT, self.unit))
         if self.cgroup is not None:
@@ -191,6 +199,9 @@ class Core:
         self.boxes: dict[str, Box] = {}
         self.names: dict[tuple[str, str], str] = {}
         self.units = units or Units()
+        self.volumes: dict[str, VolumeRecord] = {}
+        self.jobs: set[str] = set()
+        """Helper machines that run."""
         self.cgroups: Path | None = None
         self.closing = False
         self.alarm = asyncio.Event()
@@ -216,10 +227,11 @@ class Core:
             raise NotFound("sandbox_unknown", f"there is no sandbox {reference}", "stoker ls")
         return box
 
-    def places(self, sandbox: str, pool: str | None = None) -> Places:
-        """Of a sandbox, or of one that is about to be, in the named pool."""
+    def places(self, sandbox: str, pool: str | None = None, *, app: bool = False) -> Places:
+        """Of a sandbox, or of one that is about to be, in the named pool and with an app or without."""
+        box = self.boxes.get(sandbox)
+        app = app or (box is not None and box.record.request.app is not None)
         if pool is None:
-            box = self.boxes.get(sandbox)
             pool = box.record.pool if box is not None else self.pools.default
         return Places(
             self.settings.run_dir / "sandboxes" / sandbox,
@@ -227,6 +239,7 @@ class Core:
             unit_name(sandbox) if self.units.usable else None,
             self.cgroups / sandbox if self.cgroups and not self.units.usable else None,
             partial(self.pools.things, pool, sandbox),
+            self.settings.data_dir / "apps" / "disks" / f"{sandbox}.qcow2" if app else None,
         )
 
     async def release(self, entry: Entry, found: Collection[int] | None = None) -> None:
@@ -235,6 +248,10 @@ class Core:
             await self.units.release(entry.name)
         else:
             await release(entry, self.pools, found)
+
+    def owns(self, owner: str) -> bool:
+        """Whether what the ledger says of an owner is right to be there."""
+        return owner in self.boxes or owner in self.volumes or owner in self.jobs
 
     def ring(self) -> None:
         """Something changed: deadlines, machines."""
@@ -294,7 +311,7 @@ class Core:
             db.execute("DELETE FROM events WHERE sandbox = ?", (record.id,))
             db.execute("DELETE FROM idempotency WHERE sandbox = ?", (record.id,))
             db.execute("DELETE FROM processes WHERE sandbox = ?", (record.id,))
-            Ledger.released_in(db, record.id)
+            released_in(db, record.id)
             db.execute("INSERT OR REPLACE INTO numbers (name, value) VALUES ('event', ?)", (event.id,))
 
         await self.database.write(work)
@@ -380,6 +397,12 @@ def put(db: sqlite3.Connection, record: Record) -> None:
         " ON CONFLICT (id) DO UPDATE SET state = excluded.state, record = excluded.record",
         (record.id, record.owner, record.name, record.state.value, record.created_at, msgspec.json.encode(record).decode()),
     )
+
+
+def released_in(db: sqlite3.Connection, sandbox: str) -> None:
+    """Nothing on the host is the sandbox's any more, and no volume is used by it."""
+    Ledger.released_in(db, sandbox)
+    db.execute("DELETE FROM claims WHERE user = ?", (sandbox,))
 
 
 def load(db: sqlite3.Connection) -> Iterable[Record]:

@@ -25,9 +25,10 @@ from stoker.api.models import (
     Versions,
 )
 from stoker.engine.build import begin
+from stoker.engine.claims import claim_in
 from stoker.engine.core import Box, Core, put
 from stoker.engine.ledger import Ledger
-from stoker.engine.state import Record, new_id, require
+from stoker.engine.state import Mounted, Record, new_id, require
 from stoker.engine.trace import trace
 from stoker.errors import Conflict, Forbidden, HostError, InvalidRequest
 
@@ -68,8 +69,10 @@ class _Repeated(Exception):
         self.sandbox, self.digest = sandbox, digest
 
 
-async def create(core: Core, who: Principal, request: CreateSandbox, key: str | None, quota: Quota | None) -> Operation:
-    """Admits, records and begins; the rest goes on by itself."""
+async def create(
+    core: Core, who: Principal, request: CreateSandbox, key: str | None, quota: Quota | None, volumes: list[Mounted]
+) -> Operation:
+    """Admits, records and begins; the rest goes on by itself. ``volumes`` are those that the request names."""
     _check(who, request)
     if core.closing:
         raise HostError("daemon_stopping", "the daemon is ending", "try again in a moment")
@@ -84,6 +87,7 @@ async def create(core: Core, who: Principal, request: CreateSandbox, key: str | 
         resources=Resources(cpus=request.cpus, memory=memory, disk=request.disk),
         hostname=request.hostname or request.name or "",
         pool=core.pools.default,
+        volumes=volumes,
         timeout=request.timeout,
         expires_at=expiry(request.timeout),
         versions=Versions(daemon=stoker.__version__),
@@ -135,7 +139,8 @@ def _again(core: Core, who: Principal, sandbox: str, before: str, digest: str) -
 
 async def _intend(core: Core, who: Principal, box: Box, key: str | None, digest: str, event: Event) -> None:
     record = box.record
-    things = core.places(record.id, record.pool).things(lease=record.request.lease, sandbox=record.id)
+    places = core.places(record.id, record.pool, app=record.request.app is not None)
+    things = places.things(lease=record.request.lease, sandbox=record.id)
 
     def work(db: sqlite3.Connection) -> None:
         if key is not None:
@@ -154,6 +159,7 @@ async def _intend(core: Core, who: Principal, box: Box, key: str | None, digest:
                     f"stoker rm {record.name}, or another name",
                 )
         put(db, record)
+        claim_in(db, record.id, record.label, record.volumes)
         Ledger.intend_in(db, record.id, things)
         core.events.insert_in(db, event)
 

@@ -8,7 +8,7 @@ import time
 from typing import Final
 
 from stoker.api.models import SandboxState
-from stoker.engine.core import Box, Core
+from stoker.engine.core import Box, Core, Live
 from stoker.engine.ledger import OF_A_MACHINE, Kind, Ledger
 from stoker.engine.release import clear_directory
 from stoker.engine.state import require, to_body
@@ -20,6 +20,8 @@ __all__ = ["destroy", "detach", "ended", "release_all", "stop"]
 log = logging.getLogger(__name__)
 UNMOUNT: Final = 10.0
 """Seconds a guest has for unmounting and powering off after its processes are gone."""
+WITH_VOLUMES: Final = 1.0
+"""Seconds that the processes of a sandbox with writable volumes have to end when it is destroyed."""
 
 
 async def release_all(core: Core, box: Box, *, tracing: bool = False) -> None:
@@ -29,7 +31,7 @@ async def release_all(core: Core, box: Box, *, tracing: bool = False) -> None:
         for entry in entries:
             if entry.kind is kind:
                 await core.release(entry)
-        if tracing and kind is not Kind.LEASE:
+        if tracing and kind not in (Kind.LEASE, Kind.VOLUME, Kind.APP_DISK):
             trace(f"destroy.after_{kind.value}")
 
 
@@ -65,9 +67,23 @@ async def ended(core: Core, box: Box, state: SandboxState, error: StokerError | 
     core.admission.rest(box.id)
 
 
+async def _shut_down(box: Box, live: Live, before: SandboxState, grace: float) -> None:
+    """The guest ends its processes, unmounts and powers off; one that does not is ended by the caller."""
+    try:
+        async with asyncio.timeout(grace + UNMOUNT):
+            if before is SandboxState.FROZEN:
+                await live.machine.thaw()
+            if live.agent is not None:
+                await live.agent.shutdown("poweroff", grace)
+                await live.machine.wait()
+    except (StokerError, TimeoutError) as error:
+        log.warning("%s did not shut down by itself: %s", box.id, error or "out of time")
+
+
 async def destroy(core: Core, box: Box) -> None:
     """Ends and removes everything of a sandbox, whatever it is doing. Returns when nothing is left."""
     trace("destroy.before_mark")
+    before = box.record.state
     if not box.record.doomed:
         await core.save(box, event="sandbox.state", durable=True, doomed=True, state=SandboxState.STOPPING)
     trace("destroy.after_mark")
@@ -79,6 +95,9 @@ async def destroy(core: Core, box: Box) -> None:
         if box.gone:
             return
         live = box.live
+        if live is not None and any(not volume.read_only for volume in box.record.volumes):
+            # Its disk is thrown away, what is in its volumes is not: the guest still has it in memory.
+            await _shut_down(box, live, before, WITH_VOLUMES)
         await detach(box, GuestError("sandbox_destroyed", f"{box.record.label} was destroyed"))
         if live is not None:
             await live.machine.kill()
@@ -98,15 +117,7 @@ async def stop(core: Core, box: Box, grace: float) -> None:
             raise Conflict("wrong_state", f"{box.record.label} has no machine", f"stoker rm {box.id}")
         await core.save(box, event="sandbox.state", durable=True, state=SandboxState.STOPPING)
         trace("stop.after_mark")
-        try:
-            async with asyncio.timeout(grace + UNMOUNT):
-                if before is SandboxState.FROZEN:
-                    await live.machine.thaw()
-                if live.agent is not None:
-                    await live.agent.shutdown("poweroff", grace)
-                    await live.machine.wait()
-        except (StokerError, TimeoutError) as error:
-            log.warning("%s did not shut down by itself: %s", box.id, error or "out of time")
+        await _shut_down(box, live, before, grace)
         trace("stop.after_shutdown")
         await detach(box, GuestError("sandbox_stopped", f"{box.record.label} was stopped", f"stoker start {box.record.label}"))
         await live.machine.kill()

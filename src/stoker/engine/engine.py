@@ -45,6 +45,7 @@ from stoker.api.models import (
     Timeout,
 )
 from stoker.engine import build, create, ending, verbs
+from stoker.engine.apps import Apps
 from stoker.engine.core import Booter, Box, Core
 from stoker.engine.database import Database, lock_data
 from stoker.engine.files import Files
@@ -58,7 +59,9 @@ from stoker.engine.timers import hold_lease, reap
 from stoker.engine.trace import arm
 from stoker.engine.units import Units
 from stoker.engine.upkeep import Upkeep
+from stoker.engine.volumes import Volumes, check_paths
 from stoker.errors import GuestError, NotFound
+from stoker.storage.app import prepare_apps, sweep_apps
 
 if TYPE_CHECKING:
     from stoker.settings import Settings
@@ -80,6 +83,8 @@ class Engine:
         self.files = Files(core)
         self.images = Images(core)
         self.upkeep = Upkeep(core)
+        self.volumes = Volumes(core, keys.quota)
+        self.apps = Apps(core)
 
     @classmethod
     @asynccontextmanager
@@ -109,6 +114,10 @@ class Engine:
             await stack.enter_async_context(lock_data(settings.data_dir))
             private_directory(settings.run_dir, 0o755)
             private_directory(settings.run_dir / "sandboxes", 0o711)
+            private_directory(settings.run_dir / "helpers", 0o711)
+            private_directory(settings.data_dir / "volumes", 0o700)
+            private_directory(settings.data_dir / "apps", 0o711)
+            prepare_apps(settings.data_dir)
             database = await stack.enter_async_context(Database.open(settings.database))
             units = await stack.enter_async_context(Units())
             width = boots or max(2, os.cpu_count() or 1)
@@ -129,7 +138,9 @@ class Engine:
             core.cgroups = await asyncio.to_thread(cgroups.base)
         await self._keys.load()
         await load_all(core)
+        await self.volumes.begin()
         await reconcile(core)
+        await asyncio.to_thread(sweep_apps, core.settings.data_dir)
         core.spawn(reap(core), "deadlines")
         core.spawn(sample(core), "metrics")
 
@@ -161,7 +172,11 @@ class Engine:
 
     async def create(self, who: Principal, request: CreateSandbox, *, idempotency_key: str | None = None) -> Operation:
         core = self._core
-        return await core.shielded(create.create(core, who, request, idempotency_key, self._keys.quota(who.owner)))
+        check_paths(request.volumes, request.app is not None)
+        volumes = self.volumes.resolve(who, request.volumes)
+        if request.app is not None:
+            await self.apps.get(who, request.app)
+        return await core.shielded(create.create(core, who, request, idempotency_key, self._keys.quota(who.owner), volumes))
 
     async def get(self, who: Principal, sandbox: str) -> Sandbox:
         return self._find(who, sandbox).value

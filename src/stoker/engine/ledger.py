@@ -15,6 +15,8 @@ directory   ``RUN_DIR/sandboxes/ID``                       removing the tree: so
 device      a device-mapper device                         removing it; while it is busy it stays
 loop        the file behind a loop device                  detaching whatever has exactly this file behind it
 clone       the disk's directory, ``POOL/clones/ID``       the pool (:mod:`stoker.storage.pool`)
+app-disk    ``DATA_DIR/apps/disks/ID.qcow2``               unlinking it
+volume      ``DATA_DIR/volumes/ID.ext4`` (owner: ID)       unlinking it, when there is no volume of that ID
 lease       the sandbox                                    nothing on the host; its sandbox goes with its holder
 ==========  =============================================  =====================================================
 
@@ -46,6 +48,8 @@ class Kind(StrEnum):
     DEVICE = "device"
     LOOP = "loop"
     CLONE = "clone"
+    APP_DISK = "app-disk"
+    VOLUME = "volume"
     LEASE = "lease"
 
 

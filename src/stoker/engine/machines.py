@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stoker.engine.core import Booted
+from stoker.engine.state import Attached, Mounted
 
 if TYPE_CHECKING:
     from stoker.engine.boot import MachineRequest
@@ -53,6 +54,13 @@ class RealBooter:
             timings=live.timings,
             held=live.held,
         )
+
+    async def helper(self, name: str, directory: Path, mounted: Mounted, file: Path) -> tuple[Machine, Agent]:
+        from stoker.engine.boot import boot_helper
+        from stoker.engine.helper import MEMORY
+
+        disk = Attached(mounted.id, file, mounted.path, read_only=mounted.read_only)
+        return await boot_helper(name, self._settings, directory, disk, MEMORY)
 
     async def adopt(self, directory: Path) -> Machine | None:
         from stoker.vmm.qemu.driver import adopt

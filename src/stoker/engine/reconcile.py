@@ -22,14 +22,16 @@ import os
 import time
 from pathlib import Path
 
+import msgspec
+
 from stoker.api.models import SandboxState
 from stoker.engine.build import make_hub
-from stoker.engine.core import Box, Core, Live, load
+from stoker.engine.core import Box, Core, Live, load, released_in
 from stoker.engine.ending import detach, ended, release_all
 from stoker.engine.hub import Started, decode_started
-from stoker.engine.ledger import Entry, Kind, Ledger
+from stoker.engine.ledger import Entry, Kind
 from stoker.engine.release import shims
-from stoker.engine.state import Record, to_body
+from stoker.engine.state import Record, VolumeRecord, to_body
 from stoker.engine.watch import verdict_on, watch
 from stoker.errors import GuestError, HostError, StokerError
 
@@ -54,13 +56,17 @@ def private_directory(path: Path, mode: int) -> None:
 async def load_all(core: Core) -> None:
     """Rows and events into memory."""
 
-    def work(db: object) -> tuple[list[Record], list[tuple[str, int, str]], int]:
+    def work(db: object) -> tuple[list[Record], list[tuple[str, int, str]], int, list[str]]:
         records = list(load(db))  # type: ignore[arg-type]
         events = db.execute("SELECT sandbox, number, event FROM events ORDER BY number").fetchall()  # type: ignore[attr-defined]
         last = db.execute("SELECT value FROM numbers WHERE name = 'event'").fetchone()  # type: ignore[attr-defined]
-        return records, events, last[0] if last else 0
+        volumes = [text for (text,) in db.execute("SELECT record FROM volumes ORDER BY created")]  # type: ignore[attr-defined]
+        return records, events, last[0] if last else 0, volumes
 
-    records, events, last = await core.database.read(work)
+    records, events, last, volumes = await core.database.read(work)
+    for text in volumes:
+        record_of = msgspec.json.decode(text.encode(), type=VolumeRecord)
+        core.volumes[record_of.id] = record_of
     for record in records:
         core.add(Box(record))
     core.events.load(events, {record.id: record.owner for record in records}, last)
@@ -71,7 +77,7 @@ async def reconcile(core: Core) -> None:
     entries = await core.ledger.all()
     machines = [entry.name for entry in entries if entry.kind is Kind.PROCESS]
     found = await asyncio.to_thread(shims, machines) if machines else {}
-    orphans = [entry for entry in entries if entry.owner not in core.boxes]
+    orphans = [entry for entry in entries if not core.owns(entry.owner)]
     await asyncio.gather(*(_one(core, box, found) for box in list(core.boxes.values())), _orphans(core, orphans, found))
 
 
@@ -111,7 +117,7 @@ async def settle(core: Core, box: Box) -> None:
         await core.save(
             box,
             event="sandbox.state",
-            also=lambda db: Ledger.released_in(db, box.id),
+            also=lambda db: released_in(db, box.id),
             state=S.FAILED,
             error=to_body(error),
             ended_at=time.time(),

@@ -189,6 +189,8 @@ def _release(entry: Entry, pools: Pools, found: Collection[int] | None) -> None:
             loop.detach(found_loop)
     elif entry.kind is Kind.CLONE:
         pools.remove(path)
+    elif entry.kind in (Kind.APP_DISK, Kind.VOLUME):
+        path.unlink(missing_ok=True)
 
 
 async def release(entry: Entry, pools: Pools, found: Collection[int] | None = None) -> None:

@@ -6,6 +6,8 @@ Each operation names the states it may start from; nothing else is allowed. The 
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from msgspec import Struct, field
@@ -18,10 +20,24 @@ from stoker.api.models import (
     SandboxState,
     Timeout,
     Versions,
+    VolumeMount,
 )
 from stoker.errors import Conflict, StokerError, error_to_wire
 
-__all__ = ["ALLOWED", "TRANSIENT", "WITH_MACHINE", "Record", "actions", "new_id", "require", "to_body", "to_sandbox"]
+__all__ = [
+    "ALLOWED",
+    "TRANSIENT",
+    "WITH_MACHINE",
+    "Attached",
+    "Mounted",
+    "Record",
+    "VolumeRecord",
+    "actions",
+    "new_id",
+    "require",
+    "to_body",
+    "to_sandbox",
+]
 
 S = SandboxState
 TRANSIENT: Final = frozenset({S.CREATING, S.PAUSING, S.RESUMING, S.STOPPING})
@@ -66,6 +82,39 @@ def new_id(prefix: str, length: int = 20) -> str:
     return f"{prefix}-" + "".join(secrets.choice(_ALPHABET) for _ in range(length))
 
 
+class Mounted(Struct, frozen=True, kw_only=True):
+    """A volume of a sandbox: which one, and where it is in the guest."""
+
+    id: str
+    name: str
+    path: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A further disk of a machine, mounted at ``path``: ``file`` is raw, or, with ``base``, an overlay over that raw image.
+
+    ``serial`` is how the guest finds it: at most 20 letters, digits, ``-`` and ``_``.
+    """
+
+    serial: str
+    file: Path
+    path: str
+    read_only: bool = False
+    base: Path | None = None
+
+
+class VolumeRecord(Struct, frozen=True, kw_only=True):
+    """A volume as the database has it. ``size`` is bytes."""
+
+    id: str
+    owner: str
+    name: str
+    size: int
+    created_at: float
+
+
 class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A sandbox as the database has it. Values are replaced, never changed."""
 
@@ -85,6 +134,7 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     workdir: str = ""
     command: list[str] = field(default_factory=list)
     hostname: str = ""
+    volumes: list[Mounted] = field(default_factory=list)
     timeout: Timeout | None = None
     expires_at: float | None = None
     """Of an absolute timeout; an idle one depends on the use."""
@@ -169,6 +219,8 @@ def to_sandbox(record: Record, expires_at: float | None) -> Sandbox:
         command=record.command,
         network=request.network,
         init=request.init,
+        volumes=[VolumeMount(name=m.name, path=m.path, read_only=m.read_only) for m in record.volumes],
+        app=request.app,
         lease=request.lease,
         timeout=record.timeout,
         expires_at=expires_at,

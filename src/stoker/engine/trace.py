@@ -39,6 +39,14 @@ START = ("start.after_mark", "start.after_running")
 POINTS = declare(*CREATE, *DESTROY, *STOP, *START)
 UNIT = declare("unit.after_enter")
 """Only where machines are units of systemd's."""
+VOLUMES = declare(
+    "volume.after_intent",
+    "volume.after_made",
+    "helper.after_boot",
+    "volume.after_unpacked",
+    "volume.after_row",
+    "volume.after_row_gone",
+)
 UPKEEP = declare(
     "gc.before_item",
     "gc.after_item",

@@ -13,8 +13,10 @@ __all__ = [
     "Ownership",
     "Plan",
     "Superblock",
+    "empty_command",
     "measure",
     "mke2fs_command",
+    "needs_recovery",
     "ownership_script",
     "plan_size",
     "read_superblock",
@@ -24,6 +26,7 @@ BLOCK = 4096
 MIB = 1 << 20
 JOURNAL = 16 * MIB
 MAGIC = 0xEF53
+INCOMPAT_RECOVER = 0x4
 INCOMPAT_64BIT = 0x80
 FEATURES = (
     "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,dir_nlink"
@@ -124,6 +127,24 @@ def mke2fs_command(tree: Path, image: Path, plan: Plan, uuid: str, label: str = 
     argv += ["-O", f"{FEATURES},extra_isize,metadata_csum", "-J", f"size={JOURNAL // MIB}", "-E", extended]
     argv += ["-U", uuid, "-L", label, "-e", "remount-ro", "-d", tree, image, f"{plan.size // 1024}k"]
     return argv
+
+
+def empty_command(image: Path, size: int, uuid: str) -> list[str | Path]:
+    """Makes ``image``, a new sparse file of ``size`` bytes (whole MiB), an empty file system.
+
+    What reads as zeros anyway is not written: mounted with ``noinit_itable``, it stays so. The journal of a large one is larger.
+    """
+    journal = 4 if size < 256 * MIB else 16 if size < 8192 * MIB else 64
+    argv: list[str | Path] = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", str(BLOCK), "-I", "256", "-m", "0", "-U", uuid]
+    argv += ["-O", f"{FEATURES},extra_isize,metadata_csum", "-J", f"size={journal}", "-e", "remount-ro"]
+    argv += ["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0", image, f"{size // 1024}k"]
+    return argv
+
+
+def needs_recovery(fd: int) -> bool:
+    """Whether the journal holds what is not in place yet: nobody has unmounted the file system since it was last written."""
+    data = os.pread(fd, 1024, 1024)
+    return len(data) == 1024 and bool(struct.unpack_from("<I", data, 96)[0] & INCOMPAT_RECOVER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,11 @@ PATH_PARAMETERS: dict[str, dict[str, Any]] = {
         "description": "A process's id or tag.",
         "schema": {"type": "string", "pattern": "^([0-9]{1,9}|[A-Za-z_][A-Za-z0-9._-]{0,63})$", "maxLength": 64, "minLength": 1},
     },
+    "volume": {
+        "description": "A volume's name or id.",
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", "maxLength": 64, "minLength": 1},
+    },
+    "app": {"description": "The SHA-256 of an app archive.", "schema": {"type": "string", "pattern": "^[0-9a-f]{64}$"}},
     "operation": {"description": "An operation's id.", "schema": {"type": "string", "pattern": "^op-[a-z2-7]{20}$"}},
     "image": {
         "description": "An image's name (`debian:12`), its digest, or the first characters of that.",

@@ -20,11 +20,13 @@ from typing import Protocol
 from stoker.api.models import (
     ApiKey,
     ApiKeyPage,
+    AppInfo,
     ChangeMode,
     ChangeOwner,
     CreatedKey,
     CreateKey,
     CreateSandbox,
+    CreateVolume,
     Event,
     FileInfo,
     FsckReport,
@@ -47,10 +49,12 @@ from stoker.api.models import (
     SandboxState,
     StartProcess,
     Timeout,
+    Volume,
+    VolumePage,
     WatchEvent,
 )
 
-__all__ = ["Attachment", "EngineProtocol", "Files", "Images", "Output", "Processes", "Upkeep"]
+__all__ = ["Apps", "Volumes", "Attachment", "EngineProtocol", "Files", "Images", "Output", "Processes", "Upkeep"]
 
 
 class Output(Protocol):
@@ -221,6 +225,38 @@ class Upkeep(Protocol):
     async def gc(self, *, dry_run: bool) -> GcReport: ...
 
 
+class Volumes(Protocol):
+    """File systems that outlive sandboxes. ``volume`` is a name or an id. ``volume_in_use`` (Conflict) names the users."""
+
+    async def create(self, who: Principal, request: CreateVolume) -> Volume: ...
+
+    async def get(self, who: Principal, volume: str) -> Volume: ...
+
+    async def list(self, who: Principal, *, limit: int, cursor: str | None) -> VolumePage:
+        """Newest first."""
+
+    async def remove(self, who: Principal, volume: str) -> None: ...
+
+    async def resize(self, who: Principal, volume: str, size: int) -> Volume: ...
+
+    async def import_tar(self, who: Principal, name: str, size: int, source: AsyncIterator[bytes]) -> Volume:
+        """A new volume, whole or not at all."""
+
+    def export_tar(self, who: Principal, volume: str) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
+
+    def export_raw(self, who: Principal, volume: str) -> AbstractAsyncContextManager[tuple[int, AsyncIterator[bytes]]]: ...
+
+
+class Apps(Protocol):
+    """App archives, by the SHA-256 of the archive."""
+
+    async def get(self, who: Principal, digest: str) -> AppInfo:
+        """``app_unknown`` (NotFound) unless this owner has uploaded it."""
+
+    async def put(self, who: Principal, digest: str, source: AsyncIterator[bytes]) -> AppInfo:
+        """``digest_mismatch``, ``bad_archive`` (InvalidRequest, TooLarge)."""
+
+
 class EngineProtocol(Protocol):
     """Everything else."""
 
@@ -229,6 +265,12 @@ class EngineProtocol(Protocol):
 
     @property
     def files(self) -> Files: ...
+
+    @property
+    def volumes(self) -> Volumes: ...
+
+    @property
+    def apps(self) -> Apps: ...
 
     @property
     def images(self) -> Images: ...

@@ -81,7 +81,7 @@ async def reservations(scene: Scene) -> list[Finding]:
     core = scene.core
     found = []
     for sandbox in core.admission.holders():
-        if sandbox in core.boxes or core.operations.working_on(sandbox):
+        if core.owns(sandbox) or core.operations.working_on(sandbox):
             continue
 
         async def mend(sandbox: str = sandbox) -> None:

@@ -134,7 +134,7 @@ async def entries(scene: Scene) -> list[Finding]:
     core = scene.core
     found = []
     for entry in await core.ledger.all():
-        if entry.owner in core.boxes:
+        if core.owns(entry.owner):
             continue
 
         async def mend(entry: Entry = entry) -> None:
