@@ -33,14 +33,17 @@ def in_use(name: str, users: Sequence[VolumeUser], what: str) -> Conflict:
     return Conflict("volume_in_use", f"volume {name} {what}: it is in use by {names}", hint, details=details)
 
 
-def claim_in(db: sqlite3.Connection, user: str, label: str, wanted: Iterable[Mounted]) -> None:
-    """Claims volumes for a user, or raises ``volume_in_use`` with the names of those that have one of them."""
+def claim_in(db: sqlite3.Connection, user: str, label: str, wanted: Iterable[Mounted], *, refused: str = "") -> None:
+    """Claims volumes for a user, or raises ``volume_in_use`` with the names of those that have one of them.
+
+    ``refused`` is what cannot be done then.
+    """
     for one in wanted:
         users = users_in(db, one.id)
         if users and not one.read_only:
-            raise in_use(one.name, users, "cannot be written to by two")
+            raise in_use(one.name, users, refused or "cannot be written to by two")
         if any(not other.read_only for other in users):
-            raise in_use(one.name, users, "cannot be read while it is written to")
+            raise in_use(one.name, users, refused or "cannot be read while it is written to")
         try:
             db.execute(
                 "INSERT INTO claims (volume, user, label, read_only) VALUES (?, ?, ?, ?)", (one.id, user, label, one.read_only)

@@ -134,7 +134,7 @@ class Volumes:
             raise InvalidRequest(
                 "volume_shrink", f"volume {record.name} has {record.size} bytes and cannot become smaller", "make another and copy"
             )
-        async with self._held(record, "a resize"):
+        async with self._held(record, "a resize", "cannot be resized"):
             self._core.admission.admit_volume(record.id, owner=record.owner, disk=size, quota=self._quota(record.owner))
             try:
                 await asyncio.to_thread(files.grow_volume, self.path(record.id), size)
@@ -174,7 +174,7 @@ class Volumes:
         record = self._find(who, volume)
         # One that was not unmounted is mounted for writing, so that its journal is replayed.
         dirty = await asyncio.to_thread(files.is_dirty, self.path(record.id))
-        async with self._held(record, "an export", read_only=not dirty):
+        async with self._held(record, "an export", "cannot be exported", read_only=not dirty):
             mounted = Mounted(id=record.id, name=record.name, path=SEPARATE, read_only=not dirty)
             async with helper(self._core, who.owner, mounted, self.path(record.id)) as agent:
                 async with Files(agent, user="0:0").tar_out(SEPARATE, exact=True) as pieces:
@@ -184,7 +184,7 @@ class Volumes:
     async def export_raw(self, who: Principal, volume: str) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
         """Its size and its bytes as they are."""
         record = self._find(who, volume)
-        async with self._held(record, "an export", read_only=True):
+        async with self._held(record, "an export", "cannot be exported", read_only=True):
             with open(self.path(record.id), "rb") as file:
 
                 async def pieces() -> AsyncIterator[bytes]:
@@ -237,11 +237,11 @@ class Volumes:
         self._core.admission.release(record.id)
 
     @asynccontextmanager
-    async def _held(self, record: VolumeRecord, label: str, *, read_only: bool = False) -> AsyncIterator[None]:
+    async def _held(self, record: VolumeRecord, label: str, refused: str, *, read_only: bool = False) -> AsyncIterator[None]:
         """Claimed for a job."""
         job = new_id("job")
         wanted = [Mounted(id=record.id, name=record.name, path="", read_only=read_only)]
-        await self._core.database.write(lambda db: claim_in(db, job, label, wanted))
+        await self._core.database.write(lambda db: claim_in(db, job, label, wanted, refused=refused))
         try:
             yield
         finally:
