@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stoker.settings import Settings
 
-SHARED = ("images", "kernels", "cache", "locks", "staging")
+SHARED = ("images", "kernels", "cache", "locks", "staging", "golden")
 
 
 def own_data(settings: Settings, short_dir: Path) -> Settings:

@@ -184,5 +184,8 @@ class HostBooter:
         except (FileNotFoundError, ProcessLookupError):
             return None
 
+    async def aclose(self) -> None:
+        pass
+
     async def connect(self, machine: HostMachine) -> Agent:
         return await connect(machine.channel(), fresh=False, timeout=5)

@@ -32,6 +32,8 @@ class Settings:
     debian_mirror: str = ""
     """Empty: what apt or mmdebstrap of this host use."""
     default_kernel: str = "debian:12"
+    golden: int = 1
+    """0: machines always boot, and no memory is put away to start later ones from."""
     boot_timeout: float = 120.0
     kvm_probe_timeout: float = 30.0
     console_bytes: int = 4 * MIB

@@ -65,7 +65,7 @@ from stoker.api.system import (
     Quota,
     Version,
 )
-from stoker.api.types import InitMode, NetworkMode, SandboxState, Terminal
+from stoker.api.types import InitMode, NetworkMode, Origin, SandboxState, Terminal
 from stoker.api.upkeep import Difference, Freed, Fsck, FsckReport, Gc, GcReport
 from stoker.api.volumes import AppInfo, CreateVolume, ResizeVolume, Volume, VolumeMount, VolumePage, VolumeUser
 
@@ -111,6 +111,7 @@ __all__ = [
     "Operation",
     "OperationPage",
     "OperationState",
+    "Origin",
     "OutputMode",
     "PingResult",
     "Principal",

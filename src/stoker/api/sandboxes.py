@@ -26,6 +26,7 @@ from stoker.api.types import (
     Name,
     NetworkMode,
     OperationId,
+    Origin,
     ProcessId,
     SandboxId,
     SandboxState,
@@ -157,6 +158,7 @@ class Sandbox(Model, frozen=True):
     error: ErrorBody | None = None
     operation: OperationId | None = None
     main: ProcessId | None = None
+    origin: Origin = Origin.BOOT
     timings: dict[str, float] = field(default_factory=dict)
     """Milliseconds each part of the start took."""
     actions: list[str] = field(default_factory=list)

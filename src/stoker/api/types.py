@@ -153,6 +153,13 @@ class InitMode(StrEnum):
     IMAGE = "image"
 
 
+class Origin(StrEnum):
+    """What a machine began as: ``boot``: its own kernel's start; ``golden``: memory of a machine that was told nothing yet."""
+
+    BOOT = "boot"
+    GOLDEN = "golden"
+
+
 class NetworkMode(StrEnum):
     """``user``: outgoing connections, no private networks; ``none``: no interface but ``lo``."""
 

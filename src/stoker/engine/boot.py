@@ -6,7 +6,6 @@ disk is made by the caller's ``disk``. A failed boot ends the process; the calle
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from contextlib import AsyncExitStack, ExitStack
@@ -14,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stoker.engine.golden import Shape
+from stoker.engine.start import Watch, explained, start
 from stoker.engine.state import Attached
 from stoker.engine.trace import trace
-from stoker.errors import DeadlineExceeded, InvalidRequest, StokerError
-from stoker.guest.channel import connect
+from stoker.errors import InvalidRequest
 from stoker.guest.messages import Configuration, Mount, NetworkConfiguration, Resolver, RootMount
 from stoker.host.binaries import agent_path
 from stoker.images.initramfs import build_initramfs
@@ -26,11 +26,10 @@ from stoker.images.progress import NullProgress, Progress
 from stoker.storage.overlay import create_overlay
 from stoker.storage.strategy import Base
 from stoker.vmm.accel import verdict
-from stoker.vmm.diagnosis import explain
 from stoker.vmm.machine import Disk, Gate, MachineSpec, UserNetwork
-from stoker.vmm.qemu.driver import launch
 
 if TYPE_CHECKING:
+    from stoker.engine.golden import Goldens
     from stoker.engine.pools import MakeDisk
     from stoker.guest.agent import Agent
     from stoker.images.kernel import Kernel
@@ -85,6 +84,7 @@ class LiveMachine:
     disk: Clone
     timings: dict[str, float] = field(default_factory=dict)
     accelerator: str = ""
+    golden: bool = False
     held: ExitStack = field(default_factory=ExitStack)
     """Keeps its image and kernel from being removed until it is closed: by then a row names them, or the machine is gone."""
 
@@ -94,19 +94,6 @@ class LiveMachine:
         await self.machine.kill()
         await self.machine.close()
         self.held.close()
-
-
-class _Watch:
-    """Seconds between the named points of one boot."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name] = now - self._last
-        self._last = now
 
 
 def check(request: MachineRequest) -> None:
@@ -181,27 +168,6 @@ def _network(request: MachineRequest) -> UserNetwork | None:
     return plan_user_network(host_addresses())
 
 
-async def _first_word(machine: Machine, deadline: float) -> Agent:
-    """Connects to the agent, or says why the machine ended instead."""
-    ended = asyncio.ensure_future(machine.wait())
-    spoken = asyncio.ensure_future(connect(machine.channel(), fresh=True, timeout=deadline))
-    try:
-        await asyncio.wait({ended, spoken}, return_when=asyncio.FIRST_COMPLETED)
-        if spoken.done() and spoken.exception() is None:
-            return spoken.result()
-        if not ended.done():
-            # The channel's end and the VMM's come in either order; the VMM's says more.
-            await asyncio.wait({ended}, timeout=2.0)
-        if ended.done():
-            raise await explain(machine, ended.result())
-        spoken.result()
-        raise AssertionError("a future that is done has a result or an exception")
-    finally:
-        for future in (ended, spoken):
-            future.cancel()
-        await asyncio.gather(ended, spoken, return_exceptions=True)
-
-
 async def _clone(request: MachineRequest, rootfs: RootFilesystem, disk: MakeDisk) -> Clone:
     """The machine's own disk, upon its root file system."""
     if request.disk and request.disk < rootfs.size:
@@ -222,8 +188,9 @@ async def boot(
     detached: bool,
     progress: Progress | None = None,
     cgroup: Path | None = None,
+    goldens: Goldens | None = None,
 ) -> LiveMachine:
-    """Boots a machine and configures its guest.
+    """Boots a machine, or starts it from golden memory where there is some, and configures its guest.
 
     ``directory`` exists, is empty and only its owner's; ``disk`` makes the machine's disk upon its image, or opens the one that was
     made upon it before. With ``detached`` the machine outlives this process. Its processes begin in ``cgroup``. Raises a
@@ -231,7 +198,7 @@ async def boot(
     """
     check(request)
     with ExitStack() as held:
-        live = await _boot(request, settings, directory, disk, detached, progress or NullProgress(), cgroup, held)
+        live = await _boot(request, settings, directory, disk, detached, progress or NullProgress(), cgroup, goldens, held)
         live.held = held.pop_all()
         return live
 
@@ -244,9 +211,10 @@ async def _boot(
     detached: bool,
     report: Progress,
     cgroup: Path | None,
+    goldens: Goldens | None,
     held: ExitStack,
 ) -> LiveMachine:
-    watch = _Watch()
+    watch = Watch()
     kernel = await held_kernel(request.kernel or settings.default_kernel, settings, report, held)
     rootfs = await held_image(request.image, settings, report, held)
     initrd = await build_initramfs(kernel, agent_path(), settings, network=request.network != "none", base=request.initrd)
@@ -269,7 +237,7 @@ async def _boot(
         cpus=request.cpus,
         memory=request.memory,
         disks=(
-            Disk(name="root", path=clone.path, format=clone.format, backing=clone.backing, flush=detached),
+            Disk(name="root", path=clone.path, format=clone.format, backing=clone.backing, flush=False),
             *(disk_of(attached) for attached in request.attached),
         ),
         network=network,
@@ -281,41 +249,45 @@ async def _boot(
         gate=request.gate,
         journal=request.name if request.gate is not None else "",
     )
-    machine, agent = await _bring_up(spec, settings, configuration(request, rootfs, network), watch)
-    return LiveMachine(request, machine, agent, rootfs, kernel, clone, watch.laps, accel.accelerator.value)
+    words = configuration(request, rootfs, network)
+    shape = await _shape(request, spec, words, clone, settings) if goldens is not None else None
+    machine, agent, golden = await _bring_up(spec, settings, words, watch, goldens, shape)
+    if goldens is not None and shape is not None and not golden:
+        goldens.learn(shape)
+    return LiveMachine(request, machine, agent, rootfs, kernel, clone, watch.laps, accel.accelerator.value, golden)
 
 
-async def _bring_up(spec: MachineSpec, settings: Settings, words: Configuration, watch: _Watch) -> tuple[Machine, Agent]:
-    """Starts a machine and configures its guest; a failure ends it again."""
+async def _shape(
+    request: MachineRequest, spec: MachineSpec, words: Configuration, clone: Clone, settings: Settings
+) -> Shape | None:
+    """What golden memory for this machine is known by; None: it has to boot."""
+    usual = request.init == "agent" and request.initrd is None and not request.attached
+    # Only of an overlay is it known that the guest finds in it what it has read of the base.
+    if request.cold or not usual or words.root is None or clone.format != "qcow2" or len(clone.backing) != 1:
+        return None
+    return await Shape.of(spec, words.root, clone.size, settings)
+
+
+async def _bring_up(
+    spec: MachineSpec,
+    settings: Settings,
+    words: Configuration,
+    watch: Watch,
+    goldens: Goldens | None = None,
+    shape: Shape | None = None,
+) -> tuple[Machine, Agent, bool]:
+    """Starts a machine and configures its guest; a failure ends it again. The last says whether golden memory made it."""
     async with AsyncExitStack() as undo:
-        machine = await launch(spec, settings)
+        machine, agent, golden = await start(spec, settings, watch, goldens, shape)
         undo.push_async_callback(machine.close)
         undo.push_async_callback(machine.kill)
-        watch.lap("vmm")
-        trace("boot.after_launch")
-        try:
-            agent = await _first_word(machine, settings.boot_timeout)
-            undo.push_async_callback(agent.aclose)
-            watch.lap("guest")
-            trace("boot.after_hello")
+        undo.push_async_callback(agent.aclose)
+        async with explained(machine, settings):
             await agent.configure(words)
-            watch.lap("configure")
-            trace("boot.after_configure")
-        except TimeoutError:
-            raise DeadlineExceeded(
-                "boot_timeout",
-                f"{spec.name} did not come up within {settings.boot_timeout:g} s",
-                "stoker doctor; a slow host needs a larger boot_timeout",
-                console=await machine.console_tail(20),
-            ) from None
-        except StokerError as error:
-            if error.code == "no_init":
-                error.hint = "--init agent, or an image with an init: systemd-sysv in Debian"
-            if not error.console:
-                error.console = await machine.console_tail(20)
-            raise
+        watch.lap("configure")
+        trace("boot.after_configure")
         undo.pop_all()
-    return machine, agent
+    return machine, agent, golden
 
 
 async def boot_helper(name: str, settings: Settings, directory: Path, disk: Attached, memory: int) -> tuple[Machine, Agent]:
@@ -341,4 +313,5 @@ async def boot_helper(name: str, settings: Settings, directory: Path, disk: Atta
         words = Configuration(
             env={"PATH": DEFAULT_PATH}, entropy=os.urandom(64), realtime=time.time_ns(), user="root", mounts=[mount_of(disk)]
         )
-        return await _bring_up(spec, settings, words, _Watch())
+        machine, agent, _ = await _bring_up(spec, settings, words, Watch())
+        return machine, agent

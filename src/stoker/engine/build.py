@@ -184,7 +184,8 @@ def machine_request(core: Core, record: Record, places: Places) -> MachineReques
         env=tuple((record.env if again else request.env).items()),
         user=record.user if again else request.user or "",
         workdir=record.workdir if again else request.workdir or "",
-        cold=request.cold,
+        # A disk that was used agrees with no memory but its own.
+        cold=request.cold or again,
         init=request.init.value,
         attached=attached(core, record, places),
     )
@@ -234,6 +235,7 @@ async def _running(core: Core, box: Box, booted: Booted) -> None:
             workdir=booted.workdir,
             command=list(booted.command),
             resources=replace(record.resources, disk=booted.disk or record.resources.disk),
+            origin=booted.origin,
             timings=booted.milliseconds(),
             versions=Versions(
                 daemon=stoker.__version__,

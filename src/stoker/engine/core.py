@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from stoker.api.models import Principal, Sandbox, SandboxState, TimeoutMode
+from stoker.api.models import Origin, Principal, Sandbox, SandboxState, TimeoutMode
 from stoker.engine.admission import Admission, BootQueue
 from stoker.engine.consoles import Console
 from stoker.engine.database import Database
@@ -66,6 +66,7 @@ class Booted:
     command: tuple[str, ...] = ()
     accelerator: str = ""
     vmm: str = ""
+    origin: Origin = Origin.BOOT
     timings: dict[str, float] = field(default_factory=dict)
     held: ExitStack = field(default_factory=ExitStack)
     """What must not be removed until the sandbox's row names it."""
@@ -90,6 +91,10 @@ class Booter(Protocol):
 
     async def helper(self, name: str, directory: Path, mounted: Mounted, file: Path) -> tuple[Machine, Agent]:
         """A small machine without a root, which ends with this process, with one volume mounted."""
+        ...
+
+    async def aclose(self) -> None:
+        """Ends what it does in the background. Machines live on."""
         ...
 
 

@@ -156,6 +156,7 @@ class Engine:
         core = self._core
         core.closing = True
         await core.end_tasks()
+        await core.booter.aclose()
         reason = GuestError("daemon_stopped", "the daemon ended; the sandbox goes on", "connect again")
         for box in core.boxes.values():
             box.console.close()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from stoker.api.models import Origin
 from stoker.engine.core import Booted
 from stoker.engine.state import Attached, Mounted
 
 if TYPE_CHECKING:
     from stoker.engine.boot import MachineRequest
+    from stoker.engine.golden import Goldens
     from stoker.engine.pools import MakeDisk
     from stoker.guest.agent import Agent
     from stoker.images.progress import Progress
@@ -27,14 +29,27 @@ class RealBooter:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._goldens: Goldens | None = None
 
     async def boot(
         self, request: MachineRequest, directory: Path, disk: MakeDisk, cgroup: Path | None, progress: Progress
     ) -> Booted:
         from stoker.engine.boot import boot
+        from stoker.engine.golden import Goldens
         from stoker.vmm.qemu.facts import qemu_facts
 
-        live = await boot(request, self._settings, directory, disk, detached=True, progress=progress, cgroup=cgroup)
+        if self._goldens is None and self._settings.golden:
+            self._goldens = Goldens(self._settings)
+        live = await boot(
+            request,
+            self._settings,
+            directory,
+            disk,
+            detached=True,
+            progress=progress,
+            cgroup=cgroup,
+            goldens=self._goldens,
+        )
         facts = await qemu_facts(self._settings)
         rootfs = live.rootfs
         return Booted(
@@ -51,6 +66,7 @@ class RealBooter:
             command=rootfs.command,
             accelerator=live.accelerator,
             vmm="qemu " + ".".join(map(str, facts.version)),
+            origin=Origin.GOLDEN if live.golden else Origin.BOOT,
             timings=live.timings,
             held=live.held,
         )
@@ -61,6 +77,10 @@ class RealBooter:
 
         disk = Attached(mounted.id, file, mounted.path, read_only=mounted.read_only)
         return await boot_helper(name, self._settings, directory, disk, MEMORY)
+
+    async def aclose(self) -> None:
+        if self._goldens is not None:
+            await self._goldens.aclose()
 
     async def adopt(self, directory: Path) -> Machine | None:
         from stoker.vmm.qemu.driver import adopt

@@ -15,6 +15,7 @@ from msgspec import Struct, field
 from stoker.api.models import (
     CreateSandbox,
     ErrorBody,
+    Origin,
     Resources,
     Sandbox,
     SandboxState,
@@ -144,6 +145,7 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: ErrorBody | None = None
     operation: str | None = None
     main: int | None = None
+    origin: Origin = Origin.BOOT
     timings: dict[str, float] = field(default_factory=dict)
     pool: str = ""
     """The pool its disk is in; "" is the one that needs no file system of its own."""
@@ -230,6 +232,7 @@ def to_sandbox(record: Record, expires_at: float | None) -> Sandbox:
         error=record.error,
         operation=record.operation,
         main=record.main,
+        origin=record.origin,
         timings=record.timings,
         actions=actions(record),
     )

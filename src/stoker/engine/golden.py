@@ -1,0 +1,219 @@
+"""Golden memory: for each root file system, kernel and shape one machine that came up, was told nothing, and was put away.
+
+A create that finds one starts from it instead of booting: its memory is mapped copy-on-write, its devices are loaded, and
+`configure` makes it somebody's. It never comes from a user's machine, or one's secrets would be the next one's memory: the first
+cold create of a shape has a machine of the shape booted in the background, with a disk that is thrown away. The root is mounted
+read-only until `configure`, so the memory agrees with every fresh clone.
+
+Files: ``DATA_DIR/golden/KEY`` (:mod:`stoker.vmm.saved`), with ``KEY.lock`` held by who makes it; the machine lives in
+``RUN_DIR/golden/KEY`` and ends with this process. One that does not load is removed, and made anew by the next cold create.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections import OrderedDict
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from stoker.errors import StokerError
+from stoker.guest.channel import connect
+from stoker.guest.messages import ExecRequest, Preparation, RootMount
+from stoker.host.lock import try_flock
+from stoker.storage.overlay import create_overlay
+from stoker.vmm.machine import GuestMemory, MachineSpec
+from stoker.vmm.memory import new_memory, sealed
+from stoker.vmm.qemu.driver import launch
+from stoker.vmm.qemu.facts import qemu_facts
+from stoker.vmm.saved import Saved, fingerprint, load, save
+
+if TYPE_CHECKING:
+    from stoker.settings import Settings
+
+__all__ = ["Golden", "Goldens", "Shape"]
+
+log = logging.getLogger(__name__)
+LOADED: Final = 4
+"""So many are held in memory, those used last."""
+KEPT: Final = 16
+"""So many are kept on disk."""
+ROOM: Final = 1 << 30
+"""Bytes of disk that must be free before another is put away."""
+NICE: Final = 5
+PATIENCE: Final = 5
+"""So many times as long as a machine that somebody waits for may take to come up."""
+WARM: Final = ("/bin/true",)
+"""Run once before the memory is put away: what every command needs is in the guest's page cache then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A machine in every respect that its golden memory depends on. ``spec`` is one of those that want it."""
+
+    spec: MachineSpec
+    root: RootMount
+    disk: int
+    """Bytes of the root disk: the guest learned them when it came up."""
+    made_by: dict[str, Any]
+    key: str
+
+    @classmethod
+    async def of(cls, spec: MachineSpec, root: RootMount, disk: int, settings: Settings) -> Shape:
+        made_by = {**fingerprint(replace(spec, guest_memory=GuestMemory(0)), await qemu_facts(settings)), "disk": disk}
+        made_by["root"] = [root.device, root.fstype, root.options]
+        key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:24]
+        return cls(spec, root, disk, made_by, key)
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """One that is loaded. Whoever took it closes ``saved.memory``."""
+
+    key: str
+    saved: Saved
+
+
+class Goldens:
+    """Those of one data directory. :meth:`aclose` ends what is being made."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._place = settings.data_dir / "golden"
+        self._loaded: OrderedDict[str, Golden] = OrderedDict()
+        self._useless: set[str] = set()
+        """Shapes that no golden memory comes of here: not tried again by this daemon."""
+        self._work: asyncio.Task[None] | None = None
+        self._lock = asyncio.Lock()
+
+    async def take(self, shape: Shape) -> Golden | None:
+        """The golden memory of a shape, if there is one that can be used."""
+        if shape.key not in self._loaded:
+            if shape.key in self._useless:
+                return None
+            async with self._lock:
+                if shape.key not in self._loaded:
+                    await self._load(shape)
+        found = self._loaded.get(shape.key)
+        if found is None:
+            return None
+        self._loaded.move_to_end(shape.key)
+        return replace(found, saved=replace(found.saved, memory=os.dup(found.saved.memory)))
+
+    async def _load(self, shape: Shape) -> None:
+        directory = self._place / shape.key
+        try:
+            saved = await asyncio.to_thread(load, directory, shape.made_by)
+        except FileNotFoundError:
+            return
+        except (StokerError, OSError) as error:
+            log.warning("golden memory %s cannot be used: %s", shape.key, error)
+            await asyncio.to_thread(_remove, directory)
+            return
+        with suppress(OSError):
+            os.utime(directory)
+        self._loaded[shape.key] = Golden(shape.key, saved)
+        while len(self._loaded) > LOADED:
+            _, old = self._loaded.popitem(last=False)
+            os.close(old.saved.memory)
+
+    async def failed(self, golden: Golden, why: StokerError | TimeoutError) -> None:
+        """A machine could not be started from it: it is not used again."""
+        log.warning("golden memory %s does not work, machines boot instead: %s", golden.key, why or "out of time")
+        self._useless.add(golden.key)
+        held = self._loaded.pop(golden.key, None)
+        if held is not None:
+            os.close(held.saved.memory)
+        await asyncio.to_thread(_remove, self._place / golden.key)
+
+    def learn(self, shape: Shape) -> None:
+        """Has the golden memory of a shape made in the background, unless there is one, or another is being made."""
+        busy = self._work is not None and not self._work.done()
+        if busy or shape.key in self._useless or shape.key in self._loaded or (self._place / shape.key).exists():
+            return
+        self._work = asyncio.get_running_loop().create_task(self._learn(shape), name=f"golden {shape.key}")
+
+    async def _learn(self, shape: Shape) -> None:
+        try:
+            self._place.mkdir(mode=0o700, exist_ok=True)
+            if shutil.disk_usage(self._place).free < ROOM + shape.spec.memory:
+                return
+            lock = os.open(self._place / f"{shape.key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                if try_flock(lock) and not (self._place / shape.key).exists():
+                    await asyncio.to_thread(self._make_room)
+                    began = time.monotonic()
+                    await self._make(shape)
+                    log.info("golden memory %s made in %.1f s", shape.key, time.monotonic() - began)
+            finally:
+                os.close(lock)
+        except (StokerError, OSError, TimeoutError) as error:
+            self._useless.add(shape.key)
+            log.warning("no golden memory of this shape: %s", error or "out of time")
+
+    async def _make(self, shape: Shape) -> None:
+        settings = self._settings
+        directory = settings.run_dir / "golden" / shape.key
+        await asyncio.to_thread(_remove, directory)
+        directory.mkdir(mode=0o700, parents=True)
+        async with AsyncExitStack() as undo:
+            undo.callback(_remove, directory)
+            memory = new_memory("golden", shape.spec.memory)
+            undo.callback(os.close, memory)
+            (root,) = shape.spec.disks
+            disk = directory / "root.qcow2"
+            create_overlay(disk, root.backing[-1], shape.disk)
+            spec = replace(
+                shape.spec,
+                name=f"golden-{shape.key}",
+                directory=directory,
+                disks=(replace(root, path=disk),),
+                guest_memory=GuestMemory(memory, shared=True),
+                detached=False,
+                cgroup=None,
+                gate=None,
+                journal="",
+            )
+            machine = await launch(spec, settings)
+            undo.push_async_callback(machine.close)
+            undo.push_async_callback(machine.kill)
+            # Somebody waits for what else the host does now; nobody for this.
+            os.setpriority(os.PRIO_PROCESS, machine.vmm.pid, NICE)
+            async with await connect(machine.channel(), fresh=True, timeout=PATIENCE * settings.boot_timeout) as agent:
+                await agent.prepare(Preparation(root=shape.root, network=spec.network is not None))
+                with suppress(StokerError):
+                    await agent.run(ExecRequest(list(WARM)), timeout=30.0)
+            await machine.freeze()
+            state = await machine.device_state()
+            await machine.kill()
+            await asyncio.to_thread(save, self._place / shape.key, sealed(memory), state, shape.made_by)
+
+    def _make_room(self) -> None:
+        """Removes what a crash left and, of too many, those not used for longest."""
+        kept = []
+        for entry in os.scandir(self._place):
+            if entry.name.startswith("."):
+                _remove(Path(entry.path))
+            elif entry.is_dir(follow_symlinks=False):
+                kept.append((entry.stat().st_mtime, Path(entry.path)))
+        for _, path in sorted(kept)[: max(0, len(kept) - KEPT + 1)]:
+            _remove(path)
+
+    async def aclose(self) -> None:
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.gather(self._work, return_exceptions=True)
+        while self._loaded:
+            _, golden = self._loaded.popitem()
+            os.close(golden.saved.memory)
+
+
+def _remove(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,129 @@
+"""From a :class:`MachineSpec` to a VMM whose guest answers: out of golden memory where there is some, else by booting."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from stoker.engine.trace import trace
+from stoker.errors import DeadlineExceeded, StokerError
+from stoker.guest.channel import connect
+from stoker.vmm.diagnosis import explain
+from stoker.vmm.machine import GuestMemory, MachineSpec
+from stoker.vmm.qemu.driver import QemuMachine, launch
+
+if TYPE_CHECKING:
+    from stoker.engine.golden import Golden, Goldens, Shape
+    from stoker.guest.agent import Agent
+    from stoker.settings import Settings
+    from stoker.vmm.driver import Machine
+
+__all__ = ["Watch", "explained", "start"]
+
+RESTORE_TIMEOUT = 30.0
+"""Seconds until a machine out of golden memory must have answered; after that one is booted instead."""
+
+
+class Watch:
+    """Seconds between the named points of one boot."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+@asynccontextmanager
+async def explained(machine: Machine, settings: Settings) -> AsyncIterator[None]:
+    """What goes wrong inside is told with the console's last lines."""
+    try:
+        yield
+    except TimeoutError:
+        raise DeadlineExceeded(
+            "boot_timeout",
+            f"{machine.spec_name} did not come up within {settings.boot_timeout:g} s",
+            "stoker doctor; a slow host needs a larger boot_timeout",
+            console=await machine.console_tail(20),
+        ) from None
+    except StokerError as error:
+        if error.code == "no_init":
+            error.hint = "--init agent, or an image with an init: systemd-sysv in Debian"
+        if not error.console:
+            error.console = await machine.console_tail(20)
+        raise
+
+
+async def _first_word(machine: Machine, deadline: float) -> Agent:
+    """Connects to the agent, or says why the machine ended instead."""
+    ended = asyncio.ensure_future(machine.wait())
+    spoken = asyncio.ensure_future(connect(machine.channel(), fresh=True, timeout=deadline))
+    try:
+        await asyncio.wait({ended, spoken}, return_when=asyncio.FIRST_COMPLETED)
+        if spoken.done() and spoken.exception() is None:
+            return spoken.result()
+        if not ended.done():
+            # The channel's end and the VMM's come in either order; the VMM's says more.
+            await asyncio.wait({ended}, timeout=2.0)
+        if ended.done():
+            raise await explain(machine, ended.result())
+        spoken.result()
+        raise AssertionError("a future that is done has a result or an exception")
+    finally:
+        for future in (ended, spoken):
+            future.cancel()
+        await asyncio.gather(ended, spoken, return_exceptions=True)
+
+
+async def start(
+    spec: MachineSpec, settings: Settings, watch: Watch, goldens: Goldens | None, shape: Shape | None
+) -> tuple[Machine, Agent, bool]:
+    """A running machine, its agent, and whether golden memory made it. The laps of ``watch`` are ``vmm`` and ``guest``."""
+    golden = await goldens.take(shape) if goldens is not None and shape is not None else None
+    if goldens is not None and golden is not None:
+        try:
+            machine, agent = await _restored(spec, settings, watch, golden)
+            return machine, agent, True
+        except (StokerError, TimeoutError) as error:
+            await goldens.failed(golden, error)
+        finally:
+            os.close(golden.saved.memory)
+    async with AsyncExitStack() as undo:
+        machine = await _launched(spec, settings, watch, undo)
+        async with explained(machine, settings):
+            agent = await _first_word(machine, settings.boot_timeout)
+        watch.lap("guest")
+        trace("boot.after_hello")
+        undo.pop_all()
+    return machine, agent, False
+
+
+async def _launched(spec: MachineSpec, settings: Settings, watch: Watch, undo: AsyncExitStack) -> QemuMachine:
+    machine = await launch(spec, settings)
+    undo.push_async_callback(machine.close)
+    undo.push_async_callback(machine.kill)
+    watch.lap("vmm")
+    trace("boot.after_launch")
+    return machine
+
+
+async def _restored(spec: MachineSpec, settings: Settings, watch: Watch, golden: Golden) -> tuple[QemuMachine, Agent]:
+    async with AsyncExitStack() as undo:
+        copy = replace(spec, guest_memory=GuestMemory(golden.saved.memory), restore=True)
+        machine = await _launched(copy, settings, watch, undo)
+        async with asyncio.timeout(RESTORE_TIMEOUT):
+            await machine.restore(golden.saved.memory, None, golden.saved.state)
+            await machine.thaw()
+            agent = await _first_word(machine, RESTORE_TIMEOUT)
+        watch.lap("guest")
+        trace("boot.after_hello")
+        undo.pop_all()
+    return machine, agent
