@@ -33,8 +33,12 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
 
 
 def machines(stoker: CommandLine) -> list[str]:
-    """Command lines of the VMMs and supervisors of this test."""
-    return [str(p) for p in processes(stoker.settings.run_dir) if any("qemu" in word or "shim" in word for word in p.words[:1])]
+    """Command lines of the VMMs and supervisors of this test's sandboxes."""
+    return [
+        str(p)
+        for p in processes(stoker.settings.run_dir / "sandboxes")
+        if any("qemu" in word or "shim" in word for word in p.words[:1])
+    ]
 
 
 def sandboxes(stoker: CommandLine) -> list[str]:
