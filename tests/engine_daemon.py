@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from engine_host import HostBooter
-from stoker.api.models import CreateSandbox, Principal, SandboxState, StartProcess
+from stoker.api.models import AppInfo, CreateSandbox, CreateVolume, Principal, SandboxState, StartProcess
+from stoker.api.volumes import parse_mount
 from stoker.engine.engine import Engine
 from stoker.engine.trace import arm
 from stoker.errors import StokerError
@@ -29,12 +32,40 @@ def settings(data: Path, run: Path) -> Settings:
     return Settings(data, run, data / "none.toml", accel=os.environ.get("STOKER_ACCEL", "tcg"))
 
 
+async def put_app(engine: Engine, data: bytes) -> AppInfo:
+    async def pieces() -> AsyncIterator[bytes]:
+        yield data
+
+    return await engine.apps.put(ADMIN, hashlib.sha256(data).hexdigest(), pieces())
+
+
 async def command(engine: Engine, words: dict[str, Any]) -> Any:
     match words["do"]:
         case "create":
-            operation = await engine.create(ADMIN, CreateSandbox(image=words["image"], name=words["name"], memory=256 << 20))
+            operation = await engine.create(
+                ADMIN,
+                CreateSandbox(
+                    image=words["image"],
+                    name=words["name"],
+                    memory=256 << 20,
+                    volumes=[parse_mount(text) for text in words.get("volumes", ())],
+                ),
+            )
             box = await engine.wait(ADMIN, operation.sandbox or "", SETTLED, 120)
             return {"id": box.id, "state": box.state, "error": box.error.message if box.error else None}
+        case "volume":
+            return {"id": (await engine.volumes.create(ADMIN, CreateVolume(name=words["name"], size=16 << 20))).id}
+        case "remove_volume":
+            await engine.volumes.remove(ADMIN, words["name"])
+        case "import":
+            data = Path(words["tar"]).read_bytes()
+
+            async def pieces() -> AsyncIterator[bytes]:
+                yield data
+
+            return {"id": (await engine.volumes.import_tar(ADMIN, words["name"], 64 << 20, pieces())).id}
+        case "app":
+            return {"entries": (await put_app(engine, Path(words["file"]).read_bytes())).entries}
         case "job":
             request = StartProcess(argv=["sh", "-c", words["script"]], tag="job")
             return {"process": (await engine.processes.start(ADMIN, words["name"], request)).id}

@@ -177,6 +177,9 @@ class HostBooter:
                 # Its socket is not there yet, or is bound and does not listen yet.
                 await asyncio.sleep(0.005)
 
+    async def helper(self, name: str, directory: Path, mounted: Any, file: Path) -> Any:
+        raise GuestError("no_guest", "there are no guests here")
+
     async def adopt(self, directory: Path) -> HostMachine | None:
         try:
             record = json.loads((directory / "shim.json").read_text())["vmm"]

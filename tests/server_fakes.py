@@ -21,9 +21,11 @@ from msgspec.structs import replace
 from stoker.api.models import (
     ApiKey,
     ApiKeyPage,
+    AppInfo,
     CreatedKey,
     CreateKey,
     CreateSandbox,
+    CreateVolume,
     Difference,
     Event,
     FileInfo,
@@ -49,6 +51,8 @@ from stoker.api.models import (
     SandboxState,
     StartProcess,
     Timeout,
+    Volume,
+    VolumePage,
     WatchEvent,
     WatchKind,
 )
@@ -480,6 +484,93 @@ class FakeFiles:
             pass
 
 
+class FakeVolumes:
+    """Volumes without a file behind them."""
+
+    def __init__(self) -> None:
+        self.all: dict[str, Volume] = {}
+
+    def _find(self, who: Principal, volume: str) -> Volume:
+        found = self.all.get(volume)
+        if found is None or not (who.admin or found.owner == who.owner):
+            raise NotFound("volume_unknown", f"there is no volume {volume}", "stoker volume ls")
+        return found
+
+    async def create(self, who: Principal, request: CreateVolume) -> Volume:
+        if request.name in self.all:
+            raise Conflict("volume_exists", f"there is a volume {request.name}")
+        identity = "vol-" + "a" * 16
+        made = Volume(id=identity, name=request.name, size=request.size, created_at=time.time(), owner=who.owner)
+        self.all[request.name] = made
+        return made
+
+    async def get(self, who: Principal, volume: str) -> Volume:
+        return self._find(who, volume)
+
+    async def list(self, who: Principal, *, limit: int, cursor: str | None) -> VolumePage:
+        if cursor is not None:
+            raise InvalidRequest("bad_cursor", "that is no cursor of ours")
+        return VolumePage(items=[v for v in self.all.values() if who.admin or v.owner == who.owner][:limit])
+
+    async def remove(self, who: Principal, volume: str) -> None:
+        del self.all[self._find(who, volume).name]
+
+    async def resize(self, who: Principal, volume: str, size: int) -> Volume:
+        found = self._find(who, volume)
+        if size < found.size:
+            raise InvalidRequest("volume_shrink", "it cannot become smaller")
+        self.all[found.name] = replace(found, size=size)
+        return self.all[found.name]
+
+    async def import_tar(self, who: Principal, name: str, size: int, source: AsyncIterator[bytes]) -> Volume:
+        made = await self.create(who, CreateVolume(name=name, size=size))
+        async for _ in source:
+            pass
+        return made
+
+    @asynccontextmanager
+    async def export_tar(self, who: Principal, volume: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        self._find(who, volume)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield bytes(10240)
+
+        yield pieces()
+
+    @asynccontextmanager
+    async def export_raw(self, who: Principal, volume: str) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        found = self._find(who, volume)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            left = found.size
+            while left:
+                yield bytes(min(left, 1 << 20))
+                left -= min(left, 1 << 20)
+
+        yield found.size, pieces()
+
+
+class FakeApps:
+    """App archives, not looked into."""
+
+    def __init__(self) -> None:
+        self.known: set[tuple[str, str]] = set()
+
+    async def get(self, who: Principal, digest: str) -> AppInfo:
+        if (who.owner, digest) not in self.known:
+            raise NotFound("app_unknown", f"there is no app {digest}")
+        return AppInfo(digest=digest)
+
+    async def put(self, who: Principal, digest: str, source: AsyncIterator[bytes]) -> AppInfo:
+        sums = hashlib.sha256()
+        async for piece in source:
+            sums.update(piece)
+        if sums.hexdigest() != digest:
+            raise InvalidRequest("digest_mismatch", "the checksum is another")
+        self.known.add((who.owner, digest))
+        return AppInfo(digest=digest)
+
+
 class FakeEngine:
     def __init__(self, root: Path, *, harmless: bool = False) -> None:
         """``harmless``: whatever command is asked for, ``true`` or ``cat`` runs; for commands made up at random."""
@@ -498,6 +589,8 @@ class FakeEngine:
         self.files = FakeFiles(self, root)
         self.images = FakeImages()
         self.upkeep = FakeUpkeep()
+        self.volumes = FakeVolumes()
+        self.apps = FakeApps()
         self.boot_seconds = 0.0
         self.retired = False
         self.tasks: set[asyncio.Task[None]] = set()

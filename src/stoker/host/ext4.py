@@ -116,13 +116,15 @@ def plan_size(blocks: int, inodes: int, free: int) -> Plan:
     return Plan(-(-size // MIB) * MIB, wanted_inodes)
 
 
-def mke2fs_command(tree: Path, image: Path, plan: Plan, uuid: str, label: str = "") -> list[str | Path]:
+def mke2fs_command(tree: Path, image: Path, plan: Plan, uuid: str, label: str = "", *, lazy: bool = False) -> list[str | Path]:
     """Makes ``image`` (a new file) with the content of ``tree``.
 
     Inode tables and the journal are written at once (as holes, in a file), or every guest would do it in the background, into its
-    overlay. No blocks are kept for root: a guest's disk is not a server's.
+    overlay. No blocks are kept for root: a guest's disk is not a server's. ``lazy``: they are not written, as every
+    guest mounts this one with ``noinit_itable``.
     """
-    extended = "lazy_itable_init=0,lazy_journal_init=0,nodiscard,root_owner=0:0"
+    number = int(lazy)
+    extended = f"lazy_itable_init={number},lazy_journal_init={number},nodiscard,root_owner=0:0"
     argv: list[str | Path] = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", str(BLOCK), "-I", "256", "-m", "0", "-N", str(plan.inodes)]
     argv += ["-O", f"{FEATURES},extra_isize,metadata_csum", "-J", f"size={JOURNAL // MIB}", "-E", extended]
     argv += ["-U", uuid, "-L", label, "-e", "remount-ro", "-d", tree, image, f"{plan.size // 1024}k"]

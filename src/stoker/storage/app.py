@@ -139,7 +139,7 @@ async def _build(stage: _Stage, bounds: Bounds | None) -> AppFacts:
     blocks, inodes = await asyncio.to_thread(measure, tree)
     plan = plan_size(blocks, inodes, FREE)
     place = image / "app.ext4"
-    await run(mke2fs_command(tree, place, plan, str(uuid.uuid4()), "app"), pass_fds=(stage.fd,))
+    await run(mke2fs_command(tree, place, plan, str(uuid.uuid4()), "app", lazy=True), pass_fds=(stage.fd,))
     await run(["debugfs", "-w", "-R", "rmdir lost+found", place], pass_fds=(stage.fd,))
     await apply(place, [_change(entry) for entry in entries if entry.kind != "same"], scratch, pass_fds=(stage.fd,))
     facts = AppFacts(len(entries), sum(entry.size for entry in entries))
