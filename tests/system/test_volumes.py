@@ -95,7 +95,8 @@ def test_a_directory_goes_in_and_comes_out(stoker: CommandLine, tmp_path: Path) 
     assert sure(stoker, "volume", "import", "data", str(source)) == "data\n"
     made = json.loads(sure(stoker, "volume", "inspect", "data"))[0]
     assert made["used"] < 24 << 20 and made["size"] >= 1 << 30 and made["users"] == []
-    look = """cd '/mnt/a b'; stat -c '%n %a %u %g %h' hard sub/empty; stat -c '%s' holes; cat 'a "b" \\ c'; touch new 2>&1; mount | grep 'a b'"""
+    look = "cd '/mnt/a b'; stat -c '%n %a %u %g %h' hard sub/empty; stat -c %s holes; cat 'a \"b\" \\ c'; touch new 2>&1"
+    look += "; mount | grep 'a b'"
     seen = sure(stoker, "run", "-v", "data:/mnt/a b:ro", IMAGE, "--", "sh", "-c", look)
     assert seen.startswith("hard 4751 1234 70000 2\nsub/empty 1770 0 0 2\n67108864\nquotes")
     assert "Read-only file system" in seen and "norecovery" in seen
