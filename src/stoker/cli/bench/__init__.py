@@ -12,6 +12,7 @@ bench = LazyGroup(
         "start": ("stoker.cli.bench.start:start", "From the start of `stoker run` to its command's first byte."),
         "channel": ("stoker.cli.bench.channel:channel", "The channel to the guest: round trips, throughput, the agent's size."),
         "create": ("stoker.cli.bench.create:create", "Creates, one by one and many at once."),
+        "restore": ("stoker.cli.bench.restore:restore", "Creates from golden memory, against cold ones."),
         "api": ("stoker.cli.bench.api:api", "Lists, `stoker ls`, and the daemon at rest."),
         "files": ("stoker.cli.bench.files:files", "A big file in and out, and small ones."),
         "exec": ("stoker.cli.bench.exec:exec_bench", "A command in a running sandbox, against the agent's own work and SSH."),

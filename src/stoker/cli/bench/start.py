@@ -89,7 +89,7 @@ async def _measure(image: str, kernel: str, memory: int, runs: int, settings: Se
     from stoker.images.progress import NullProgress
     from stoker.vmm.accel import verdict
 
-    own = [*_stoker(), "run", "--quiet", "--memory", str(memory), "--timings", str(directory / "timings")]
+    own = [*_stoker(), "run", "--cold", "--quiet", "--memory", str(memory), "--timings", str(directory / "timings")]
     own += [*(["--kernel", kernel] if kernel else []), image, "--", "echo", WORD]
     # The first run fetches, builds and proves what there is to; it is not counted.
     await _timed(own, WORD, 1800.0)
