@@ -247,6 +247,7 @@ void modules_load_network(void);
 
 unsigned long mount_flags(const struct mp *names);
 void mount_grow(const char *device, const char *path); /* the mounted file system, to its device */
+int mount_enlarge(const char *device, const char *path, uint64_t *size); /* the same; an errno (0: done), and the device's bytes */
 bool mount_wait(const char *device);
 bool mount_all(const struct mp *mounts, struct failure *f);
 

@@ -230,6 +230,29 @@ static void call_flag(uint32_t request, bool ok, const char *message)
 		reply_error(request, errno == EINVAL ? "bad_request" : "io", errno, "%s: %s", message, strerror(errno));
 }
 
+/* Answers what size the device has by now: the host waits until it is the new one. */
+static void call_grow(uint32_t request, const struct mp *m)
+{
+	char device[256], path[256] = "/";
+	struct mp d = mp_get(m, "device"), p = mp_get(m, "path");
+	uint8_t buffer[64];
+	struct mp_writer w;
+	uint64_t bytes;
+	if (!mp_copy(&d, device, sizeof device) || *device != '/' || (mp_is_text(&p) && !mp_copy(&p, path, sizeof path))) {
+		reply_error(request, "bad_request", EINVAL, "device or path");
+		return;
+	}
+	int error = mount_enlarge(device, path, &bytes);
+	if (error) {
+		reply_error(request, "io", error, "cannot grow the file system of %s: %s", device, strerror(error));
+		return;
+	}
+	mpw_init(&w, buffer, sizeof buffer);
+	mpw_map(&w, 1);
+	mpw_key_uint(&w, "device", bytes);
+	reply(request, &w);
+}
+
 static void handle_call(const struct frame *f)
 {
 	struct mp m;
@@ -255,6 +278,8 @@ static void handle_call(const struct frame *f)
 		call_info(r);
 	} else if (mp_text_is(&method, "sync")) {
 		call_sync(r);
+	} else if (mp_text_is(&method, "grow")) {
+		call_grow(r, &m);
 	} else if (mp_text_is(&method, "shutdown")) {
 		call_shutdown(r, &m);
 	} else if (mp_text_is(&method, "time")) {

@@ -43,19 +43,31 @@ unsigned long mount_flags(const struct mp *names)
  * (another type, no resize inode), the machine works all the same. */
 void mount_grow(const char *device, const char *path)
 {
+	uint64_t bytes;
+	int error = mount_enlarge(device, path, &bytes);
+	if (error && error != EINVAL)
+		logf_host("warning", "cannot grow the file system of %s: %s", device, strerror(error));
+}
+
+int mount_enlarge(const char *device, const char *path, uint64_t *size)
+{
 	off_t bytes = 0;
 	uint64_t blocks;
 	struct statfs st;
-	int disk = open(device, O_RDONLY | O_CLOEXEC), root = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (disk >= 0 && root >= 0 && (bytes = lseek(disk, 0, SEEK_END)) > 0 && fstatfs(root, &st) == 0 && st.f_bsize > 0) {
+	int error = 0, disk = open(device, O_RDONLY | O_CLOEXEC), root = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (disk < 0 || root < 0 || (bytes = lseek(disk, 0, SEEK_END)) < 0 || fstatfs(root, &st)) {
+		error = errno;
+	} else if (st.f_bsize > 0) {
 		blocks = (uint64_t)bytes / (uint64_t)st.f_bsize;
-		if (ioctl(root, EXT4_IOC_RESIZE_FS, &blocks) && errno != EINVAL)
-			logf_host("warning", "cannot grow the file system of %s: %s", device, strerror(errno));
+		if (ioctl(root, EXT4_IOC_RESIZE_FS, &blocks))
+			error = errno;
 	}
+	*size = bytes > 0 ? (uint64_t)bytes : 0;
 	if (disk >= 0)
 		close(disk);
 	if (root >= 0)
 		close(root);
+	return error;
 }
 
 bool mount_wait(const char *device)

@@ -72,6 +72,9 @@ class HostMachine:
     async def thaw(self) -> None:
         os.kill(self.vmm.pid, signal.SIGCONT)
 
+    async def resize_disk(self, index: int, size: int) -> None:
+        """An agent on the host has no disk of its own."""
+
     async def status(self) -> str:
         state = Path(f"/proc/{self.vmm.pid}/stat").read_text().rpartition(")")[2].split()[0]
         return "paused" if state == "T" else "running"

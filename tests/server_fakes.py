@@ -720,6 +720,9 @@ class FakeEngine:
         self.ops[operation.id] = (who.owner, operation)
         return operation
 
+    async def resize(self, who: Principal, sandbox: str, disk: int) -> Sandbox:
+        return self.use(who, sandbox)
+
     async def freeze(self, who: Principal, sandbox: str) -> Sandbox:
         return await self._move(who, sandbox, SandboxState.RUNNING, SandboxState.FROZEN)
 

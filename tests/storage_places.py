@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,3 +78,22 @@ def left_over(place: Place) -> list[str]:
         found += [str(path) for path in (place.directory / part).rglob("*")]
     found += [str(path) for path in (place.directory / "bases").glob("*/refs/*")]
     return found
+
+
+@contextmanager
+def a_place(strategy: Strategy, root: Path) -> Iterator[Place]:
+    """Below ``root``; all disks are removed at the end, and nothing of them may be left."""
+    directory = root / "pool"
+    with ExitStack() as stack:
+        if strategy is Strategy.REFLINK:
+            stack.enter_context(file_system(root / "pool.xfs", directory, 0, "xfs"))
+        else:
+            directory.mkdir()
+        found = Place(strategy, directory, make_base(root / "base.img"), root)
+        yield found
+        with found.pool() as pool:
+            for name in pool.names():
+                pool.remove(name)
+            pool.collect()
+        assert left_over(found) == []
+        assert list((directory / "bases").iterdir()) == []

@@ -435,6 +435,8 @@ def counts_for_metrics(a: Target) -> None:
     lo = next(n for n in info["networks"] if n["name"] == "lo")
     assert lo["rx_bytes"] == lo["tx_bytes"]
     assert h.call("sync") == {}
+    for wrong, code in (({}, "bad_request"), ({"device": "vda"}, "bad_request"), ({"device": "/nothing"}, "io")):
+        assert h.error("grow", **wrong)["code"] == code
 
 
 @host_test

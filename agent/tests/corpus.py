@@ -59,6 +59,7 @@ def main(where: Path) -> None:
         {"m": "detach", "id": 1},
         {"m": "info"},
         {"m": "sync"},
+        {"m": "grow", "device": "/dev/nothing", "path": "/nowhere"},
         {"m": "time", "realtime": 1},
         {"m": "reseed", "entropy": b"1234"},
         {"m": "shutdown", "how": "poweroff", "grace": 1},

@@ -77,6 +77,7 @@ async def test_the_life_of_a_sandbox(stoker: Words) -> None:
     assert {row["name"] for row in listed} == {"web", None}
     assert (await stoker("ls", "-q", "--limit", "1")).out.strip() == other["id"]
     assert json.loads((await stoker("inspect", "web", other["id"])).out)[0]["name"] == "web"
+    assert (await stoker("resize", "web", "--disk", "20G")).code == 0
     assert (await stoker("freeze", "web")).code == 0
     assert (await stoker("ls", "--state", "frozen", "-q")).out.startswith("sb-")
     assert (await stoker("thaw", "web")).code == 0

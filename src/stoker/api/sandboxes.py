@@ -43,6 +43,7 @@ __all__ = [
     "Metrics",
     "MetricsSample",
     "PingResult",
+    "ResizeSandbox",
     "Resources",
     "Sandbox",
     "SandboxPage",
@@ -152,6 +153,10 @@ class Sandbox(Model, frozen=True):
     lease: bool = False
     timeout: Timeout | None = None
     expires_at: UnixTime | None = None
+    reason: str = ""
+    """Why it is frozen when nobody asked for it: ``pool_full`` (it goes on when there is room again) or ``disk_error``."""
+    pool: str = ""
+    """The pool its disk is in; empty: the data directory."""
     started_at: UnixTime | None = None
     ended_at: UnixTime | None = None
     versions: Versions = field(default_factory=Versions)
@@ -181,6 +186,12 @@ class StopSandbox(Model, frozen=True):
     """``grace`` seconds between the polite and the impolite end of the guest's processes."""
 
     grace: Annotated[float, Meta(ge=0.0, le=300.0)] = 10.0
+
+
+class ResizeSandbox(Model, frozen=True):
+    """``disk``: bytes that its root disk shall have, never fewer than it has."""
+
+    disk: Annotated[int, Meta(ge=1 << 20, le=64 << 40)]
 
 
 class PingResult(Model, frozen=True):

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "top": ("stoker.cli.top:top", "Show what sandboxes use."),
     "stop": ("stoker.cli.sandboxes:stop", "Shut sandboxes down; their disks stay."),
     "start": ("stoker.cli.sandboxes:start", "Boot stopped sandboxes again."),
+    "resize": ("stoker.cli.sandboxes:resize", "Give a sandbox a larger disk."),
     "freeze": ("stoker.cli.sandboxes:freeze", "Stop the CPUs of sandboxes."),
     "thaw": ("stoker.cli.sandboxes:thaw", "Let the CPUs go on."),
     "timeout": ("stoker.cli.sandboxes:timeout", "Say when a sandbox ends by itself."),

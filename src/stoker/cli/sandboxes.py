@@ -1,4 +1,4 @@
-"""The words about sandboxes: create, ls, inspect, rm, stop, start, freeze, thaw, timeout, wait."""
+"""The words about sandboxes: create, ls, inspect, rm, stop, start, resize, freeze, thaw, timeout, wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stoker.client.client import AsyncClient
     from stoker.client.sandbox import AsyncSandbox
 
-__all__ = ["create", "freeze", "inspect", "ls", "rm", "start", "stop", "thaw", "timeout", "wait"]
+__all__ = ["create", "freeze", "inspect", "ls", "resize", "rm", "start", "stop", "thaw", "timeout", "wait"]
 
 STATES = ("creating", "running", "frozen", "pausing", "paused", "resuming", "stopping", "stopped", "failed", "lost")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress.")
@@ -220,6 +220,14 @@ def start(*, quiet: bool, sandboxes: tuple[str, ...]) -> int:
     """Boot stopped sandboxes again."""
     with Following(quiet) as following:
         return _on_each(sandboxes, lambda box: box.start(on_progress=following.step))
+
+
+@click.command()
+@click.option("--disk", type=SIZE, required=True, help="The new size, such as 20G.")
+@click.argument("sandboxes", nargs=-1, required=True, type=SANDBOX)
+def resize(*, sandboxes: tuple[str, ...], disk: int) -> int:
+    """Give sandboxes a larger disk. The file system of a running one grows with it."""
+    return _on_each(sandboxes, lambda box: box.resize(disk=disk), doing="resizing")
 
 
 @click.command()

@@ -18,6 +18,7 @@ from stoker.api.models import (
     NetworkMode,
     Operation,
     PingResult,
+    ResizeSandbox,
     SetTimeout,
     StopSandbox,
     Timeout,
@@ -191,6 +192,10 @@ class AsyncSandbox:
 
     async def _change(self, what: str, body: Any = None, timeout: float = 120.0) -> SandboxInfo:
         return self._keep(await self._api.call("POST", self._path(what), SandboxInfo, body=body, timeout=timeout))
+
+    async def resize(self, *, disk: int | str) -> SandboxInfo:
+        """A larger root disk (bytes, or such as ``20G``). The file system of a running one grows with it."""
+        return await self._change("resize", ResizeSandbox(disk=parse_size(disk)))
 
     async def freeze(self) -> SandboxInfo:
         """Stops its CPUs. It keeps its memory, and answers nothing until :meth:`thaw`."""

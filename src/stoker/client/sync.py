@@ -718,6 +718,10 @@ class Sandbox:
         """Lets go of its lease: the daemon destroys it within a second. Nothing happens to one without a lease."""
         call(self._async.release())
 
+    def resize(self, *, disk: int | str) -> SandboxInfo:
+        """A larger root disk (bytes, or such as ``20G``). The file system of a running one grows with it."""
+        return call(self._async.resize(disk=disk))
+
     def freeze(self) -> SandboxInfo:
         """Stops its CPUs. It keeps its memory, and answers nothing until :meth:`thaw`."""
         return call(self._async.freeze())

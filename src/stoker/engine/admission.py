@@ -168,6 +168,20 @@ class Admission:
     def hold_volume(self, volume: str, *, owner: str, disk: int) -> None:
         self._held[volume] = Reservation(owner, disk=disk, settled=True, count=0)
 
+    def grow(self, sandbox: str, disk: int, quota: Quota | None) -> None:
+        """Exchanges the disk that a sandbox holds, or raises :class:`CapacityExhausted`."""
+        held = self._held[sandbox]
+        more = disk - held.disk
+        if more > 0:
+            wanted = Quota(disk=more)
+            if quota is not None:
+                _refuse(wanted, self.totals(held.owner), Quota(disk=quota.disk), "key", 0)
+            facts = self._facts()
+            _refuse(wanted, self.totals(), Quota(disk=self.budget(facts).disk), "host", 0)
+            if not self._settings.budget_disk and more > facts.disk_free:
+                raise _exhausted("disk", "host", more, facts.disk_free - DISK_RESERVE)
+        self._held[sandbox] = replace(held, disk=disk)
+
     def settle(self, sandbox: str) -> None:
         """The machine is up: what it first touches is now in the host's own figures."""
         if (held := self._held.get(sandbox)) is not None:

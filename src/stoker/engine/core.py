@@ -25,6 +25,7 @@ from stoker.engine.admission import Admission, BootQueue
 from stoker.engine.consoles import Console
 from stoker.engine.database import Database
 from stoker.engine.events import Events
+from stoker.engine.filling import Filling
 from stoker.engine.ledger import Entry, Kind, Ledger
 from stoker.engine.metrics import Rings
 from stoker.engine.operations import Operations
@@ -197,6 +198,7 @@ class Core:
         self.lease_grace = lease_grace
         self.ledger = Ledger(database)
         self.pools = Pools(settings)
+        self.filling = Filling(self)
         self.admission = Admission(settings)
         self.queue = BootQueue(boots)
         self.events = Events()
@@ -280,6 +282,8 @@ class Core:
         data: dict[str, Any] = {}
         if event == "sandbox.state":
             data = {"state": record.state.value, "before": box.record.state.value}
+            if record.reason:
+                data["reason"] = record.reason
             if record.error is not None and record.state in (SandboxState.FAILED, SandboxState.LOST):
                 data["error"] = {"code": record.error.code, "message": record.error.message}
         happened = self.events.make(event, box.id, **data) if event else None

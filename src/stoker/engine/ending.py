@@ -62,6 +62,7 @@ async def ended(core: Core, box: Box, state: SandboxState, error: StokerError | 
         state=state,
         error=to_body(error) if error is not None else None,
         ended_at=time.time(),
+        reason="",
         main=None,
     )
     core.admission.rest(box.id)

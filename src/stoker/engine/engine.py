@@ -55,6 +55,7 @@ from stoker.engine.metrics import sample
 from stoker.engine.pages import page_after
 from stoker.engine.processes import Processes
 from stoker.engine.reconcile import load_all, private_directory, reconcile
+from stoker.engine.resize import resize
 from stoker.engine.timers import hold_lease, reap
 from stoker.engine.trace import arm
 from stoker.engine.units import Units
@@ -142,6 +143,7 @@ class Engine:
         await reconcile(core)
         await asyncio.to_thread(sweep_apps, core.settings.data_dir)
         core.spawn(reap(core), "deadlines")
+        core.spawn(core.filling.watch(), "space")
         core.spawn(sample(core), "metrics")
 
     def retire(self) -> None:
@@ -214,6 +216,11 @@ class Engine:
     async def start(self, who: Principal, sandbox: str) -> Operation:
         box = self._find(who, sandbox)
         return await self._core.shielded(create.start(self._core, box, self._keys.quota(box.record.owner)))
+
+    async def resize(self, who: Principal, sandbox: str, disk: int) -> Sandbox:
+        box = self._find(who, sandbox)
+        await self._core.shielded(resize(self._core, box, disk, self._keys.quota(box.record.owner)))
+        return box.value
 
     async def freeze(self, who: Principal, sandbox: str) -> Sandbox:
         box = self._find(who, sandbox)
@@ -319,7 +326,7 @@ class Engine:
         return self._keys.find(digest)
 
     async def health(self) -> Health:
-        problems = list(self._core.problems)
+        problems = [*self._core.problems, *self._core.filling.problems()]
         problems += [f"{box.record.label} is lost" for box in self._core.boxes.values() if box.record.state is SandboxState.LOST]
         return Health(status="degraded" if problems else "ok", problems=problems[:100])
 

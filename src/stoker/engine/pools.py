@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 from stoker.engine.ledger import Kind
 from stoker.errors import HostError, InvalidRequest, NotFound
 from stoker.storage import filesystem
-from stoker.storage.pool import Pool
+from stoker.storage.pool import Pool, Space
 from stoker.storage.strategy import Base, Clone, Strategy
 
 if TYPE_CHECKING:
@@ -101,6 +101,21 @@ class Pools:
         """The pools that are open now, by name."""
         with self._lock:
             return dict(self._open)
+
+    def space(self, pool: str) -> Space:
+        """What guests can still write. Of a file system in a file the file's own counts too, less what is still to reach it."""
+        found = self.open(pool)
+        found.check()
+        space = found.space()
+        if not pool:
+            return space
+        outside = os.statvfs(self.image(pool).parent)
+        coming = 0
+        with open("/proc/meminfo", encoding="ascii") as f:
+            for line in f:
+                if line.startswith(("Dirty:", "Writeback:")):
+                    coming += int(line.split()[1]) * 1024
+        return Space(space.total, max(0, min(space.free, outside.f_bavail * outside.f_frsize - coming)))
 
     def forget(self, pool: str) -> None:
         """Closes one pool and unmounts its file system; ``pool_busy`` (HostError) when something of it is in use."""

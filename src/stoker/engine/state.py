@@ -55,6 +55,7 @@ ALLOWED: Final[dict[str, frozenset[SandboxState]]] = {
     "resume": frozenset({S.PAUSED}),
     "exec": frozenset({S.RUNNING}),
     "ping": frozenset({S.RUNNING}),
+    "resize": frozenset({S.RUNNING, S.STOPPED}),
     "set_timeout": frozenset({S.CREATING, S.RUNNING, S.FROZEN, S.STOPPED, S.PAUSED, S.LOST}),
     "lease": frozenset({S.CREATING, S.RUNNING, S.FROZEN, S.LOST}),
 }
@@ -147,6 +148,8 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     main: int | None = None
     origin: Origin = Origin.BOOT
     timings: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    """Why it is frozen, when nobody asked for that."""
     pool: str = ""
     """The pool its disk is in; "" is the one that needs no file system of its own."""
     boots: int = 0
@@ -226,6 +229,8 @@ def to_sandbox(record: Record, expires_at: float | None) -> Sandbox:
         lease=request.lease,
         timeout=record.timeout,
         expires_at=expires_at,
+        reason=record.reason,
+        pool=record.pool,
         started_at=record.started_at,
         ended_at=record.ended_at,
         versions=record.versions,

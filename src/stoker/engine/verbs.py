@@ -38,10 +38,12 @@ async def _turn(core: Core, box: Box, verb: str, state: SandboxState) -> None:
         require(box.record, verb)
         if box.live is None:
             raise HostError("machine_missing", f"{box.record.label} has no machine", f"stoker inspect {box.id}")
+        if verb == "thaw":
+            core.filling.check_thaw(box)
         box.touch()
         machine = box.live.machine
         await (machine.freeze() if verb == "freeze" else machine.thaw())
-        await core.save(box, event="sandbox.state", state=state)
+        await core.save(box, event="sandbox.state", state=state, reason="")
         if verb == "thaw" and box.live.agent is not None:
             try:
                 # Its clock stood still.

@@ -233,6 +233,12 @@ class Nothing(Struct, frozen=True):
     """An empty answer."""
 
 
+class Grown(Struct, frozen=True):
+    """What a file system was grown to: its device's bytes."""
+
+    device: Count
+
+
 class Memory(Struct, frozen=True):
     """Bytes."""
 

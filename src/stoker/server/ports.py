@@ -304,6 +304,9 @@ class EngineProtocol(Protocol):
 
     async def start(self, who: Principal, sandbox: str) -> Operation: ...
 
+    async def resize(self, who: Principal, sandbox: str, disk: int) -> Sandbox:
+        """A larger root disk, and the file system in a running guest with it. Bytes."""
+
     async def freeze(self, who: Principal, sandbox: str) -> Sandbox: ...
 
     async def thaw(self, who: Principal, sandbox: str) -> Sandbox: ...

@@ -43,6 +43,10 @@ class Machine(Protocol):
 
     async def thaw(self) -> None: ...
 
+    async def resize_disk(self, index: int, size: int) -> None:
+        """The disk at this place in the specification has so many bytes from now on; the guest is told. Never fewer."""
+        ...
+
     async def status(self) -> str:
         """The VMM's own word: ``running``, ``paused``..."""
         ...

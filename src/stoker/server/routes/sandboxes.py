@@ -19,6 +19,7 @@ from stoker.api.models import (
     OperationState,
     PingResult,
     Principal,
+    ResizeSandbox,
     Sandbox,
     SandboxPage,
     SandboxState,
@@ -193,6 +194,12 @@ async def wait_sandbox(call: Call, query: WaitQuery) -> Sandbox | Reply:
         if query.state:
             raise
         return Reply(204)
+
+
+@routes.post("/v1/sandboxes/{sandbox}/resize", answers={200: Sandbox}, errors=(*SANDBOX, 429, 502, 503, 504))
+async def resize_sandbox(call: Call, body: ResizeSandbox) -> Sandbox:
+    """Enlarge the root disk. A running guest's file system grows with it; a stopped one's when it starts."""
+    return await call.engine.resize(call.principal, call.sandbox, body.disk)
 
 
 @routes.post("/v1/sandboxes/{sandbox}/freeze", answers={200: Sandbox}, errors=(*SANDBOX, 502, 504))

@@ -102,6 +102,9 @@ class QemuMachine:
     async def thaw(self) -> None:
         await (await self.qmp()).execute("cont")
 
+    async def resize_disk(self, index: int, size: int) -> None:
+        await (await self.qmp()).execute("block_resize", node_name=f"disk{index}", size=size)
+
     async def status(self) -> str:
         answer = await (await self.qmp()).execute("query-status")
         return str(answer.get("status", "")) if isinstance(answer, dict) else ""
