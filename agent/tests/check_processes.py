@@ -436,7 +436,7 @@ def counts_for_metrics(a: Target) -> None:
     assert lo["rx_bytes"] == lo["tx_bytes"]
     assert h.call("sync") == {}
     for wrong, code in (({}, "bad_request"), ({"device": "vda"}, "bad_request"), ({"device": "/nothing"}, "io")):
-        assert h.error("grow", **wrong)["code"] == code
+        fails(code, h.call, "grow", **wrong)
 
 
 @host_test
