@@ -22,7 +22,6 @@ from stoker.settings import Settings
 from stoker.storage.pool import Space
 from storage_places import file_system
 
-
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
 S = SandboxState
 MIB = 1 << 20
