@@ -124,5 +124,9 @@ async def stop(core: Core, box: Box, grace: float) -> None:
         await live.machine.kill()
         await live.machine.close()
         trace("stop.after_process")
+        try:
+            await asyncio.to_thread(core.pools.sync, box.record.pool, box.id)
+        except (StokerError, OSError) as error:
+            log.warning("the disk of %s could not be synced: %s", box.id, error)
         await ended(core, box, SandboxState.STOPPED, None)
         trace("stop.after_stopped")
