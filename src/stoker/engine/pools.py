@@ -155,7 +155,7 @@ class Pools:
         return find
 
     def sync(self, pool: str, name: str) -> None:
-        """What a machine that is gone wrote is on the host's disk when this returns: while it ran, its flushes did not go so far."""
+        """Puts on the host's disk what a machine wrote that is gone now: while it ran, its flushes did not go so far."""
         fd = os.open(self.open(pool).open_clone(name).path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fdatasync(fd)
