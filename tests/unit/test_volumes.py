@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import io
 import os
 import subprocess
+import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -296,3 +299,38 @@ async def test_claims_of_a_sandbox_whose_daemon_dies(short_dir: Path, point: str
         assert [name for name, _ in await users(engine, "data")] == living
         await clean(engine)
         await engine.volumes.remove(ADMIN, "data")
+
+
+async def test_unused_apps_are_garbage(settings: Settings) -> None:
+    """One that a sandbox has, or that was asked for lately, is not."""
+    async with opened(settings) as engine:
+        digests = []
+        for content in (b"a", b"b", b"c"):
+            out = io.BytesIO()
+            with tarfile.open(fileobj=out, mode="w") as archive:
+                info = tarfile.TarInfo("f")
+                info.size = 1
+                archive.addfile(info, io.BytesIO(content))
+            data = out.getvalue()
+            digests.append(hashlib.sha256(data).hexdigest())
+            await engine.apps.put(ADMIN, digests[-1], pieces(data))
+        operation = await engine.create(ADMIN, CreateSandbox(image="host", name="box", app=digests[0]))
+        assert (await engine.wait(ADMIN, operation.sandbox or "", SETTLED, 20)).app == digests[0]
+        for digest in digests[:2]:
+            os.utime(settings.data_dir / "apps" / digest / "facts.json", (1, 1))
+        report = await engine.upkeep.gc(dry_run=False)
+        assert [(item.kind, item.name, item.error) for item in report.items] == [("app", digests[1], "")]
+        assert (await engine.apps.get(ADMIN, digests[0])).entries == 1
+        with pytest.raises(NotFound):
+            await engine.apps.get(ADMIN, digests[1])
+        # Another owner does not know it, before it has uploaded it.
+        other = Principal(owner="key-x", admin=False)
+        with pytest.raises(NotFound):
+            await engine.apps.get(other, digests[2])
+        with pytest.raises(NotFound):
+            await engine.create(other, CreateSandbox(image="host", app=digests[2]))
+        await clean(engine)
+
+
+async def pieces(data: bytes) -> AsyncIterator[bytes]:
+    yield data

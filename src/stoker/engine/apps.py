@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from stoker.api.models import AppInfo, Principal
 from stoker.errors import NotFound
-from stoker.storage.app import AppFacts, find_app, make_app
+from stoker.storage.app import AppFacts, make_app, use_app
 
 if TYPE_CHECKING:
     from stoker.engine.core import Core
@@ -32,7 +32,7 @@ class Apps:
         data_dir = self._core.settings.data_dir
         query = "SELECT 1 FROM apps WHERE digest = ? AND (owner = ? OR ?)"
         known = await self._core.database.read(lambda db: db.execute(query, (digest, who.owner, who.admin)).fetchone())
-        facts = await asyncio.to_thread(find_app, data_dir, digest) if known else None
+        facts = await asyncio.to_thread(use_app, data_dir, digest) if known else None
         if facts is None:
             raise NotFound("app_unknown", f"there is no app {digest}", "upload its archive first")
         return _info(digest, facts)

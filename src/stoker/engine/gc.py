@@ -8,6 +8,7 @@ image, kernel   no name leads to it (superseded), no sandbox's disk stands on it
 staging         its owner is gone
 initramfs       unused for a month, or beyond the bound and not used lately
 packages        beyond the bound: the indexes and packages of the suites asked for the longest ago
+app             no sandbox has it, and nobody has asked for it for a day
 backup          the database's copies made before a migration, but for the newest; what an interrupted one left
 ==============  ==================================================================================================
 
@@ -38,12 +39,14 @@ from stoker.images.initramfs import superfluous
 from stoker.images.inventory import Item
 from stoker.images.kernel import POINTER, file_pointer
 from stoker.images.store import Store
+from stoker.storage.app import discard_app, unused_apps
 
 __all__ = ["COLLECTORS", "Garbage", "collect"]
 
 log = logging.getLogger(__name__)
 INITRAMFS_BOUND: Final = 128 << 20
 PACKAGES_BOUND: Final = 256 << 20
+APP_KEPT: Final = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +156,27 @@ def _remove_suite(store: Store, path: Path) -> Callable[[], Awaitable[bool]]:
     return remove
 
 
+async def _apps(core: Core) -> AsyncIterator[Garbage]:
+    data_dir = core.settings.data_dir
+    for path in await asyncio.to_thread(unused_apps, data_dir, APP_KEPT):
+        if _has_app(core, path.name):
+            continue
+        size = await asyncio.to_thread(allocated, path)
+        yield Garbage("app", path.name, "no sandbox has it", size, partial(_remove_app, core, path.name))
+
+
+def _has_app(core: Core, digest: str) -> bool:
+    return any(box.record.request.app == digest for box in core.boxes.values())
+
+
+async def _remove_app(core: Core, digest: str) -> bool:
+    # Asked for in the meantime, it is not among the unused any more: a create looks first, and takes a moment after.
+    if _has_app(core, digest) or digest not in {path.name for path in unused_apps(core.settings.data_dir, APP_KEPT)}:
+        return False
+    await asyncio.to_thread(discard_app, core.settings.data_dir, digest)
+    return True
+
+
 async def _backups(core: Core) -> AsyncIterator[Garbage]:
     name = core.settings.database.name
     # We hold the data directory, so nobody is at a migration.
@@ -170,6 +194,7 @@ COLLECTORS: Final[dict[str, tuple[Collector, str]]] = {
     "staging": (_staging, "staging"),
     "initramfs": (_initramfs, "cache"),
     "packages": (_packages, "cache"),
+    "apps": (_apps, "apps"),
     "backups": (_backups, ""),
 }
 

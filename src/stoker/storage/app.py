@@ -17,6 +17,7 @@ import asyncio
 import hashlib
 import os
 import stat
+import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from stoker.host.lock import hold_directory, locked
 from stoker.host.run import run
 from stoker.storage.app_archive import Bounds, Entry, unpack
 
-__all__ = ["AppFacts", "app_image", "find_app", "make_app", "prepare_apps", "sweep_apps"]
+__all__ = ["AppFacts", "app_image", "discard_app", "find_app", "make_app", "prepare_apps", "sweep_apps", "unused_apps", "use_app"]
 
 FREE: Final = 1 << 30
 """What a guest can write into /app besides what is there. The file is sparse: it takes no room."""
@@ -64,6 +65,33 @@ def find_app(data_dir: Path, digest: str) -> AppFacts | None:
         return msgspec.json.decode((data_dir / "apps" / digest / "facts.json").read_bytes(), type=AppFacts)
     except FileNotFoundError:
         return None
+
+
+def use_app(data_dir: Path, digest: str) -> AppFacts | None:
+    """The same, and notes that it was asked for just now."""
+    facts = find_app(data_dir, digest)
+    if facts is not None:
+        os.utime(data_dir / "apps" / digest / "facts.json")
+    return facts
+
+
+def unused_apps(data_dir: Path, seconds: float) -> list[Path]:
+    """Images that nobody has asked for in so long."""
+    found, before = [], time.time() - seconds
+    for path in (data_dir / "apps").glob("*/facts.json"):
+        if path.stat().st_mtime < before:
+            found.append(path.parent)
+    return sorted(found)
+
+
+def discard_app(data_dir: Path, digest: str) -> None:
+    """Removes an image: away at once, by its name; what a crash leaves of it is the sweep's."""
+    gone = data_dir / "apps" / "staging" / f"{digest}.{os.urandom(4).hex()}"
+    try:
+        os.rename(data_dir / "apps" / digest, gone)
+    except FileNotFoundError:
+        return
+    remove_tree(gone)
 
 
 def sweep_apps(data_dir: Path) -> None:
@@ -104,7 +132,7 @@ async def make_app(data_dir: Path, digest: str, source: AsyncIterator[bytes], bo
     try:
         await _receive(stage.path / "archive", digest, source)
         async with locked(data_dir / "apps" / "locks" / digest):
-            if (facts := find_app(data_dir, digest)) is not None:
+            if (facts := use_app(data_dir, digest)) is not None:
                 return facts
             facts = await _build(stage, bounds)
             await asyncio.to_thread(_publish, stage.path / "image", data_dir / "apps" / digest)
