@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import click
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -146,3 +148,15 @@ def test_the_version_imports_neither_click_nor_asyncio() -> None:
 def test_closed_standard_streams_are_not_given_to_others() -> None:
     done = subprocess.run(["sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh", *STOKER, "--version"], timeout=30)
     assert done.returncode == 0
+
+
+def test_mounts_go_over_the_wire_as_the_models_have_them() -> None:
+    from stoker.api.volumes import parse_mount
+    from stoker.cli.mounts import MOUNT, wire_mounts
+
+    words = ("data:/d", "logs:/var/log:ro", "x.y-z:/with:colon")
+    assert wire_mounts(()) == {}
+    assert wire_mounts(words) == {"volumes": [msgspec.to_builtins(parse_mount(word)) for word in words]}
+    for bad in ("data", "data:d", ":/d", "da ta:/d"):
+        with pytest.raises(click.BadParameter):
+            MOUNT.convert(bad, None, None)

@@ -77,11 +77,8 @@ def use_app(data_dir: Path, digest: str) -> AppFacts | None:
 
 def unused_apps(data_dir: Path, seconds: float) -> list[Path]:
     """Images that nobody has asked for in so long."""
-    found, before = [], time.time() - seconds
-    for path in (data_dir / "apps").glob("*/facts.json"):
-        if path.stat().st_mtime < before:
-            found.append(path.parent)
-    return sorted(found)
+    before = time.time() - seconds
+    return sorted(path.parent for path in (data_dir / "apps").glob("*/facts.json") if path.stat().st_mtime < before)
 
 
 def discard_app(data_dir: Path, digest: str) -> None:
