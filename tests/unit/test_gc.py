@@ -18,11 +18,14 @@ from engine_host import HostBooter
 from stoker.api.models import CreateSandbox, GcReport, Principal, SandboxState
 from stoker.engine.engine import Engine
 from stoker.errors import Conflict, NotFound
+from stoker.host.lock import locked
 from stoker.images.inventory import held_image, hold, items
 from stoker.images.kernel import file_pointer
 from stoker.images.progress import NullProgress
 from stoker.images.store import Store
 from stoker.settings import Settings
+from stoker.vmm.memory import new_memory
+from stoker.vmm.saved import save
 from upkeep_host import entry
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
@@ -303,3 +306,30 @@ async def test_killed_while_it_frees(settings: Settings, point: str) -> None:
         assert (await engine.upkeep.fsck(repair=False)).clean
         assert len(digests(settings, "images")) == 2 and not digests(settings, "images") & set(expected["image"])
         assert (await engine.get(ADMIN, "web")).state is S.STOPPED
+
+
+async def test_golden_memory_whose_files_are_gone(settings: Settings, tmp_path: Path) -> None:
+    def file(name: str) -> list[object]:
+        (tmp_path / name).write_text(name)
+        return [str(tmp_path / name), os.stat(tmp_path / name).st_ino, 4]
+
+    memory = new_memory("golden", 1 << 20)
+    place = settings.data_dir / "golden"
+    async with opened(settings) as engine:
+        place.mkdir()
+        made_by = {
+            "program": file("qemu"),
+            "kernel": file("kernel"),
+            "initrd": file("initrd"),
+            "disks": [["root", "qcow2", file("root")]],
+        }
+        save(place / "good", memory, b"state", made_by)
+        save(place / "orphan", memory, b"state", {**made_by, "kernel": file("old")})
+        os.close(memory)
+        (tmp_path / "old").unlink()
+        (place / ".half.12.abcd").mkdir()
+        assert by_kind(await engine.upkeep.gc(dry_run=True)) == {"golden": [".half.12.abcd", "orphan"]}
+        async with locked(place / "half.lock"):  # somebody is just making it
+            assert by_kind(await engine.upkeep.gc(dry_run=False)) == {"golden": ["orphan"]}
+        assert by_kind(await engine.upkeep.gc(dry_run=False)) == {"golden": [".half.12.abcd"]}
+        assert sorted(path.name for path in place.iterdir() if path.is_dir()) == ["good"]

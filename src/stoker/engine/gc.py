@@ -9,6 +9,7 @@ staging         its owner is gone
 initramfs       unused for a month, or beyond the bound and not used lately
 packages        beyond the bound: the indexes and packages of the suites asked for the longest ago
 app             no sandbox has it, and nobody has asked for it for a day
+golden          what it was made from is gone, or a crash left it half made (golden memory, :mod:`.golden`)
 backup          the database's copies made before a migration, but for the newest; what an interrupted one left
 ==============  ==================================================================================================
 
@@ -29,6 +30,7 @@ from typing import Final
 
 from stoker.api.models import Freed, GcReport
 from stoker.engine.core import Core
+from stoker.engine.golden import golden_key
 from stoker.engine.images import users
 from stoker.engine.trace import trace
 from stoker.errors import StokerError
@@ -40,6 +42,7 @@ from stoker.images.inventory import Item
 from stoker.images.kernel import POINTER, file_pointer
 from stoker.images.store import Store
 from stoker.storage.app import discard_app, unused_apps
+from stoker.vmm.saved import orphaned
 
 __all__ = ["COLLECTORS", "Garbage", "collect"]
 
@@ -177,6 +180,28 @@ async def _remove_app(core: Core, digest: str) -> bool:
     return True
 
 
+async def _golden(core: Core) -> AsyncIterator[Garbage]:
+    place = core.settings.data_dir / "golden"
+    for path in sorted(place.iterdir()) if place.is_dir() else []:
+        if not path.is_dir():
+            continue
+        with tried(place / f"{golden_key(path)}.lock") as ours:
+            why = ("half made" if path.name.startswith(".") else await asyncio.to_thread(orphaned, path)) if ours else ""
+        if why:
+            yield Garbage("golden", path.name, why, await asyncio.to_thread(allocated, path), _remove_golden(place, path))
+
+
+def _remove_golden(place: Path, path: Path) -> Callable[[], Awaitable[bool]]:
+    async def remove() -> bool:
+        # Whoever makes it holds this lock; whoever has loaded it needs the files no more.
+        with tried(place / f"{golden_key(path)}.lock") as ours:
+            if ours:
+                await asyncio.to_thread(remove_tree, path)
+            return ours
+
+    return remove
+
+
 async def _backups(core: Core) -> AsyncIterator[Garbage]:
     name = core.settings.database.name
     # We hold the data directory, so nobody is at a migration.
@@ -195,6 +220,7 @@ COLLECTORS: Final[dict[str, tuple[Collector, str]]] = {
     "initramfs": (_initramfs, "cache"),
     "packages": (_packages, "cache"),
     "apps": (_apps, "apps"),
+    "golden": (_golden, "golden"),
     "backups": (_backups, ""),
 }
 

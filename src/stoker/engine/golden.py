@@ -38,7 +38,7 @@ from stoker.vmm.saved import Saved, fingerprint, load, save
 if TYPE_CHECKING:
     from stoker.settings import Settings
 
-__all__ = ["Golden", "Goldens", "Shape"]
+__all__ = ["Golden", "Goldens", "Shape", "golden_key"]
 
 log = logging.getLogger(__name__)
 LOADED: Final = 4
@@ -213,6 +213,11 @@ class Goldens:
         while self._loaded:
             _, golden = self._loaded.popitem()
             os.close(golden.saved.memory)
+
+
+def golden_key(path: Path) -> str:
+    """The key of golden memory, or of a part of it that is not whole yet, by its directory."""
+    return path.name.removeprefix(".").partition(".")[0]
 
 
 def _remove(directory: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from stoker.errors import HostError
+from stoker.errors import HostError, StokerError
 from stoker.host.durable import sync_directory
 from stoker.host.reflink import data_ranges
 from stoker.vmm.machine import MachineSpec
@@ -24,7 +24,7 @@ from stoker.vmm.memory import new_memory, sealed
 from stoker.vmm.qemu.command import DiskHandles, Handles, command
 from stoker.vmm.qemu.facts import QemuFacts
 
-__all__ = ["Saved", "fingerprint", "load", "save"]
+__all__ = ["Saved", "fingerprint", "load", "orphaned", "save"]
 
 FORMAT: Final = 1
 AGAIN: Final = "it is made anew by itself"
@@ -73,6 +73,27 @@ def fingerprint(spec: MachineSpec, qemu: QemuFacts) -> dict[str, Any]:
         "memory": spec.memory,
         "host": os.uname().release,
     }
+
+
+def orphaned(directory: Path) -> str:
+    """Why nothing can ever take this up again: a file that it was made from is gone. Empty: nothing is known against it."""
+    try:
+        made_by = _manifest(directory / "manifest.json")["made_by"]
+        files = [
+            made_by["program"],
+            made_by["kernel"],
+            made_by["initrd"],
+            *(file for disk in made_by["disks"] for file in disk[2:]),
+        ]
+        for path, inode, *_ in files:
+            try:
+                if os.stat(path).st_ino != inode:
+                    return f"{path} is another file by now"
+            except FileNotFoundError:
+                return f"{path} is gone"
+    except (StokerError, ValueError, TypeError, KeyError, FileNotFoundError):
+        return "it is damaged"
+    return ""
 
 
 def _digest(fd: int) -> str:
