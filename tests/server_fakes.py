@@ -24,6 +24,7 @@ from stoker.api.models import (
     AppInfo,
     CreatedKey,
     CreateKey,
+    CreatePool,
     CreateSandbox,
     CreateVolume,
     Difference,
@@ -43,6 +44,7 @@ from stoker.api.models import (
     Operation,
     OperationPage,
     OperationState,
+    Pool,
     Principal,
     ProcessInfo,
     Resources,
@@ -123,6 +125,34 @@ class FakeUpkeep:
     async def gc(self, *, dry_run: bool) -> GcReport:
         freed = Freed(kind="image", name=DIGEST, why="superseded", bytes=4096)
         return GcReport(dry_run=dry_run, items=[freed], freed=4096, by_kind={"image": 4096}, skipped=["kernels: not ours"])
+
+
+class FakePools:
+    """The data directory, and what was made."""
+
+    def __init__(self) -> None:
+        self.all = {"": Pool(name="", path="/data/pool", default=True, strategy="qcow2", total=1 << 40, free=1 << 39)}
+
+    async def create(self, request: CreatePool) -> Pool:
+        if request.name in self.all:
+            raise Conflict("pool_exists", f"there is a pool {request.name}")
+        made = Pool(name=request.name, path=f"/data/pools/{request.name}", strategy="qcow2", total=request.size, free=request.size)
+        self.all[request.name] = made
+        return made
+
+    async def list(self) -> list[Pool]:
+        return list(self.all.values())
+
+    async def get(self, name: str) -> Pool:
+        found = self.all.get("" if name == "directory" else name)
+        if found is None:
+            raise NotFound("pool_unknown", f"there is no pool {name}")
+        return found
+
+    async def remove(self, name: str) -> None:
+        if not (await self.get(name)).name:
+            raise Conflict("pool_needed", "the data directory is always a pool")
+        del self.all[name]
 
 
 class FakeProcess:
@@ -590,6 +620,7 @@ class FakeEngine:
         self.images = FakeImages()
         self.upkeep = FakeUpkeep()
         self.volumes = FakeVolumes()
+        self.pools = FakePools()
         self.apps = FakeApps()
         self.boot_seconds = 0.0
         self.retired = False

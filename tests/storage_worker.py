@@ -15,9 +15,9 @@ from stoker.storage.strategy import Base, Strategy
 
 def main(directory: str, strategy: str, base: str, size: str, point: str, verb: str, *words: str) -> None:
     pool = Pool.open(Path(directory), Strategy(strategy), who="stoker serve")
-    print("ready", flush=True)
     arm(point)
     if verb == "hold":
+        print("ready", flush=True)
         sys.stdin.read()
     elif verb == "clone":
         pool.clone(Base(Path(base), int(size)), words[0], int(words[1]))

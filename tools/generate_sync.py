@@ -49,6 +49,7 @@ from stoker.api.models import (
     Kernel,
     Metrics,
     Operation,
+    Pool,
     ProcessInfo,
     Quota,
     SignedOperation,

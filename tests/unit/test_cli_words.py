@@ -78,6 +78,11 @@ async def test_the_life_of_a_sandbox(stoker: Words) -> None:
     assert (await stoker("ls", "-q", "--limit", "1")).out.strip() == other["id"]
     assert json.loads((await stoker("inspect", "web", other["id"])).out)[0]["name"] == "web"
     assert (await stoker("resize", "web", "--disk", "20G")).code == 0
+    assert (await stoker("pool", "create", "--size", "50G")).out == "main\n"
+    assert (await stoker("pool", "create", "--size", "50G")).code == 125
+    assert [row["name"] for row in json.loads((await stoker("pool", "ls", "--json")).out)] == ["", "main"]
+    assert json.loads((await stoker("pool", "inspect")).out)["total"] == 50 << 30
+    assert (await stoker("pool", "rm", "main", "directory")).code == 125
     assert (await stoker("freeze", "web")).code == 0
     assert (await stoker("ls", "--state", "frozen", "-q")).out.startswith("sb-")
     assert (await stoker("thaw", "web")).code == 0

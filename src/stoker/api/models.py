@@ -22,6 +22,7 @@ from stoker.api.files import (
     WriteFiles,
 )
 from stoker.api.images import Image, ImageList, Kernel, KernelList
+from stoker.api.pools import CreatePool, Pool, PoolList
 from stoker.api.processes import (
     ExecRequest,
     ExecResult,
@@ -71,6 +72,9 @@ from stoker.api.upkeep import Difference, Freed, Fsck, FsckReport, Gc, GcReport
 from stoker.api.volumes import AppInfo, CreateVolume, ResizeVolume, Volume, VolumeMount, VolumePage, VolumeUser
 
 __all__ = [
+    "PoolList",
+    "Pool",
+    "CreatePool",
     "ApiKey",
     "ApiKeyPage",
     "AppInfo",

@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "wait": ("stoker.cli.sandboxes:wait", "Wait for a sandbox or one of its processes."),
     "inspect": ("stoker.cli.sandboxes:inspect", "Print all that is known of sandboxes."),
     "rm": ("stoker.cli.sandboxes:rm", "Destroy sandboxes."),
+    "pool": ("stoker.cli.pool:pool", "Make, list and remove pools: where disks are."),
     "volume": ("stoker.cli.volume:volume", "Make, list, copy and remove volumes."),
     "events": ("stoker.cli.events:events", "Print what happens, as it happens."),
     "image": ("stoker.cli.images:image", "List, look at and remove images."),

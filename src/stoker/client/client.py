@@ -16,6 +16,7 @@ from stoker.api.models import (
     ApiKeyPage,
     CreatedKey,
     CreateKey,
+    CreatePool,
     Event,
     Fsck,
     FsckReport,
@@ -28,12 +29,15 @@ from stoker.api.models import (
     KernelList,
     Operation,
     OperationPage,
+    Pool,
+    PoolList,
     Quota,
     SandboxPage,
     StartProcess,
     Version,
 )
 from stoker.api.models import Sandbox as SandboxInfo
+from stoker.api.units import parse_size
 from stoker.client.api import Api, path
 from stoker.client.endpoint import Endpoint, parse_endpoint
 from stoker.client.feed import AsyncFeed, events_feed
@@ -164,6 +168,23 @@ class AsyncClient:
     async def gc(self, *, dry_run: bool = False) -> GcReport:
         """Frees what nothing refers to and says how much; with ``dry_run`` only says it. For administrators."""
         return await self.api.call("POST", path("host", "gc"), GcReport, body=Gc(dry_run=dry_run), timeout=UPKEEP_TIMEOUT)
+
+    async def create_pool(self, name: str = "main", *, size: int | str) -> Pool:
+        """A pool with a file system of its own. ``size``: bytes, or such as ``50G``. For administrators, as all about pools."""
+        body = CreatePool(name=name, size=parse_size(size))
+        return await self.api.call("POST", path("pools"), Pool, body=body, timeout=UPKEEP_TIMEOUT)
+
+    async def pools(self) -> list[Pool]:
+        """All pools; the one with an empty name is the data directory."""
+        return (await self.api.call("GET", path("pools"), PoolList)).items
+
+    async def pool(self, name: str) -> Pool:
+        """One pool, and what a small clone takes there by each strategy. ``directory`` is the data directory."""
+        return await self.api.call("GET", path("pools", name), Pool, timeout=UPKEEP_TIMEOUT)
+
+    async def remove_pool(self, name: str) -> None:
+        """Removes a pool that no disk is in: ``pool_in_use`` (Conflict) otherwise."""
+        await self.api.send("DELETE", path("pools", name), timeout=UPKEEP_TIMEOUT)
 
     async def create_key(self, name: str = "", *, quota: Quota | None = None) -> CreatedKey:
         """Makes an API key. Its secret is in this answer and nowhere else."""

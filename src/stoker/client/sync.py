@@ -20,6 +20,7 @@ from stoker.api.models import (
     Kernel,
     Metrics,
     Operation,
+    Pool,
     ProcessInfo,
     Quota,
     SignedOperation,
@@ -543,6 +544,22 @@ class Client:
     def gc(self, *, dry_run: bool = False) -> GcReport:
         """Frees what nothing refers to and says how much; with ``dry_run`` only says it. For administrators."""
         return call(self._async.gc(dry_run=dry_run))
+
+    def create_pool(self, name: str = "main", *, size: int | str) -> Pool:
+        """A pool with a file system of its own. ``size``: bytes, or such as ``50G``. For administrators, as all about pools."""
+        return call(self._async.create_pool(name, size=size))
+
+    def pools(self) -> list[Pool]:
+        """All pools; the one with an empty name is the data directory."""
+        return call(self._async.pools())
+
+    def pool(self, name: str) -> Pool:
+        """One pool, and what a small clone takes there by each strategy. ``directory`` is the data directory."""
+        return call(self._async.pool(name))
+
+    def remove_pool(self, name: str) -> None:
+        """Removes a pool that no disk is in: ``pool_in_use`` (Conflict) otherwise."""
+        call(self._async.remove_pool(name))
 
     def create_key(self, name: str = "", *, quota: Quota | None = None) -> CreatedKey:
         """Makes an API key. Its secret is in this answer and nowhere else."""

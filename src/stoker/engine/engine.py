@@ -53,6 +53,7 @@ from stoker.engine.images import Images
 from stoker.engine.keys import Keys
 from stoker.engine.metrics import sample
 from stoker.engine.pages import page_after
+from stoker.engine.pooling import Pooling
 from stoker.engine.processes import Processes
 from stoker.engine.reconcile import load_all, private_directory, reconcile
 from stoker.engine.resize import resize
@@ -85,6 +86,7 @@ class Engine:
         self.images = Images(core)
         self.upkeep = Upkeep(core)
         self.volumes = Volumes(core, keys.quota)
+        self.pools = Pooling(core)
         self.apps = Apps(core)
 
     @classmethod
@@ -97,11 +99,13 @@ class Engine:
         lease_grace: float = LEASE_GRACE,
         trace_kill: str | None = None,
         boots: int | None = None,
+        make_pool: bool = False,
     ) -> AsyncIterator[Engine]:
         """Opens the engine of ``settings.data_dir``.
 
         ``lease_grace``: seconds a lease may be without a holder, at first and after a restart. ``trace_kill``: a point of
         :mod:`stoker.engine.trace` at which this process is to be killed (tests). ``boots``: how many at a time.
+        ``make_pool``: in the background, a pool is made where the settings want one and there is none.
         Errors: ``engine_running``, ``database_newer``, ``database_corrupt``, ``directory_refused``.
         """
         import os
@@ -129,6 +133,8 @@ class Engine:
             engine = cls(core, keys, stack)
             stack.push_async_callback(engine._let_go)
             await engine._begin()
+            if make_pool:
+                core.spawn(engine.pools.make_by_itself(), "pool")
             yield engine
 
     async def _begin(self) -> None:
@@ -139,6 +145,7 @@ class Engine:
             core.cgroups = await asyncio.to_thread(cgroups.base)
         await self._keys.load()
         await load_all(core)
+        await self.pools.begin()
         await self.volumes.begin()
         await reconcile(core)
         await asyncio.to_thread(sweep_apps, core.settings.data_dir)

@@ -209,7 +209,7 @@ def _try_configure(fd: int, path: Path, backing: int, flags: int) -> Loop | None
     return loop
 
 
-def detach(loop: Loop, *, timeout: float = 2.0) -> None:
+def detach(loop: Loop, *, timeout: float = 10.0) -> None:
     """Detaches exactly this: a number that meanwhile has another file behind it is left alone. Twice is fine.
 
     Raises ``loop_busy`` (HostError) when it is in use after ``timeout`` seconds; the kernel then detaches it with its last user.

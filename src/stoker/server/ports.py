@@ -25,6 +25,7 @@ from stoker.api.models import (
     ChangeOwner,
     CreatedKey,
     CreateKey,
+    CreatePool,
     CreateSandbox,
     CreateVolume,
     Event,
@@ -42,6 +43,7 @@ from stoker.api.models import (
     MoveFile,
     Operation,
     OperationPage,
+    Pool,
     Principal,
     ProcessInfo,
     Sandbox,
@@ -54,7 +56,7 @@ from stoker.api.models import (
     WatchEvent,
 )
 
-__all__ = ["Apps", "Volumes", "Attachment", "EngineProtocol", "Files", "Images", "Output", "Processes", "Upkeep"]
+__all__ = ["Apps", "Volumes", "Attachment", "EngineProtocol", "Files", "Images", "Output", "Pools", "Processes", "Upkeep"]
 
 
 class Output(Protocol):
@@ -247,6 +249,20 @@ class Volumes(Protocol):
     def export_raw(self, who: Principal, volume: str) -> AbstractAsyncContextManager[tuple[int, AsyncIterator[bytes]]]: ...
 
 
+class Pools(Protocol):
+    """Where disks are. ``pool`` is a name; ``directory`` is the data directory itself. For administrators."""
+
+    async def create(self, request: CreatePool) -> Pool:
+        """``pool_exists`` (Conflict), ``pool_too_small``, ``needs_root`` (InvalidRequest), ``mkfs_failed`` (HostError)."""
+
+    async def list(self) -> Sequence[Pool]: ...
+
+    async def get(self, name: str) -> Pool: ...
+
+    async def remove(self, name: str) -> None:
+        """``pool_in_use`` (Conflict) names the sandboxes whose disks are in it."""
+
+
 class Apps(Protocol):
     """App archives, by the SHA-256 of the archive."""
 
@@ -268,6 +284,9 @@ class EngineProtocol(Protocol):
 
     @property
     def volumes(self) -> Volumes: ...
+
+    @property
+    def pools(self) -> Pools: ...
 
     @property
     def apps(self) -> Apps: ...

@@ -120,7 +120,9 @@ class Pool:
                     os.ftruncate(fd, PROBE_BYTES)
                 finally:
                     os.close(fd)
-            disks, began = self._by_strategy[strategy], time.perf_counter()
+            disks = self._by_strategy[strategy]
+            disks.remove(name)  # of a trial that was killed
+            began = time.perf_counter()
             clone = disks.clone(Base(base, PROBE_BYTES), name, 0)
             with open(clone.path, "rb") as file:
                 file.read(1)

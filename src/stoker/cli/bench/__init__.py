@@ -11,6 +11,7 @@ bench = LazyGroup(
     table={
         "start": ("stoker.cli.bench.start:start", "From the start of `stoker run` to its command's first byte."),
         "channel": ("stoker.cli.bench.channel:channel", "The channel to the guest: round trips, throughput, the agent's size."),
+        "clone": ("stoker.cli.bench.clone:clone", "Disks by each strategy: to make, to use, to keep many of, to flatten."),
         "create": ("stoker.cli.bench.create:create", "Creates, one by one and many at once."),
         "restore": ("stoker.cli.bench.restore:restore", "Creates from golden memory, against cold ones."),
         "api": ("stoker.cli.bench.api:api", "Lists, `stoker ls`, and the daemon at rest."),
