@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ import click
 
 from stoker.cli.bench.report import Report, percentile
 from stoker.cli.options import SIZE
-from stoker.errors import StokerError
+from stoker.errors import HostError, StokerError
 
 if TYPE_CHECKING:
     from stoker.storage.pool import Pool
@@ -94,8 +93,16 @@ def _place(strategy: str, root: Path, size: int) -> Iterator[Path]:
         umount(place)
 
 
+def _cp(how: str, source: Path, target: Path) -> None:
+    from stoker.host.run import run
+
+    done = asyncio.run(run(["cp", how, source, target], timeout=3600))
+    if done.code != 0:
+        raise HostError("cp_failed", f"cp: {done.stderr.decode(errors='replace').strip()}")
+
+
 def _copy(base: Path, target: Path) -> float:
-    seconds = _timed(lambda: subprocess.run(["cp", "--reflink=never", base, target], check=True, timeout=3600))
+    seconds = _timed(lambda: _cp("--reflink=never", base, target))
     target.unlink()
     return seconds
 
@@ -119,7 +126,7 @@ def _strategy(pool: Pool, base: Base, root: Path, runs: int, many: int) -> tuple
     source = pool.open_clone("used")
     flat, other = root / "flat", root / "flat-cp"
     taken = _timed(lambda: pool.flatten(source.name, flat))
-    cp = _timed(lambda: subprocess.run(["cp", "--sparse=always", flat, other], check=True, timeout=3600))
+    cp = _timed(lambda: _cp("--sparse=always", flat, other))
     found["flatten_s"], found["cp_sparse_s"] = round(taken, 2), round(cp, 2)
     found["flatten_speed_of_cp_sparse"] = round(cp / taken, 2)
     flat.unlink()
