@@ -9,6 +9,7 @@ staging         its owner is gone
 initramfs       unused for a month, or beyond the bound and not used lately
 packages        beyond the bound: the indexes and packages of the suites asked for the longest ago
 app             no sandbox has it, and nobody has asked for it for a day
+base            a pool's record of an image (and its copy there) that is gone or was made anew, and on which no disk stands
 golden          what it was made from is gone, or a crash left it half made (golden memory, :mod:`.golden`)
 backup          the database's copies made before a migration, but for the newest; what an interrupted one left
 ==============  ==================================================================================================
@@ -31,7 +32,7 @@ from typing import Final
 from stoker.api.models import Freed, GcReport
 from stoker.engine.core import Core
 from stoker.engine.golden import golden_key
-from stoker.engine.images import users
+from stoker.engine.images import is_used
 from stoker.engine.trace import trace
 from stoker.errors import StokerError
 from stoker.host.files import allocated, remove_tree
@@ -42,6 +43,7 @@ from stoker.images.inventory import Item
 from stoker.images.kernel import POINTER, file_pointer
 from stoker.images.store import Store
 from stoker.storage.app import discard_app, unused_apps
+from stoker.storage.pool import Pool
 from stoker.vmm.saved import orphaned
 
 __all__ = ["COLLECTORS", "Garbage", "collect"]
@@ -90,7 +92,7 @@ def _current(item: Item) -> bool:
 async def _entries(core: Core, kind: str) -> AsyncIterator[Garbage]:
     store = Store(core.settings)
     for item in await asyncio.to_thread(inventory.items, store, kind):
-        if _current(item) or users(core, kind, item.digest):
+        if _current(item) or is_used(core, kind, item.digest):
             continue
         # Somebody who is just making a sandbox of it holds it: no garbage, whatever the names say.
         fd = hold_directory(store.entry(kind, item.digest))
@@ -103,7 +105,7 @@ async def _entries(core: Core, kind: str) -> AsyncIterator[Garbage]:
 
 def _remove_entry(core: Core, store: Store, item: Item) -> Callable[[], Awaitable[bool]]:
     async def remove() -> bool:
-        return await inventory.remove(store, item, refused=lambda: bool(users(core, item.kind, item.digest)))
+        return await inventory.remove(store, item, refused=lambda: is_used(core, item.kind, item.digest))
 
     return remove
 
@@ -212,6 +214,18 @@ async def _backups(core: Core) -> AsyncIterator[Garbage]:
         yield Garbage("backup", path.name, f"{copies[-1].name} is newer", allocated(path), _unlink(path))
 
 
+async def _bases(core: Core) -> AsyncIterator[Garbage]:
+    why = "its image is gone or another, and no disk stands on it"
+    for pool in core.pools.opened().values():
+        for key, size in await asyncio.to_thread(pool.superseded):
+            yield Garbage("base", f"{pool.directory}/bases/{key}", why, size, partial(_drop_base, pool, key))
+
+
+async def _drop_base(pool: Pool, key: str) -> bool:
+    await asyncio.to_thread(pool.drop, key)
+    return not (pool.directory / "bases" / key).exists()
+
+
 COLLECTORS: Final[dict[str, tuple[Collector, str]]] = {
     # What is reported while it works: the collector, and the directory that must not be another data directory's.
     "images": (_images, "images"),
@@ -220,6 +234,7 @@ COLLECTORS: Final[dict[str, tuple[Collector, str]]] = {
     "initramfs": (_initramfs, "cache"),
     "packages": (_packages, "cache"),
     "apps": (_apps, "apps"),
+    "bases": (_bases, ""),
     "golden": (_golden, "golden"),
     "backups": (_backups, ""),
 }

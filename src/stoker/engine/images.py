@@ -13,7 +13,7 @@ from stoker.images import inventory
 from stoker.images.inventory import WORD, Item
 from stoker.images.store import Store
 
-__all__ = ["Images", "users"]
+__all__ = ["Images", "is_used", "users"]
 
 NAMED: Final = 20
 """Users that an error names."""
@@ -30,6 +30,14 @@ def users(core: Core, kind: str, digest: str) -> list[Box]:
         if digest in needs:
             found.append(box)
     return found
+
+
+def is_used(core: Core, kind: str, digest: str) -> bool:
+    """Whether an entry must stay: for a sandbox's sake, or for a frozen disk in a pool."""
+    if users(core, kind, digest):
+        return True
+    path = core.settings.data_dir.absolute() / kind / digest / "rootfs.ext4"
+    return kind == "images" and any(pool.needs(path) for pool in core.pools.opened().values())
 
 
 def _image(item: Item, used_by: list[str]) -> Image:
@@ -103,7 +111,7 @@ class Images:
             if name is not None and len(item.names) > 1:
                 inventory.forget_name(self._store, kind, name, item.digest)
                 return
-            if not await inventory.remove(self._store, item, refused=lambda: bool(users(core, kind, item.digest))):
+            if not await inventory.remove(self._store, item, refused=lambda: is_used(core, kind, item.digest)):
                 raise self._in_use(kind, reference, item)
 
     def _shared(self, kind: str, reference: str) -> Conflict:
@@ -118,7 +126,7 @@ class Images:
         word = WORD[kind]
         labels = sorted(box.record.label for box in users(self._core, kind, item.digest))
         shown = ", ".join(labels[:NAMED]) + (f" and {len(labels) - NAMED} more" if len(labels) > NAMED else "")
-        by = shown or "a sandbox that is just being made"
+        by = shown or "a sandbox that is just being made, or a disk in a pool"
         return Conflict(
             f"{word}_in_use",
             f"the {word} {reference} is in use by {by}",

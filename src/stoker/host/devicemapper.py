@@ -26,6 +26,7 @@ __all__ = [
     "create",
     "find",
     "holders",
+    "listed",
     "node",
     "remove",
     "replace",
@@ -145,6 +146,17 @@ def find(name: str) -> Device | None:
         if error.code == "device_mapper_missing":
             return None
         raise
+
+
+def listed() -> list[str]:
+    """The names of all mapped devices."""
+    found = []
+    for entry in Path("/sys/block").glob("dm-*/dm/name"):
+        try:
+            found.append(entry.read_text().strip())
+        except FileNotFoundError:
+            continue  # removed meanwhile
+    return sorted(found)
 
 
 def create(name: str, targets: Sequence[Target], *, read_only: bool = False) -> Device:

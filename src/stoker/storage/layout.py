@@ -264,6 +264,14 @@ class Layout:
             raise HostError("base_changed", f"the image {path} was changed, and disks stand on what it was", "put it back")
         return path
 
+    def is_current(self, key: str) -> bool:
+        """Whether a base's image is still what it was: then new disks may be about to stand on it."""
+        try:
+            path = Path(os.readlink(self.bases / key / "path"))
+            return _key(path, os.stat(path)) == key
+        except FileNotFoundError:
+            return False
+
     def drop_base(self, key: str) -> int:
         """Forgets a base that nothing stands on, with its copy here: how many bytes that frees. One in use stays: 0."""
         place = self.bases / key

@@ -15,6 +15,7 @@ from typing import Final
 
 from stoker.errors import Conflict, HostError, InvalidRequest, StokerError
 from stoker.host import devicemapper
+from stoker.host.files import allocated
 from stoker.host.lock import try_flock
 from stoker.storage.copied import Copied
 from stoker.storage.layout import LAYER, Layout, no_space
@@ -175,8 +176,10 @@ class Pool:
             self._layout.discard(name)
             self.sweep()
             return
-        strategy = record.strategy if record is not None else self.strategy
-        self._by_strategy[strategy].remove(name)
+        if record is None:
+            self.discard(name)
+        else:
+            self._by_strategy[record.strategy].remove(name)
 
     def flatten(self, name: str, target: Path) -> None:
         self._of(name).flatten(name, target)
@@ -208,11 +211,60 @@ class Pool:
 
     def users(self, base: Path) -> list[str]:
         """The disks that stand on an image."""
+        return sorted(name for name in self._on(base) if not name.startswith(LAYER))
+
+    def needs(self, base: Path) -> bool:
+        """Whether anything stands on an image, frozen layers included."""
+        return bool(self._on(base))
+
+    def _on(self, base: Path) -> list[str]:
         found = []
         for key in os.listdir(self._layout.bases):
             if os.readlink(self._layout.bases / key / "path") == os.path.abspath(base):
-                found += [name for name in self._layout.users(key) if not name.startswith(LAYER)]
-        return sorted(found)
+                found += self._layout.users(key)
+        return found
+
+    def superseded(self) -> list[tuple[str, int]]:
+        """Bases that nothing stands on and nothing new will, their image being gone or another: key, and bytes of its copy here."""
+        layout = self._layout
+        keys = [key for key in os.listdir(layout.bases) if not layout.users(key) and not layout.is_current(key)]
+        return [(key, allocated(layout.bases / key)) for key in keys]
+
+    def drop(self, key: str) -> None:
+        """Forgets a base that nothing stands on."""
+        self._layout.check()
+        self._layout.drop_base(key)
+
+    def stray(self) -> dict[str, list[Path]]:
+        """What a crash left of disks that never were, or are gone: their names, and what refers to them or is left of them."""
+        layout = self._layout
+        found = {}
+        for name in layout.half_made():
+            places = [layout.place(name), *self.directory.glob(f"*/*/refs/{name}")]
+            found[name] = [path for path in places if os.path.lexists(path)]
+        return found
+
+    def discard(self, name: str) -> None:
+        """Removes what is left of a disk that is not whole."""
+        self._layout.check()
+        if self._layout.find(name) is not None:
+            return
+        self._by_strategy[self.strategy].remove(name)
+        for path in self.directory.glob(f"*/*/refs/{name}"):
+            path.unlink(missing_ok=True)
+
+    @property
+    def device_prefix(self) -> str:
+        """How the names of this pool's device-mapper devices begin."""
+        return f"stoker-{self._layout.id}-"
+
+    def images(self) -> set[str]:
+        """The files that bases are read from: they have shared loop devices while disks stand on them."""
+        layout, found = self._layout, set()
+        for key in os.listdir(layout.bases):
+            if layout.users(key):
+                found |= {os.readlink(layout.bases / key / "path"), str(layout.bases / key / "image")}
+        return found
 
     def collect(self) -> int:
         """Forgets bases that no disk stands on, with their copies in the pool. Returns the bytes that were freed."""

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from stoker.engine.fsck.finding import Finding, Scene
-from stoker.engine.images import users
+from stoker.engine.images import is_used, users
 from stoker.errors import Conflict, HostError, NotFound
 from stoker.host.lock import hold_directory
 from stoker.images import inventory
@@ -83,11 +83,11 @@ def _damaged(scene: Scene, store: Store, item: inventory.Item, damage: list[str]
     core, word = scene.core, WORD[item.kind]
     place, what = str(store.entry(item.kind, item.digest)), "; ".join(damage[:5])
     used = sorted(box.record.label for box in users(core, item.kind, item.digest))
-    if used or inventory.shared_elsewhere(core.settings, item.kind):
+    if is_used(core, item.kind, item.digest) or inventory.shared_elsewhere(core.settings, item.kind):
         return Finding(word, place, "what was made", what + (f"; in use by {', '.join(used[:10])}" if used else ""))
 
     async def mend() -> None:
-        if not await inventory.remove(store, item, refused=lambda: bool(users(core, item.kind, item.digest))):
+        if not await inventory.remove(store, item, refused=lambda: is_used(core, item.kind, item.digest)):
             raise Conflict(f"{word}_in_use", f"{place} is in use by now", "stoker fsck")
 
     return Finding(word, place, "what was made", what, None, "remove it; it is made again when it is needed", mend)
