@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from lab_inside import VARIABLE, Inside
-from lab_plugin import HostLab
+from lab_inside import Inside, inside
+from lab_plugin import FLAVOURS, HostLab, of_flavour
 from leaks import HostObjects, assert_gone
 
 ROOT_VARIABLE = "STOKER_TEST_ROOT"
@@ -37,8 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("STOKER_POOL", "directory")
         config.stash[_ROOT] = Path(root)
         config.stash[_BEFORE] = HostObjects.now()
-    inside = os.environ.get(VARIABLE)
-    config.pluginmanager.register(Inside(inside) if inside else HostLab(Path(os.environ[ROOT_VARIABLE])), "lab")
+    config.pluginmanager.register(inside(config) or HostLab(Path(os.environ[ROOT_VARIABLE])), "lab")
 
 
 _ROOT: pytest.StashKey[Path] = pytest.StashKey()
@@ -69,9 +68,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             for suite in ("unit", "system", "conformance", "lab")
             if not any(node.startswith(f"tests/{suite}/") for node in passed)
         ]
-    inside = config.pluginmanager.get_plugin("lab")
-    if isinstance(inside, Inside):
-        inside.left(problems)
+        problems += [f"no test ran in the lab {name}" for name in FLAVOURS if not any(of_flavour(node, name) for node in passed)]
+    lab = config.pluginmanager.get_plugin("lab")
+    if isinstance(lab, Inside):
+        lab.left(problems)
     if problems and reporter is not None:
         reporter.section("left behind", red=True)
         for problem in problems:

@@ -75,24 +75,34 @@ class LabImage:
     kernel: Path
 
 
-def requirements(lock: str, development: str) -> str:
-    """The lines of the lock files for the lab's environment, hashes included."""
-    entries = re.split(r"\n(?=[a-zA-Z0-9])", development.strip())
-    chosen = [entry for entry in entries if re.split(r"[=\s]", entry, maxsplit=1)[0] in TESTERS]
-    known = {re.split(r"[=\s]", entry, maxsplit=1)[0] for entry in re.split(r"\n(?=[a-zA-Z0-9])", lock.strip())}
-    return "\n".join([lock.strip(), *(entry for entry in chosen if re.split(r"[=\s]", entry, maxsplit=1)[0] not in known)]) + "\n"
+def requirements(lock: str, development: str, version: str) -> str:
+    """The entries of the lock files for the lab's environment, hashes included, under a Python of that version.
+
+    Conditions are decided here: pip would ask the Python it runs in itself, which is the host's.
+    """
+    from packaging.requirements import Requirement
+
+    there = {"python_version": version, "python_full_version": f"{version}.0"}
+    chosen: dict[str, str] = {}
+    for text, wanted in ((lock, None), (development, TESTERS)):
+        for entry in re.split(r"\n(?=[a-zA-Z0-9])", text.strip()):
+            line, _, hashes = entry.partition(" \\\n")
+            parsed = Requirement(line)
+            if (wanted is None or parsed.name in wanted) and (parsed.marker is None or parsed.marker.evaluate(there)):
+                chosen[parsed.name] = f"{parsed.name}{parsed.specifier} \\\n{hashes}"
+    return "".join(f"{entry}\n" for entry in chosen.values())
 
 
-def _locked() -> str:
-    return requirements((CHECKOUT / "requirements.lock").read_text(), (CHECKOUT / "requirements-dev.lock").read_text())
+def _locks() -> tuple[str, str]:
+    return (CHECKOUT / "requirements.lock").read_text(), (CHECKOUT / "requirements-dev.lock").read_text()
 
 
 async def lab_image(flavour: Flavour, settings: Settings, progress: Progress) -> LabImage:
     """The flavour's image; built if these inputs are new."""
     guest_kernel = await resolve_kernel("debian:12", settings, progress)
     base = await resolve_image("debian:12", settings, progress)
-    store, locked = Store(settings), _locked()
-    inputs = [repr(flavour), locked, guest_kernel.digest, base.digest, Path(__file__).read_text()]
+    store = Store(settings)
+    inputs = [repr(flavour), *_locks(), guest_kernel.digest, base.digest, Path(__file__).read_text()]
     key = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:20]
     parent = settings.data_dir.absolute() / "lab"
     place = parent / f"{flavour.name}-{key}"
@@ -102,7 +112,7 @@ async def lab_image(flavour: Flavour, settings: Settings, progress: Progress) ->
             _prune(parent, flavour)
             await store.sweep()
             async with store.stage() as stage:
-                await _build(flavour, settings, stage, progress, locked, guest_kernel, base)
+                await _build(flavour, settings, stage, progress, guest_kernel, base)
                 os.rename(stage.path / "lab", place)
     os.utime(place)
     return LabImage(flavour, place / "rootfs.ext4", next(place.glob("vmlinuz-*")))
@@ -128,7 +138,7 @@ async def _packages(flavour: Flavour, settings: Settings, stage: Stage, progress
 
 
 async def _build(
-    flavour: Flavour, settings: Settings, stage: Stage, progress: Progress, locked: str, kernel: Kernel, base: RootFilesystem
+    flavour: Flavour, settings: Settings, stage: Stage, progress: Progress, kernel: Kernel, base: RootFilesystem
 ) -> ext4.Plan:
     place = stage.path / "lab"
     place.mkdir()
@@ -143,7 +153,7 @@ async def _build(
             image.unlink()
         _settle(tree)
         _give_store(tree, settings, kernel, base)
-        _give_python(tree, locked)
+        _give_python(tree)
 
     return await make_ext4(archive, stage, place / "rootfs.ext4", progress, free=FREE, prepare=prepare)
 
@@ -175,7 +185,7 @@ def _give_store(tree: Path, settings: Settings, kernel: Kernel, base: RootFilesy
         (inside / kind / "names" / "debian-bookworm").write_text(f"{digest}\n")
 
 
-def _give_python(tree: Path, locked: str) -> None:
+def _give_python(tree: Path) -> None:
     """A virtual environment for the lab's Python, from the pinned archives; the checkout comes later, at ``/srv/stoker``."""
     version = os.readlink(tree / "usr/bin/python3").removeprefix("python")
     environment = tree / "opt/stoker"
@@ -188,8 +198,9 @@ def _give_python(tree: Path, locked: str) -> None:
     script = environment / "bin/stoker"
     script.write_text("#!/opt/stoker/bin/python\nimport sys\n\nfrom stoker.cli.main import entry\n\nsys.exit(entry())\n")
     script.chmod(0o755)
+    (tree / "usr/local/bin/stoker").symlink_to("/opt/stoker/bin/stoker")
     wanted = environment / "requirements.txt"
-    wanted.write_text(locked)
+    wanted.write_text(requirements(*_locks(), version))
     argv = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-compile", "--require-hashes"]
     argv += ["--only-binary=:all:", "--no-deps", "--implementation", "cp", "--python-version", version, "--target", str(site)]
     done = subprocess.run([*argv, "-r", str(wanted)], stdin=subprocess.DEVNULL, capture_output=True, text=True)

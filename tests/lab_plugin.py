@@ -41,6 +41,12 @@ def flavour(item: pytest.Item) -> str:
     return str(item.callspec.params["flavour"])  # type: ignore[attr-defined]
 
 
+def of_flavour(node: str, name: str) -> bool:
+    """Whether a test's identifier is that of one in this flavour."""
+    path, _, function = node.partition("::")
+    return path.startswith("tests/lab/") and name in function.rpartition("[")[2].rstrip("]").split("-")
+
+
 class HostLab:
     """The plugin."""
 
@@ -115,11 +121,10 @@ class HostLab:
             """By file; but all tests of a flavour go to one worker, wherever they are."""
 
             def _split_scope(self, nodeid: str) -> str:
-                path, _, name = nodeid.partition("::")
-                if not path.startswith("tests/lab/"):
-                    return path
-                parameters = name.rpartition("[")[2].rstrip("]").split("-")
-                return "lab:" + next(name for name in FLAVOURS if name in parameters)
+                for name in FLAVOURS:
+                    if of_flavour(nodeid, name):
+                        return f"lab {name}"
+                return nodeid.partition("::")[0]
 
         return OneLabEach(config, log)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_fixtures import own_data
-from lab_image import CHECKOUT, FLAVOURS, LabImage, build
+from lab_image import CHECKOUT, FLAVOURS, Flavour, LabImage, build
 from stoker.settings import Settings, load_settings
 
 COPIED = ("src", "tests", "agent", "contrib", "docs", "pyproject.toml", "README.md")
@@ -30,16 +30,22 @@ BOOT = 420.0
 SILENCE = 900.0
 """A test inside has a time limit of its own; after so long without a word the lab counts as dead."""
 
+# The store would hash what is new to it, for minutes here: it is sealed (stoker.images.store) as the host found it intact.
 # systemd is up when its jobs are done; a unit that failed is a test's business, not the boot's.
-SERVE = """
+UNPACK = """
 set -e
 mkdir -p /srv/stoker
 head -c {size} | tar -x -C /srv/stoker
-until systemctl is-system-running --wait 2>/dev/null | grep -q running\\\\\\|degraded; do sleep 0.2; done
+for file in /var/lib/stoker/images/*/rootfs.ext4 /var/lib/stoker/kernels/*/vmlinux; do
+    stat -c '%i %s %.9Y %.9Z' "$file" | tr -d . >"${{file%/*}}/SEAL"
+done
+until systemctl is-system-running --wait 2>/dev/null | grep -qE 'running|degraded'; do sleep 0.2; done
+"""
+SERVE = """
 cd /srv/stoker
 exec 3>&1 1>&2 4<&0 </dev/null
-export PATH=/opt/stoker/bin:$PATH PYTHONPATH=tests STOKER_LAB={flavour}
-exec python -m pytest -p no:cacheprovider {arguments} tests/lab
+export STOKER_LAB_ORDERED=1
+exec python -m pytest {arguments} tests/lab
 """
 
 
@@ -92,11 +98,18 @@ def daemon_environment(settings: Settings) -> dict[str, str]:
     }
 
 
+def environment_inside(flavour: Flavour) -> dict[str, str]:
+    """What every program in the lab has: the tests' Python first, and what says that this is the lab."""
+    path = "/opt/stoker/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    return {"PATH": path, "PYTHONPATH": "/srv/stoker/tests", "PYTEST_ADDOPTS": "-p no:cacheprovider", "STOKER_LAB": flavour.name}
+
+
 def machine_words(image: LabImage) -> list[str]:
     """How the lab's machine is asked for. One CPU: Debian 12's QEMU does not stand more of them in software."""
+    environment = [word for pair in environment_inside(image.flavour).items() for word in ("--env", "=".join(pair))]
     return [
         *("--init", "image", "--kernel", str(image.kernel), "--memory", str(image.flavour.memory), "--network", "none"),
-        *("--hostname", "lab", "--user", "root", "--workdir", "/root", "--quiet", f"ext4:{image.rootfs}"),
+        *("--hostname", "lab", "--user", "root", "--workdir", "/root", "--quiet", *environment, f"ext4:{image.rootfs}"),
     ]
 
 
@@ -113,6 +126,8 @@ class Lab:
         self._process: subprocess.Popen[bytes] | None = None
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._settings: Settings | None = None
+        self._over = False
+        """It said its last word."""
 
     def start(self, arguments: str = "") -> None:
         """Builds what is not built yet, boots, and returns when pytest inside has collected its tests."""
@@ -124,12 +139,14 @@ class Lab:
             raise LabError(f"the lab {self.flavour.name} cannot be built: {type(e).__name__}: {e}") from e
         settings = self._settings = lab_settings(shared, self.root)
         archive = checkout()
-        script = SERVE.format(size=len(archive), flavour=self.flavour.name, arguments=arguments)
+        script = (UNPACK + SERVE).format(size=len(archive), arguments=arguments)
         argv = [str(STOKER), "run", *machine_words(image), "/bin/sh", "-c", script]
+        self.serve(argv, daemon_environment(settings), archive)
+
+    def serve(self, argv: list[str], environment: dict[str, str], archive: bytes) -> None:
+        """Starts the command with the three streams; ``archive`` goes in first. Returns when pytest has collected."""
         with open(self.words, "wb") as words:
-            self._process = subprocess.Popen(
-                argv, env=daemon_environment(settings), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words
-            )
+            self._process = subprocess.Popen(argv, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words)
         threading.Thread(target=self._read, name=f"lab-{self.flavour.name}", daemon=True).start()
         threading.Thread(target=self._feed, args=(archive,), name=f"lab-{self.flavour.name}-in", daemon=True).start()
         told = self._next(BOOT)
@@ -159,6 +176,7 @@ class Lab:
         except queue.Empty:
             raise LabError(self._explain(f"the lab {self.flavour.name} said nothing for {timeout:g} s")) from None
         if line is None:
+            self._over = True
             raise LabError(self._explain(f"the lab {self.flavour.name} ended"))
         return line
 
@@ -192,7 +210,7 @@ class Lab:
         if process is not None and process.stdin is not None:
             try:
                 process.stdin.close()
-                while (line := self._lines.get(timeout=120.0)) is not None:
+                while not self._over and (line := self._lines.get(timeout=120.0)) is not None:
                     problems += line.get("left", [])
             except (OSError, queue.Empty):
                 problems.append(f"the lab {self.flavour.name} did not end by itself")

@@ -5,6 +5,14 @@ What is collected here runs there (docs/development.md). Kernel and base ``debia
 
 from __future__ import annotations
 
-from guest_fixtures import accelerator, data_dir, settings, stoker
+import pytest
+
+from guest_fixtures import data_dir, settings, stoker
 
 __all__ = ["accelerator", "data_dir", "settings", "stoker"]
+
+
+@pytest.fixture(scope="session")
+def accelerator() -> str:
+    """Known: test_kvm.py proves it, and asking again would cost every run directory half a minute."""
+    return "kvm"
