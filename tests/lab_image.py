@@ -6,6 +6,7 @@
       rootfs.ext4                packages, the tests' Python environment (/opt/stoker), Stoker's kernel and base (/var/lib/stoker)
       vmlinuz-RELEASE            the distribution's own kernel of that tree
       lib/modules/RELEASE/       where our kernel code looks for its modules
+      python/                    the tree's Python and what it needs to run on the host: it compiles the checkout for the lab
 
     data_dir/cache/lab/FLAVOUR-KEY.tar   what mmdebstrap made of the packages, which takes most of the time
 
@@ -154,6 +155,7 @@ async def _build(
         _settle(tree)
         _give_store(tree, settings, kernel, base)
         _give_python(tree)
+        _keep_python(tree, place / "python")
 
     return await make_ext4(archive, stage, place / "rootfs.ext4", progress, free=FREE, prepare=prepare)
 
@@ -210,6 +212,40 @@ def _give_python(tree: Path) -> None:
     if os.geteuid() == 0:
         # Compiled here, at this processor's own speed; else the first import inside does it.
         subprocess.run(["chroot", tree, "python3", "-m", "compileall", "-q", f"/opt/stoker/lib/python{version}"], check=True)
+
+
+LIBRARIES = ("ld-linux-x86-64.so.2", "libc.so.6", "libm.so.6", "libz.so.1", "libexpat.so.1")
+
+
+def _keep_python(tree: Path, place: Path) -> None:
+    name = os.readlink(tree / "usr/bin/python3")
+    shutil.copytree(tree / "usr/lib" / name, place / "lib" / name, symlinks=True)
+    shutil.copy(tree / "usr/bin" / name, place / "python")
+    for library in LIBRARIES:
+        shutil.copy(tree / "usr/lib/x86_64-linux-gnu" / library, place / "lib")
+
+
+def compile_for(image: LabImage, checkout: Path, inside: str) -> None:
+    """Compiles a checkout's Python, which will be in the directory ``inside`` of the lab, at the host's speed."""
+    home = image.rootfs.parent / "python"
+    argv: list[str | Path] = [
+        home / "lib" / LIBRARIES[0],
+        "--library-path",
+        home / "lib",
+        home / "python",
+        "-m",
+        "compileall",
+        "-q",
+    ]
+    done = subprocess.run(
+        [*argv, "-s", checkout, "-p", inside, checkout / "src", checkout / "tests"],
+        env={"PYTHONHOME": str(home)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the checkout cannot be compiled for the lab:\n{done.stdout}{done.stderr}")
 
 
 class Said(Progress):

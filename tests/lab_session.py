@@ -11,6 +11,7 @@ import io
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -20,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from engine_fixtures import own_data
-from lab_image import CHECKOUT, FLAVOURS, Flavour, LabImage, build
+from lab_image import CHECKOUT, FLAVOURS, Flavour, LabImage, build, compile_for
 from stoker.settings import Settings, load_settings
 
 COPIED = ("src", "tests", "agent", "contrib", "docs", "pyproject.toml", "README.md")
-SKIPPED = frozenset({"__pycache__", "build", "fuzz", ".pytest_cache", ".hypothesis", "node_modules"})
+SKIPPED = ("__pycache__", "build", "fuzz", ".pytest_cache", ".hypothesis", "node_modules")
 BOOT = 420.0
 """Seconds from the start of the machine to pytest's word that it has collected, on a busy host without hardware virtualisation."""
 SILENCE = 900.0
@@ -35,7 +36,7 @@ SILENCE = 900.0
 UNPACK = """
 set -e
 mkdir -p /srv/stoker
-head -c {size} | tar -x -C /srv/stoker
+head -c {size} | tar -x --warning=no-timestamp -C /srv/stoker
 for file in /var/lib/stoker/images/*/rootfs.ext4 /var/lib/stoker/kernels/*/vmlinux; do
     stat -c '%i %s %.9Y %.9Z' "$file" | tr -d . >"${{file%/*}}/SEAL"
 done
@@ -53,21 +54,28 @@ class LabError(Exception):
     """The lab cannot be had, or it died. The text says why, with the end of what was said on the way."""
 
 
-def checkout() -> bytes:
-    """The checkout as a tar archive."""
-    buffer = io.BytesIO()
-
-    def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        name = os.path.basename(member.name)
-        if name in SKIPPED or name.endswith(".pyc"):
-            return None
-        member.uid = member.gid = 0
-        return member
-
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
+def checkout(image: LabImage, scratch: Path) -> bytes:
+    """The checkout as a tar archive, compiled for the lab's Python. ``scratch`` does not exist before and after."""
+    scratch.mkdir()
+    try:
         for name in COPIED:
-            archive.add(CHECKOUT / name, name, filter=wanted)
-    return buffer.getvalue()
+            source = CHECKOUT / name
+            if source.is_dir():
+                shutil.copytree(source, scratch / name, symlinks=True, ignore=shutil.ignore_patterns(*SKIPPED))
+            else:
+                shutil.copy2(source, scratch)
+        compile_for(image, scratch, "/srv/stoker")
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+            archive.add(scratch, ".", filter=_as_root)
+        return buffer.getvalue()
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.uid = member.gid = 0
+    return member
 
 
 def shared_settings(root: Path) -> Settings:
@@ -94,6 +102,9 @@ def daemon_environment(settings: Settings) -> dict[str, str]:
         "STOKER_RUN_DIR": str(settings.run_dir),
         "STOKER_ACCEL": settings.accel,
         "STOKER_BOOT_TIMEOUT": str(settings.boot_timeout),
+        "STOKER_START_TIMEOUT": "120",
+        "STOKER_IDLE_EXIT": "30",  # where nobody is left to stop it
+        "STOKER_POOL": "directory",  # one disk, thrown away: no file system of its own for it
         "STOKER_CONFIG": str(settings.config_file),
     }
 
@@ -101,7 +112,10 @@ def daemon_environment(settings: Settings) -> dict[str, str]:
 def environment_inside(flavour: Flavour) -> dict[str, str]:
     """What every program in the lab has: the tests' Python first, and what says that this is the lab."""
     path = "/opt/stoker/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    return {"PATH": path, "PYTHONPATH": "/srv/stoker/tests", "PYTEST_ADDOPTS": "-p no:cacheprovider", "STOKER_LAB": flavour.name}
+    # A host in software on a busy host is slow, not broken.
+    patience = {"STOKER_START_TIMEOUT": "240", "STOKER_BOOT_TIMEOUT": "280", "STOKER_KVM_PROBE_TIMEOUT": "240"}
+    tests = {"PYTHONPATH": "/srv/stoker/tests", "PYTEST_ADDOPTS": "-p no:cacheprovider", "STOKER_LAB": flavour.name}
+    return {"PATH": path, **tests, **patience}
 
 
 def machine_words(image: LabImage) -> list[str]:
@@ -138,7 +152,7 @@ class Lab:
         except Exception as e:  # whatever it was: the tests cannot run, and this is why
             raise LabError(f"the lab {self.flavour.name} cannot be built: {type(e).__name__}: {e}") from e
         settings = self._settings = lab_settings(shared, self.root)
-        archive = checkout()
+        archive = checkout(image, self.root / "checkout")
         script = (UNPACK + SERVE).format(size=len(archive), arguments=arguments)
         argv = [str(STOKER), "run", *machine_words(image), "/bin/sh", "-c", script]
         self.serve(argv, daemon_environment(settings), archive)

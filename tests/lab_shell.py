@@ -26,7 +26,7 @@ def main(flavour: str) -> int:
         print("lab: booting", file=sys.stderr)
         # The pieces of a run, one by one: the checkout comes on a pipe, the shell on the terminal.
         subprocess.run([STOKER, "create", "--name", "lab", *machine_words(image)], env=environment, stdout=2, check=True)
-        archive = checkout()
+        archive = checkout(image, root / "checkout")
         unpack = [STOKER, "exec", "-i", "lab", "/bin/sh", "-c", UNPACK.format(size=len(archive))]
         subprocess.run(unpack, env=environment, input=archive, check=True)
         print("lab: python -m pytest tests/lab runs the tests by hand", file=sys.stderr)

@@ -36,6 +36,8 @@ class Settings:
     """0: machines always boot, and no memory is put away to start later ones from."""
     boot_timeout: float = 120.0
     kvm_probe_timeout: float = 30.0
+    start_timeout: float = 30.0
+    """What a client gives the daemon that it starts."""
     console_bytes: int = 4 * MIB
     url: str = ""
     """Where the client finds the daemon; empty: the Unix socket in ``run_dir``, started on demand."""

@@ -106,7 +106,7 @@ async def test_a_daemon_that_is_never_ready_is_given_up(
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     with pytest.raises(Exception, match="not ready after") as caught:
-        await launch.start_daemon(settings, timeout=0.3)
+        await launch.start_daemon(replace(settings, start_timeout=0.3))
     assert getattr(caught.value, "code", "") == "daemon_start_timeout"
     await asyncio.sleep(3)  # the script ends by itself
 

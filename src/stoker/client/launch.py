@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DaemonProcess", "listening", "start_daemon", "stop_daemon"]
 
-START_TIMEOUT = 30.0
 STOP_TIMEOUT = 30.0
 
 
@@ -69,10 +68,11 @@ def _own_directory(path: Path) -> None:
         )
 
 
-async def start_daemon(settings: Settings, *, timeout: float = START_TIMEOUT) -> None:
+async def start_daemon(settings: Settings) -> None:
     """Returns when a daemon listens on ``settings.socket``: the one that was there, or the one this started."""
     from stoker.host.lock import locked
 
+    timeout = settings.start_timeout
     try:
         _own_directory(settings.run_dir)
     except OSError as e:
@@ -83,7 +83,8 @@ async def start_daemon(settings: Settings, *, timeout: float = START_TIMEOUT) ->
                 await _start(settings.run_dir)
     except TimeoutError:
         log = settings.run_dir / "daemon.log"
-        raise DeadlineExceeded("daemon_start_timeout", f"the daemon was not ready after {timeout:g} s", f"see {log}") from None
+        hint = f"see {log}; a slow host needs a larger start_timeout"
+        raise DeadlineExceeded("daemon_start_timeout", f"the daemon was not ready after {timeout:g} s", hint) from None
 
 
 async def _start(run_dir: Path) -> None:

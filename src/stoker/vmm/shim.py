@@ -31,7 +31,7 @@ from stoker.vmm.machine import Gate, MachineExit, UserNetwork
 
 __all__ = ["ShimOptions", "Supervised", "exit_of", "filter_rules", "find", "read_exit", "shim_command", "start"]
 
-START_TIMEOUT = 10.0
+START_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True, slots=True)
