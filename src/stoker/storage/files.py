@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stoker.errors import HostError
 from stoker.host.extents import own_and_shared
-from stoker.host.reflink import sparse_copy
+from stoker.host.reflink import share, sparse_copy
 from stoker.storage.layout import Layout, Record, no_space
 from stoker.storage.strategy import Base, Clone, Strategy, Thing, Usage
 from stoker.storage.target import new_file, raised_to
@@ -76,7 +76,10 @@ class FileClones:
         source = os.open(clone.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             with new_file(target) as out:
-                sparse_copy(source, out)
+                try:
+                    share(source, out)
+                except OSError:
+                    sparse_copy(source, out)
         finally:
             os.close(source)
 

@@ -4,6 +4,7 @@
 
     POOL/lock                       held by the one process that works here; says which it is
     POOL/id -> HEX                  eight digits that tell this pool's kernel objects from another's
+    POOL/strategy -> STRATEGY       how new disks are made
     POOL/clones/NAME/               one clone
         record -> STRATEGY:SIZE:KEY:PARENT:DISK
         DISK                        overlay, copy or copy-on-write store
@@ -100,6 +101,16 @@ class Layout:
     @property
     def id(self) -> str:
         return os.readlink(self.directory / "id")
+
+    def chosen(self) -> Strategy | None:
+        """How disks have been made here so far."""
+        try:
+            return Strategy(os.readlink(self.directory / "strategy"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def choose(self, strategy: Strategy) -> None:
+        _relink(self.directory / "strategy", strategy.value)
 
     def check(self) -> None:
         """Raises ``pool_unmounted`` when the path does not lead to this pool any more."""
@@ -325,10 +336,14 @@ class Layout:
 
 def write(place: Path, record: Record) -> None:
     """Makes or replaces a record in one step."""
-    new = place / ".record"
+    _relink(place / "record", str(record))
+
+
+def _relink(path: Path, text: str) -> None:
+    new = path.with_name(f".{path.name}")
     new.unlink(missing_ok=True)
-    os.symlink(str(record), new)
-    os.replace(new, place / "record")
+    os.symlink(text, new)
+    os.replace(new, path)
 
 
 def _read(place: Path) -> Record | None:

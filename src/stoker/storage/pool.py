@@ -94,6 +94,15 @@ class Pool:
         return pool
 
     def _choose(self, wanted: Strategy | None, raw: bool) -> Strategy:
+        chosen = self._layout.chosen()
+        if chosen is not None and (wanted is chosen or (wanted is None and chosen in (FOR_RAW if raw else FOR_QCOW2))):
+            return chosen
+        found = self._try_all(wanted, raw)
+        with no_space():
+            self._layout.choose(found)
+        return found
+
+    def _try_all(self, wanted: Strategy | None, raw: bool) -> Strategy:
         if wanted is not None:
             trial = self.trial(wanted)
             if trial.error:
