@@ -15,6 +15,7 @@ from wire import ACK, CALL, DATA, EOF, frame, pack, preamble
 def runs_commands(a: Target) -> None:
     h = a.connect(fresh=True)
     assert h.welcome["version"] == 1 and h.welcome["state"] == "initramfs" and h.welcome["generation"] == 1, h.welcome
+    fails("bad_request", h.call, "configure", init="somebody")
     assert h.call("configure", env={"COLOUR": "blue", "SHAPE": "round"}) == {"pid1": False}
     fails("already_configured", h.call, "configure")
     done, out, err = h.run(1, "sh", "-c", "echo $COLOUR $SHAPE $HOME; echo oops >&2; exit 7", env={"SHAPE": "square", "HOME": "/h"})

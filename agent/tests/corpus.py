@@ -49,7 +49,7 @@ def main(where: Path) -> None:
         "args": {"path": "/"},
     }
     calls = [
-        {"m": "configure", "env": {"C": "d"}, "user": "root", "workdir": "/w", "hostname": "h"},
+        {"m": "configure", "env": {"C": "d"}, "user": "root", "workdir": "/w", "hostname": "h", "init": "image"},
         exec_map,
         {"m": "attach", "id": 1, "out": 3, "err": None},
         {"m": "stream", "id": 1, "mode": "block", "window": 10},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from command_line import CommandLine
 from stoker.engine.boot import LiveMachine, MachineRequest, boot
 from stoker.errors import InvalidRequest
 from stoker.guest.files import Files
@@ -143,3 +145,23 @@ async def test_an_init_that_cannot_be_is_said(booted: Boot, case: str) -> None:
         await booted(change=change)
     assert (caught.value.code, caught.value.message) == ("no_init", message)
     assert "--init agent" in caught.value.hint
+
+
+def test_the_command_line_says_what_an_image_lacks(stoker: CommandLine) -> None:
+    """The base has no init of its own."""
+    done = stoker("run", "--init", "image", "--network", "none", "debian:12", "--", "true")
+    assert done.code == 125 and "the image has no /sbin/init" in done.error and "[no_init]" in done.error
+    assert "Traceback" not in done.error
+
+
+def test_a_sandbox_remembers_its_init(stoker: CommandLine, short_dir: Path) -> None:
+    image = make_image(short_dir)
+    created = stoker("create", "--init", "image", "--network", "none", "--json", f"ext4:{image}")
+    assert created.code == 0, created.error
+    sandbox = json.loads(created.text)
+    assert sandbox["init"] == "image"
+    done = stoker("exec", sandbox["id"], "/sbin/init", "child")
+    assert done.code == 0 and "0::/stoker-agent" in done.text
+    assert stoker("stop", sandbox["id"]).code == 0
+    assert stoker("start", sandbox["id"]).code == 0
+    assert "0::/stoker-agent" in stoker("exec", sandbox["id"], "/sbin/init", "child").text
