@@ -32,7 +32,7 @@ def daemon(session_root: Path, data_dir: Path, accelerator: str) -> Iterator[Dae
         yield found
     assert not wait_gone(lambda: [str(process) for process in processes(directory)])
     assert not (directory / "run/stoker.sock").exists() and not list((directory / "run/sandboxes").iterdir())
-    assert not list((directory / "data/pool").iterdir())
+    assert not list((directory / "data/pool/clones").iterdir())
 
 
 def test_what_a_sandbox_says_of_itself(daemon: DaemonProcess) -> None:

@@ -13,10 +13,13 @@ import pytest
 
 from command_line import CommandLine
 from stoker.engine.boot import LiveMachine, MachineRequest, boot
+from stoker.engine.pools import MakeDisk
+from stoker.engine.run import overlay_at
 from stoker.errors import InvalidRequest
 from stoker.guest.files import Files
 from stoker.guest.messages import ExecRequest
 from stoker.settings import Settings
+from stoker.storage.strategy import Base, Clone, Strategy
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
@@ -38,6 +41,15 @@ def make_image(directory: Path, change: Callable[[Path], None] | None = None) ->
     return image
 
 
+def the_same(path: Path) -> MakeDisk:
+    """The disk that an earlier machine had."""
+
+    async def find(base: Base, size: int) -> Clone:
+        return Clone(path.stem, Strategy.QCOW2, path, "qcow2", (base.path,), size)
+
+    return find
+
+
 @pytest.fixture
 async def booted(settings: Settings, short_dir: Path) -> AsyncIterator[Boot]:
     """Boots the image; a second time from the same disk, whatever is process 1 then."""
@@ -51,7 +63,8 @@ async def booted(settings: Settings, short_dir: Path) -> AsyncIterator[Boot]:
         directory = short_dir / f"machine{len(machines)}"
         directory.mkdir(mode=0o700)
         request = MachineRequest("init", f"ext4:{image}", network="none", init=init)
-        live = await boot(request, settings, directory, short_dir / "disk.qcow2", detached=False, reuse=again)
+        disk = the_same(short_dir / "disk.qcow2") if again else overlay_at(short_dir / "disk.qcow2")
+        live = await boot(request, settings, directory, disk, detached=False)
         machines.append(live)
         return live
 

@@ -277,7 +277,11 @@ async def test_an_attached_machine_ends_with_its_owner(settings: Settings, guest
     while vmm.alive() and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
     assert not vmm.alive(), "kill -9 of the owner leaves no VMM for longer than a second"
-    assert json.loads((short_dir / "m/exit.json").read_text()) == {
+    record = short_dir / "m/exit.json"  # written by the supervisor, which sees the VMM's end a moment later than we
+    async with asyncio.timeout(20):
+        while not record.exists():
+            await asyncio.sleep(0.01)
+    assert json.loads(record.read_text()) == {
         "code": None, "signal": 9, "cause": "owner", "errno": 0, "oom": False
     }  # fmt: skip
     assert await adopt(short_dir / "m") is None
