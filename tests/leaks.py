@@ -103,7 +103,8 @@ def _names(directory: str, prefix: str = "") -> frozenset[str]:
 
 
 def _control_groups() -> frozenset[str]:
-    return frozenset(str(path) for path in Path("/sys/fs/cgroup").glob("**/*stoker*"))
+    # A slice of systemd's stays when the last unit in it is gone.
+    return frozenset(str(path) for path in Path("/sys/fs/cgroup").glob("**/*stoker*") if path.name != "stoker.slice")
 
 
 @dataclass(frozen=True, slots=True)

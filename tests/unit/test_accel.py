@@ -68,7 +68,7 @@ def device(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(accel, "DEVICE", path)
     monkeypatch.setattr(handles, "KVM", path)
     monkeypatch.setattr(handles, "has_user_of_its_own", lambda: False)  # which could not execute this Python
-    monkeypatch.setattr(accel, "FIRST_BYTE", 1.5)
+    monkeypatch.setattr(accel, "FIRST_BYTE", 0.5)
     yield path
 
 

@@ -29,8 +29,8 @@ from stoker.vmm.qemu.facts import QemuFacts, qemu_facts
 __all__ = ["AccelVerdict", "verdict"]
 
 DEVICE = Path("/dev/kvm")
-FIRST_BYTE = 5.0
-"""A guest that runs has written to its console long before; one that spins never will."""
+FIRST_BYTE = 1 / 6
+"""The part of the time in which a guest that runs has written to its console long before; one that spins never will."""
 LIVELY = ("loglevel=7", "earlyprintk=ttyS0,115200", "ignore_loglevel")
 PREAMBLE = b"\xf5STOKER-SYNC\r\n\x1a\n"
 NO_ARCH_CAPABILITIES = "max,-arch-capabilities"
@@ -203,15 +203,15 @@ async def _proof(machine: QemuMachine, timeout: float) -> str:
     answer = asyncio.ensure_future(_answer(machine.channel()))
     console = machine.directory / "console.log"
     clock = asyncio.get_running_loop().time
-    begin, spoke = clock(), False
+    begin, spoke, silence = clock(), False, timeout * FIRST_BYTE
     try:
         while clock() < begin + timeout:
             await asyncio.wait({answer}, timeout=0.05)
             if answer.done():
                 return "" if answer.result() else "a guest started with KVM, but gave a wrong answer"
             spoke = spoke or (console.exists() and console.stat().st_size > 0)
-            if not spoke and clock() > begin + FIRST_BYTE:
-                return f"/dev/kvm opens, but a guest wrote nothing within {FIRST_BYTE:g} s"
+            if not spoke and clock() > begin + silence:
+                return f"/dev/kvm opens, but a guest wrote nothing within {silence:g} s"
         return f"a guest started with KVM, but did not answer within {timeout:g} s"
     finally:
         answer.cancel()
