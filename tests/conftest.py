@@ -17,6 +17,7 @@ import pytest
 
 from lab_inside import Inside, inside
 from lab_plugin import FLAVOURS, HostLab, of_flavour
+from lab_plugin import HERE as LAB
 from leaks import HostObjects, assert_gone
 
 ROOT_VARIABLE = "STOKER_TEST_ROOT"
@@ -48,15 +49,16 @@ _BEFORE: pytest.StashKey[HostObjects] = pytest.StashKey()
 def with_lab(config: pytest.Config) -> bool:
     """The lab takes a quarter of an hour of two cores: when it is asked for, by option, mark or path; and inside it."""
     asked = config.getoption("--lab") or config.getoption("--full") or "lab" in config.getoption("markexpr", "")
-    named = any("lab" in Path(str(word).partition("::")[0]).parts for word in config.args)
+    paths = [(config.invocation_params.dir / str(word).partition("::")[0]).resolve() for word in config.args]
+    named = any(path == LAB or LAB in path.parents for path in paths)
     return bool(asked or named or isinstance(config.pluginmanager.get_plugin("lab"), Inside))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not with_lab(config):
-        lab = [item for item in items if "lab" in item.path.parts]
-        items[:] = [item for item in items if item not in set(lab)]
-        config.hook.pytest_deselected(items=lab)
+        lab = {item for item in items if LAB in item.path.parents}
+        items[:] = [item for item in items if item not in lab]
+        config.hook.pytest_deselected(items=list(lab))
     if config.getoption("--full"):
         return
     skip = pytest.mark.skip(reason="a long test: ./test --full")
