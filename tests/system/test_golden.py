@@ -35,6 +35,9 @@ async def learned(own: Settings) -> Path:
     async with asyncio.timeout(300):
         while not (found := list((own.data_dir / "golden").glob("*/manifest.json"))):
             await asyncio.sleep(0.1)
+        # It is there a moment before the directory of its machine is gone.
+        while list((own.run_dir / "golden").iterdir()):
+            await asyncio.sleep(0.02)
     return found[0].parent
 
 

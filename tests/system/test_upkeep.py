@@ -75,7 +75,7 @@ def test_a_host_with_a_machine(own: Settings, stoker: CommandLine) -> None:
     assert {one["sandbox"] for one in report["differences"]} == {sandbox}
     mended = stoker("fsck", "--offline", "--repair")
     assert mended.code == 0, mended.text
-    assert machines(own.run_dir) == set() and list((own.data_dir / "pool").iterdir()) == []
+    assert machines(own.run_dir) == set() and list((own.data_dir / "pool/clones").iterdir()) == []
     assert stoker("fsck", "--json").code == 0
     # Nobody uses them any more.
     for word in ("image", "kernel"):
