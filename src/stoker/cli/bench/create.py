@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["create"]
 
 
-async def _usable(client: AsyncClient, image: str, memory: int) -> AsyncSandbox:
+async def _usable(client: AsyncClient, image: str, memory: int, cold: bool) -> AsyncSandbox:
     from stoker.client.sandbox import AsyncSandbox
 
-    box = await AsyncSandbox.create(image, memory=memory, client=client, ready_timeout=3600.0, lease=True)
+    box = await AsyncSandbox.create(image, memory=memory, cold=cold, client=client, ready_timeout=3600.0, lease=True)
     try:
         await box.commands.run("true", check=True)
     except BaseException:
@@ -31,21 +31,23 @@ async def _usable(client: AsyncClient, image: str, memory: int) -> AsyncSandbox:
     return box
 
 
-async def _measure(client: AsyncClient, image: str, memory: int, runs: int, at_once: int) -> tuple[list[float], float, list[str]]:
+async def _measure(
+    client: AsyncClient, image: str, memory: int, runs: int, at_once: int, cold: bool
+) -> tuple[list[float], float, list[str]]:
     single: list[float] = []
     failures: list[str] = []
-    await (await _usable(client, image, memory)).kill()  # fetches and builds what there is to; not counted
+    await (await _usable(client, image, memory, cold)).kill()  # fetches and builds what there is to; not counted
     for _ in range(runs):
         began = time.perf_counter()
         try:
-            box = await _usable(client, image, memory)
+            box = await _usable(client, image, memory, cold)
         except StokerError as e:
             failures.append(e.message)
             continue
         single.append(time.perf_counter() - began)
         await box.kill()
     began = time.perf_counter()
-    crowd = await asyncio.gather(*(_usable(client, image, memory) for _ in range(at_once)), return_exceptions=True)
+    crowd = await asyncio.gather(*(_usable(client, image, memory, cold) for _ in range(at_once)), return_exceptions=True)
     together = time.perf_counter() - began
     for made in crowd:
         if isinstance(made, StokerError):
@@ -61,15 +63,16 @@ async def _measure(client: AsyncClient, image: str, memory: int, runs: int, at_o
 @click.option("-n", "--runs", type=click.IntRange(1, 1000), default=5, show_default=True, help="How many one after the other.")
 @click.option("--at-once", type=click.IntRange(0, 1000), default=10, show_default=True, help="How many at once.")
 @click.option("--memory", "-m", type=SIZE, default="256M", show_default=True, help="Memory of each.")
+@click.option("--cold", is_flag=True, help="Boot each, golden memory or not.")
 @click.argument("image", default="debian:12")
-def create(as_json: bool, runs: int, at_once: int, memory: int, image: str) -> int:
+def create(as_json: bool, runs: int, at_once: int, memory: int, cold: bool, image: str) -> int:
     """Time creates until a command has run in each: one by one, and many at once against as many single ones."""
 
     async def main() -> tuple[list[float], float, list[str]]:
         from stoker.client.client import AsyncClient
 
         async with AsyncClient() as client:
-            return await _measure(client, image, memory, runs, at_once)
+            return await _measure(client, image, memory, runs, at_once, cold)
 
     single, together, failures = asyncio.run(main())
     ratios = {}
