@@ -228,15 +228,21 @@ struct log {
     unsigned lines, left_out;
 };
 
-static void log_line(struct log *log)
+/* A new second has begun: what of the last one was left out is told. */
+static void log_second(struct log *log)
 {
     long long second = now_ms() / 1000;
-    if (second != log->second) {
-        if (log->left_out)
-            journal_event(5, "%u lines of the %s were left out", log->left_out, log->stream);
-        log->second = second;
-        log->lines = log->left_out = 0;
-    }
+    if (second == log->second)
+        return;
+    if (log->left_out)
+        journal_event(5, "%u lines of the %s were left out", log->left_out, log->stream);
+    log->second = second;
+    log->lines = log->left_out = 0;
+}
+
+static void log_line(struct log *log)
+{
+    log_second(log);
     if (log->begun && log->lines++ < LINES_PER_SECOND)
         journal(6, log->stream, log->line, log->begun);
     else if (log->begun)
@@ -651,6 +657,9 @@ static void supervise(pid_t vmm, int signals, struct log *logs, unsigned long lo
                 set[2 + i].fd = -1;
                 timeout = timeout < 0 || wait < timeout ? wait : timeout;
             }
+        for (int i = 0; i < 2; i++)
+            if (logs[i].left_out && (timeout < 0 || timeout > 1000))
+                timeout = 1000; /* a flood that is over is told of too */
         if (poll(set, 6, timeout) < 0 && errno != EINTR)
             break;
         int kill_it = set[0].revents && signalled(signals);
@@ -672,6 +681,8 @@ static void supervise(pid_t vmm, int signals, struct log *logs, unsigned long lo
             net_read();
         if (set[5].revents && net.to >= 0)
             net_flush();
+        for (int i = 0; i < 2; i++)
+            log_second(&logs[i]);
         if (waitpid(vmm, &status, WNOHANG) == vmm)
             break;
     }
@@ -687,8 +698,11 @@ static void supervise(pid_t vmm, int signals, struct log *logs, unsigned long lo
     int killed = WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL && !strcmp(cause, "vmm");
     int oom = killed && oom_kills() > ooms;
     write_exit(status, cause, 0, oom);
-    for (int i = 0; i < 2 && journal_fd >= 0; i++)
+    for (int i = 0; i < 2; i++) {
         log_line(&logs[i]);
+        if (logs[i].left_out)
+            journal_event(5, "%u lines of the %s were left out", logs[i].left_out, logs[i].stream);
+    }
     if (WIFSIGNALED(status))
         journal_event(strcmp(cause, "vmm") ? 6 : 3, "the machine was ended by signal %d%s%s", WTERMSIG(status),
                       strcmp(cause, "vmm") ? ", as it was asked to" : "", oom ? ", for lack of memory" : "");
