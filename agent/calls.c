@@ -233,18 +233,20 @@ static void call_flag(uint32_t request, bool ok, const char *message)
 /* Answers what size the device has by now: the host waits until it is the new one. */
 static void call_grow(uint32_t request, const struct mp *m)
 {
-	char device[256], path[256] = "/";
-	struct mp d = mp_get(m, "device"), p = mp_get(m, "path");
+	char serial[32] = "", device[256] = "", path[PATH_ROOM] = "/";
+	struct mp n = mp_get(m, "serial"), d = mp_get(m, "device"), p = mp_get(m, "path");
 	uint8_t buffer[64];
 	struct mp_writer w;
 	uint64_t bytes;
-	if (!mp_copy(&d, device, sizeof device) || *device != '/' || (mp_is_text(&p) && !mp_copy(&p, path, sizeof path))) {
-		reply_error(request, "bad_request", EINVAL, "device or path");
+	if ((mp_is_text(&n) && !mp_copy(&n, serial, sizeof serial)) || (mp_is_text(&d) && !mp_copy(&d, device, sizeof device)) ||
+	    !*serial == !*device || (*device && *device != '/') || (mp_is_text(&p) && !mp_copy(&p, path, sizeof path))) {
+		reply_error(request, "bad_request", EINVAL, "serial or device, and path");
 		return;
 	}
-	int error = mount_enlarge(device, path, &bytes);
+	int error = *serial && !mount_find(serial, device, sizeof device) ? ENODEV : mount_enlarge(device, path, &bytes);
 	if (error) {
-		reply_error(request, "io", error, "cannot grow the file system of %s: %s", device, strerror(error));
+		reply_error(request, "io", error, "cannot grow the file system of %s at %.100s: %s", *serial ? serial : device, path,
+			    strerror(error));
 		return;
 	}
 	mpw_init(&w, buffer, sizeof buffer);

@@ -53,10 +53,13 @@ int mount_enlarge(const char *device, const char *path, uint64_t *size)
 {
 	off_t bytes = 0;
 	uint64_t blocks;
+	struct stat above, below;
 	struct statfs st;
 	int error = 0, disk = open(device, O_RDONLY | O_CLOEXEC), root = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (disk < 0 || root < 0 || (bytes = lseek(disk, 0, SEEK_END)) < 0 || fstatfs(root, &st)) {
 		error = errno;
+	} else if (fstat(root, &above) || fstat(disk, &below) || above.st_dev != below.st_rdev) {
+		error = ENXIO; /* something else is there: unmounted, or hidden below another mount */
 	} else if (st.f_bsize > 0) {
 		blocks = (uint64_t)bytes / (uint64_t)st.f_bsize;
 		if (ioctl(root, EXT4_IOC_RESIZE_FS, &blocks))
@@ -80,8 +83,7 @@ bool mount_wait(const char *device)
 	return true;
 }
 
-/* The disk with this serial number as /dev/NAME. */
-static bool find_serial(const char *serial, char *device, size_t size)
+bool mount_find(const char *serial, char *device, size_t size)
 {
 	DIR *d = opendir("/sys/block");
 	bool found = false;
@@ -103,7 +105,7 @@ static bool find_serial(const char *serial, char *device, size_t size)
 /* Disks are found by the kernel one after the other, while we are running. */
 static bool wait_for_serial(const char *serial, char *device, size_t size)
 {
-	for (int tries = 0; !find_serial(serial, device, size); tries++) {
+	for (int tries = 0; !mount_find(serial, device, size); tries++) {
 		if (tries == WAIT_MS)
 			return false;
 		usleep(1000);

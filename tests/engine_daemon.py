@@ -55,6 +55,8 @@ async def command(engine: Engine, words: dict[str, Any]) -> Any:
             return {"id": box.id, "state": box.state, "error": box.error.message if box.error else None}
         case "volume":
             return {"id": (await engine.volumes.create(ADMIN, CreateVolume(name=words["name"], size=16 << 20))).id}
+        case "resize_volume":
+            return {"size": (await engine.volumes.resize(ADMIN, words["name"], words["size"])).size}
         case "remove_volume":
             await engine.volumes.remove(ADMIN, words["name"])
         case "import":

@@ -67,6 +67,7 @@ void modules_load_network(void) {}
 void mount_rest(bool tmpfs_tmp) { (void)tmpfs_tmp; }
 void root_empty(int old_root) { (void)old_root; }
 bool mount_wait(const char *device) { (void)device; abort(); }
+bool mount_find(const char *serial, char *device, size_t size) { (void)serial; (void)device; (void)size; return false; }
 int mount_enlarge(const char *device, const char *path, uint64_t *size) { (void)device; (void)path; *size = 0; return ENODEV; }
 bool mount_all(const struct mp *mounts, struct failure *f) { (void)mounts; (void)f; abort(); }
 bool hand_over(struct failure *f) { (void)f; abort(); }

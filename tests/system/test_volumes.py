@@ -142,19 +142,34 @@ def test_data_outlives_sandboxes_and_daemons(stoker: CommandLine, tmp_path: Path
     os.kill(json.loads(sure(stoker, "daemon", "status", "--json"))["pid"], 9)
     for words in (
         ("volume", "rm", "data"),
-        ("volume", "resize", "data", "200M"),
         ("volume", "export", "data", "-"),
         made[:3] + (IMAGE,),
     ):
         refused = stoker(*words)
         assert refused.code == 125 and "volume_in_use" in refused.error and "box" in refused.error, refused
     sure(stoker, "exec", "box", "--", "sh", "-c", "echo more >> /d/f")
+    # Under its writer, which the new daemon has found again: disk and file system grow, what is in it stays.
+    look = "cat /sys/block/vdc/size; df -m /d | tail -1 | awk '{print ($2 > 170)}'; cat /d/f"
+    look += "; dd if=/dev/zero of=/d/large bs=1M count=150 2>&1"
+    sure(stoker, "volume", "resize", "data", "200M")
+    seen = sure(stoker, "exec", "box", "--", "sh", "-c", look + " | tail -1; sync; rm /d/large").splitlines()
+    assert seen[:4] == [str(200 << 11), "1", "kept", "more"] and seen[4].startswith("157286400 bytes"), seen
+    assert json.loads(sure(stoker, "volume", "inspect", "data"))[0]["size"] == 200 << 20
+    # Where the guest has something else there, it is said; the volume has grown, and the next mount fills it.
+    sure(stoker, "exec", "box", "--", "mount", "-t", "tmpfs", "none", "/d")
+    refused = stoker("volume", "resize", "data", "300M")
+    assert refused.code == 125 and "at /d" in refused.error, refused
+    sure(stoker, "exec", "box", "--", "umount", "/d")
+    sure(stoker, "volume", "resize", "data", "300M")
+    assert sure(stoker, "exec", "box", "--", "sh", "-c", "df -m /d | tail -1 | awk '{print ($2 > 260)}'") == "1\n"
     sure(stoker, "stop", "box")
     assert "volume_in_use" in stoker("volume", "rm", "data").error
     sure(stoker, "start", "box")
     assert sure(stoker, "exec", "box", "--", "sh", "-c", "cat /d/f /app/b") == "kept\nmore\nb\n"
     assert list((stoker.settings.data_dir / "apps/disks").iterdir()) != []
     sure(stoker, "rm", "box")
+    [file] = (stoker.settings.data_dir / "volumes").iterdir()
+    subprocess.run(["e2fsck", "-fn", file], check=True, stdin=subprocess.DEVNULL, capture_output=True)
     assert list((stoker.settings.data_dir / "apps/disks").iterdir()) == []
     assert sure(stoker, "fsck").startswith("0 differences")
     sure(stoker, "volume", "rm", "data")

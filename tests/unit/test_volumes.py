@@ -22,7 +22,7 @@ from stoker.api.volumes import parse_mount
 from stoker.engine.engine import Engine
 from stoker.engine.trace import POINTS
 from stoker.engine.volumes import check_paths
-from stoker.errors import CapacityExhausted, Conflict, GuestError, InvalidRequest, NotFound
+from stoker.errors import CapacityExhausted, Conflict, GuestError, InvalidRequest, NotFound, StokerError
 from stoker.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -186,6 +186,53 @@ async def test_sizes_only_grow(settings: Settings) -> None:
         assert (settings.data_dir / "volumes" / f"{made.id}.ext4").stat().st_size == 64 * MIB
     async with opened(settings) as engine:
         assert (await engine.volumes.get(ADMIN, "data")).size == 64 * MIB
+
+
+async def test_a_resize_under_a_writer(settings: Settings) -> None:
+    """A stopped writer boots into the larger one. One that is in between, or reads, is refused, and nothing has grown."""
+    async with opened(settings) as engine:
+        made = await volume(engine, "data", 32 * MIB)
+        file = settings.data_dir / "volumes" / f"{made.id}.ext4"
+        await sandbox(engine, "data:/d", name="writer")
+        await engine.freeze(ADMIN, "writer")
+        with pytest.raises(Conflict, match="writer is frozen; resize needs it running or stopped"):
+            await engine.volumes.resize(ADMIN, "data", 64 * MIB)
+        await engine.thaw(ADMIN, "writer")
+        await engine.stop(ADMIN, "writer", 0.5)
+        with pytest.raises(InvalidRequest) as raised:
+            await engine.volumes.resize(ADMIN, "data", 16 * MIB)
+        assert raised.value.code == "volume_shrink" and file.stat().st_size == 32 * MIB
+        grown = await engine.volumes.resize(ADMIN, "data", 64 * MIB)
+        assert grown.size == file.stat().st_size == 64 * MIB
+        assert [user.name for user in grown.users] == ["writer"]
+        # The agent of a host process has no such disk: told, and the volume has its size all the same.
+        await engine.start(ADMIN, "writer")
+        await engine.wait(ADMIN, "writer", SETTLED, 20)
+        with pytest.raises(StokerError, match=f"file system of {made.id} at /d"):
+            await engine.volumes.resize(ADMIN, "data", 80 * MIB)
+        assert (await engine.volumes.get(ADMIN, "data")).size == file.stat().st_size == 80 * MIB
+        await engine.destroy(ADMIN, "writer")
+        await sandbox(engine, "data:/d:ro", name="reader")
+        with pytest.raises(Conflict, match="cannot be resized: it is in use by reader"):
+            await engine.volumes.resize(ADMIN, "data", 96 * MIB)
+        assert file.stat().st_size == 80 * MIB
+        assert engine._core.admission.totals().disk == 80 * MIB + (await engine.get(ADMIN, "reader")).resources.disk
+        await clean(engine)
+
+
+async def test_a_daemon_that_dies_at_a_resize(short_dir: Path) -> None:
+    """The file has grown, its row has not: the next one takes it for what it is."""
+    data, run = short_dir / "data", short_dir / "run"
+    async with daemon(data, run, "host") as first:
+        await first.sure(do="volume", name="victim")
+        await first.sure(do="arm", point="volume.after_grown")
+        assert await first.ask(do="resize_volume", name="victim", size=64 * MIB) is None, "the point was never reached"
+    async with Engine.open(settings_of(data, run), booter=HostBooter(), trace_kill="") as engine:
+        assert (await engine.volumes.get(ADMIN, "victim")).size == 64 * MIB
+        assert engine._core.admission.totals().disk == 64 * MIB
+        assert (await engine.volumes.resize(ADMIN, "victim", 96 * MIB)).size == 96 * MIB
+    async with Engine.open(settings_of(data, run), booter=HostBooter(), trace_kill="") as engine:
+        assert (await engine.volumes.get(ADMIN, "victim")).size == 96 * MIB
 
 
 async def test_a_dirty_volume_is_not_for_readers(settings: Settings) -> None:

@@ -104,7 +104,10 @@ def inspect(*, volumes: tuple[str, ...]) -> int:
 @click.argument("name", metavar="VOLUME", type=VOLUME)
 @click.argument("size", type=SIZE)
 def resize(*, as_json: bool, name: str, size: int) -> None:
-    """Make a volume larger. Nobody may use it."""
+    """Make a volume larger.
+
+    The sandbox that has it to write to may be running: the file system grows along. A volume that sandboxes only read is refused.
+    """
 
     async def work(client: AsyncClient) -> Volume:
         return await client.volumes.resize(name, size)

@@ -419,7 +419,7 @@ class Volumes:
         return call(self._async.get(volume))
 
     def resize(self, volume: str, size: str | int) -> Volume:
-        """Makes it larger. Nobody may use it; its file system grows when it is mounted next."""
+        """Makes it larger, also while a running sandbox writes to it: the file system grows along. One that is read is refused."""
         return call(self._async.resize(volume, size))
 
     def remove(self, volume: str) -> None:

@@ -51,7 +51,7 @@ class AsyncVolumes:
         return await self._api.call("GET", path("volumes", volume), Volume)
 
     async def resize(self, volume: str, size: str | int) -> Volume:
-        """Makes it larger. Nobody may use it; its file system grows when it is mounted next."""
+        """Makes it larger, also while a running sandbox writes to it: the file system grows along. One that is read is refused."""
         body = ResizeVolume(size=parse_size(size))
         return await self._api.call("POST", path("volumes", volume, "resize"), Volume, body=body)
 

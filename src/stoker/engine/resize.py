@@ -1,4 +1,4 @@
-"""A larger disk for a sandbox: in the pool, in its virtual machine, in its file system."""
+"""Larger disks: a sandbox's own in the pool, in its virtual machine, in its file system; and a further one that it has mounted."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from stoker.api.models import Quota, SandboxState
+from stoker.api.models import Quota
 from stoker.engine.core import Box, Core
 from stoker.engine.state import require
 from stoker.errors import GuestError, HostError, InvalidRequest
 
-__all__ = ["resize"]
+__all__ = ["fill", "resize", "show"]
 
 MIB: Final = 1 << 20
-ROOT: Final = "/dev/vda"
+ROOT: Final = "root"
+"""The serial number of a sandbox's own disk."""
 SEEN: Final = 10.0
 """Seconds until a guest's kernel knows of the larger disk."""
 
@@ -41,8 +42,7 @@ async def resize(core: Core, box: Box, size: int, quota: Quota | None) -> None:
             raise
         # From here on it has the size, whatever becomes of its file system.
         await core.save(box, event="sandbox.resized", resources=replace(resources, disk=size))
-        if box.record.state is SandboxState.RUNNING:
-            await _file_system(box, size)
+        await fill(box, ROOT, "/", size)
 
 
 async def _disk(core: Core, box: Box, size: int) -> None:
@@ -51,17 +51,25 @@ async def _disk(core: Core, box: Box, size: int) -> None:
     # What a machine has open as qcow2 is its own to change.
     if (box.live is None or clone.format != "qcow2") and size > clone.size:
         await asyncio.to_thread(pool.grow, box.id, size)
+    await show(box, 0, size)
+
+
+async def show(box: Box, index: int, size: int) -> None:
+    """Tells the machine, if there is one, how large its disk of this number is now."""
     if box.live is not None:
-        await box.live.machine.resize_disk(0, size)
+        await box.live.machine.resize_disk(index, size)
 
 
-async def _file_system(box: Box, size: int) -> None:
+async def fill(box: Box, serial: str, path: str, size: int) -> None:
+    """Lets the file system that a running guest has mounted at ``path`` fill its disk; one that rests does so when it boots."""
     live = box.live
-    if live is None or live.agent is None:
+    if live is None:
+        return
+    if live.agent is None:
         raise HostError("agent_unreachable", f"the agent of {box.record.label} does not answer", "do it again")
     async with asyncio.timeout(SEEN * 2):
         for _ in range(int(SEEN / 0.05)):
-            if await live.agent.grow(ROOT) >= size:
+            if await live.agent.grow(serial, path) >= size:
                 return
             await asyncio.sleep(0.05)
     raise GuestError("disk_not_seen", f"the guest of {box.record.label} does not see its larger disk", "stop and start it")

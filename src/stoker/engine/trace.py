@@ -46,6 +46,7 @@ VOLUMES = declare(
     "volume.after_unpacked",
     "volume.after_row",
     "volume.after_row_gone",
+    "volume.after_grown",
 )
 UPKEEP = declare(
     "gc.before_item",

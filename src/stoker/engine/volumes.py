@@ -18,18 +18,20 @@ import msgspec
 from msgspec.structs import replace
 
 from stoker.api.models import CreateVolume, Principal, Quota, Volume, VolumeMount, VolumePage, VolumeUser
+from stoker.engine.build import attached
 from stoker.engine.claims import claim_in, in_use, unclaim_in, users_in
 from stoker.engine.helper import helper
 from stoker.engine.ledger import Kind, Ledger
 from stoker.engine.pages import page_after
-from stoker.engine.state import Mounted, VolumeRecord, new_id
+from stoker.engine.resize import fill, show
+from stoker.engine.state import Mounted, VolumeRecord, new_id, require
 from stoker.engine.trace import trace
 from stoker.engine.volume_files import volume_path
 from stoker.errors import Conflict, GuestError, InvalidRequest, NotFound
 from stoker.storage import volume as files
 
 if TYPE_CHECKING:
-    from stoker.engine.core import Core
+    from stoker.engine.core import Box, Core
 
 __all__ = ["Volumes", "check_paths"]
 
@@ -75,7 +77,11 @@ class Volumes:
     async def begin(self) -> None:
         """Claims of jobs that a former daemon had are over; what the volumes may grow to is reserved."""
         await self._core.database.write(lambda db: db.execute("DELETE FROM claims WHERE user NOT IN (SELECT id FROM sandboxes)"))
-        for record in self._all.values():
+        for record in list(self._all.values()):
+            there = await asyncio.to_thread(files.size_of, self.path(record.id))
+            if there > record.size:
+                # A resize that was cut short: a guest may know the new size already.
+                record = await self._sized(record, there)
             self._core.admission.hold_volume(record.id, owner=record.owner, disk=record.size)
 
     def path(self, identity: str) -> Path:
@@ -128,26 +134,64 @@ class Volumes:
         await self._forget(record)
 
     async def resize(self, who: Principal, volume: str, size: int) -> Volume:
-        """Larger only, and used by nobody: the file system grows when it is mounted next."""
+        """Larger only. The file system grows along in the guest that has it mounted, or when it is mounted next.
+
+        One that is only read is refused, and one that a job is at: who reads it does not expect it to change.
+        """
         record, size = self._find(who, volume), -(-size // MIB) * MIB
+        box = await self._writer(record)
+        if box is None:
+            async with self._held(record, "a resize", "cannot be resized"):
+                changed = await self._grow(record.id, size)
+        else:
+            require(box.record, "resize")
+            async with box.lock:
+                require(box.record, "resize")
+                number, mounted = self._number(box, record)
+                changed = await self._grow(record.id, size)
+                await show(box, number, size)
+                await fill(box, record.id, mounted.path, size)
+        return await self._value(changed)
+
+    async def _writer(self, record: VolumeRecord) -> Box | None:
+        """The sandbox that has it to itself, if one has."""
+        users = await self._core.database.read(lambda db: users_in(db, record.id))
+        return self._core.boxes.get(users[0].id) if len(users) == 1 and not users[0].read_only else None
+
+    def _number(self, box: Box, record: VolumeRecord) -> tuple[int, Mounted]:
+        """Which of a machine's disks it is, and where it is mounted there. The sandbox's lock is held."""
+        disks = [disk.serial for disk in attached(self._core, box.record, self._core.places(box.id))]
+        if box.gone or record.id not in disks:
+            raise Conflict("volume_in_use", f"volume {record.name} has changed hands just now", "try again")
+        return 1 + disks.index(record.id), next(one for one in box.record.volumes if one.id == record.id)
+
+    async def _grow(self, identity: str, size: int) -> VolumeRecord:
+        """Its file and its row. Nobody else is at it."""
+        record = self._all.get(identity)
+        if record is None:
+            raise NotFound("volume_unknown", f"there is no volume {identity}", "stoker volume ls")
         if size < record.size:
             raise InvalidRequest(
                 "volume_shrink", f"volume {record.name} has {record.size} bytes and cannot become smaller", "make another and copy"
             )
-        async with self._held(record, "a resize", "cannot be resized"):
-            self._core.admission.admit_volume(record.id, owner=record.owner, disk=size, quota=self._quota(record.owner))
-            try:
-                await asyncio.to_thread(files.grow_volume, self.path(record.id), size)
-                changed = replace(record, size=size)
-                text = msgspec.json.encode(changed).decode()
-                await self._core.database.write(
-                    lambda db: db.execute("UPDATE volumes SET record = ? WHERE id = ?", (text, record.id)), durable=True
-                )
-            except BaseException:
-                self._core.admission.hold_volume(record.id, owner=record.owner, disk=record.size)
-                raise
-            self._all[record.id] = changed
-        return await self._value(changed)
+        self._core.admission.admit_volume(record.id, owner=record.owner, disk=size, quota=self._quota(record.owner))
+        try:
+            await asyncio.to_thread(files.grow_volume, self.path(record.id), size)
+            trace("volume.after_grown")
+            return await self._sized(record, size)
+        except BaseException:
+            self._core.admission.hold_volume(record.id, owner=record.owner, disk=record.size)
+            raise
+
+    async def _sized(self, record: VolumeRecord, size: int) -> VolumeRecord:
+        """Writes down how large it is."""
+        changed = replace(record, size=size)
+        text = msgspec.json.encode(changed).decode()
+        await self._core.database.write(
+            lambda db: db.execute("UPDATE volumes SET record = ? WHERE id = ?", (text, record.id)), durable=True
+        )
+        self._all[record.id] = changed
+        return changed
 
     async def import_tar(self, who: Principal, name: str, size: int, source: AsyncIterator[bytes]) -> Volume:
         """A new volume with the content of a tar. It is there whole or not at all.

@@ -180,9 +180,9 @@ class Agent(Caller):
         """Sets the guest's clock (nanoseconds of the epoch; the host's now by default)."""
         await self.call(m.Nothing, "time", realtime=time.time_ns() if realtime is None else realtime)
 
-    async def grow(self, device: str, path: str = "/", timeout: float = 60.0) -> int:
-        """Enlarges a mounted file system to its device, whose size in bytes it had by then is the answer. ext4 only."""
-        return (await self.call(m.Grown, "grow", timeout, device=device, path=path)).device
+    async def grow(self, serial: str, path: str = "/", timeout: float = 60.0) -> int:
+        """Enlarges the file system mounted at ``path`` to its disk, whose size in bytes it had by then is the answer. ext4 only."""
+        return (await self.call(m.Grown, "grow", timeout, serial=serial, path=path)).device
 
     async def reseed(self, entropy: bytes) -> None:
         """Gives the guest's random generator fresh entropy: after every restore and fork."""

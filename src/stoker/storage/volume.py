@@ -16,7 +16,7 @@ from stoker.host.durable import sync_directory
 from stoker.host.ext4 import empty_command, needs_recovery
 from stoker.host.run import run
 
-__all__ = ["grow_volume", "is_dirty", "make_volume", "used_bytes"]
+__all__ = ["grow_volume", "is_dirty", "make_volume", "size_of", "used_bytes"]
 
 
 async def make_volume(path: Path, size: int) -> None:
@@ -46,7 +46,7 @@ def _sync(path: Path) -> None:
 
 
 def grow_volume(path: Path, size: int) -> None:
-    """A larger file. The guest that mounts it next lets the file system grow. Nobody may have it open."""
+    """A larger file. Its file system is grown by the guest that has it mounted, or mounts it next."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         if os.fstat(fd).st_size > size:
@@ -64,6 +64,14 @@ def is_dirty(path: Path) -> bool:
         return needs_recovery(fd)
     finally:
         os.close(fd)
+
+
+def size_of(path: Path) -> int:
+    """Bytes as a guest sees it; 0 when it is not there."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
 
 
 def used_bytes(path: Path) -> int:
