@@ -19,6 +19,7 @@ import msgspec
 from stoker.errors import GuestError, NotFound
 from stoker.guest import messages as m
 from stoker.guest.calls import CALL_TIMEOUT, Caller
+from stoker.guest.copies import AfterRestore, BeforeSnapshot, Report
 from stoker.guest.frames import ACK, DATA, EOF, EVENT, PONG, REPLY, WELCOME, Frame, protocol_error
 from stoker.guest.messages import Configuration, ExecRequest, GuestInfo, ProcessInfo, Welcome
 from stoker.guest.process import Completed, Process
@@ -31,6 +32,8 @@ __all__ = ["Agent", "Completed", "Process"]
 
 log = logging.getLogger(__name__)
 MAX_LISTED: Final = 16384
+CLOCK_SLACK: Final = 0.01
+"""Seconds that a message with the time may take; after that the clock is set again."""
 
 
 class Agent(Caller):
@@ -143,14 +146,45 @@ class Agent(Caller):
 
     async def configure(self, configuration: Configuration, *, timeout: float = 60.0) -> bool:
         """Makes the fresh guest this machine (root, name, network, time). True when the agent is the guest's init."""
+        if configuration.realtime:
+            configuration = msgspec.structs.replace(configuration, realtime=time.time_ns())
+        began = time.monotonic()
         number = self._begin("configure", m.encode_map(configuration), m.Configured)
         configured: m.Configured = await self._finish(number, timeout)
+        if configuration.realtime and time.monotonic() - began > CLOCK_SLACK:
+            self.post("time", realtime=time.time_ns())
         return configured.pid1
 
     async def prepare(self, preparation: m.Preparation, *, timeout: float = 60.0) -> None:
         """Mounts the root of a machine that is to be copied before it is told who it is."""
         number = self._begin("prepare", m.encode_map(preparation), m.Nothing)
         await self._finish(number, timeout)
+
+    async def before_snapshot(self, words: BeforeSnapshot, *, timeout: float = 300.0) -> Report:
+        """Makes the guest ready for its memory to be taken. The vCPUs are to be stopped after the answer."""
+        number = self._begin("before_snapshot", words.wire(), Report)
+        report: Report = await self._finish(number, timeout)
+        return report.clean()
+
+    async def after_snapshot(self) -> Report:
+        """Thaws the file systems of the machine that goes on. (In its copies ``after_restore`` does.)"""
+        return (await self.call(Report, "after_snapshot")).clean()
+
+    async def after_restore(self, words: AfterRestore, *, timeout: float = 300.0) -> Report:
+        """Tells a machine that came back from memory who it is; to be called before anything else on the first connection.
+
+        The agent answers nothing else before this is done. When the connection is lost meanwhile, the same ``words`` may be sent
+        again on the next one: what was done is not done twice.
+        """
+        if not words.realtime:
+            words = msgspec.structs.replace(words, realtime=time.time_ns())
+        began = time.monotonic()
+        number = self._begin("after_restore", words.wire(), Report)
+        report: Report = await self._finish(number, timeout)
+        if time.monotonic() - began > CLOCK_SLACK:
+            # The message was on its way for a while, in memory that was cold.
+            await self.set_time()
+        return report.clean()
 
     async def processes(self) -> list[ProcessInfo]:
         """Every process of the agent's that runs, or ended and is remembered."""
@@ -176,9 +210,13 @@ class Agent(Caller):
         """Begins to power off: SIGTERM to all, ``grace`` seconds, SIGKILL, unmount. Wait for the machine to see it done."""
         await self.call(m.Nothing, "shutdown", how=how, grace=round(grace * 1000))
 
-    async def set_time(self, realtime: int | None = None) -> None:
-        """Sets the guest's clock (nanoseconds of the epoch; the host's now by default)."""
-        await self.call(m.Nothing, "time", realtime=time.time_ns() if realtime is None else realtime)
+    async def set_time(self, realtime: int | None = None) -> int:
+        """Sets the guest's clock (nanoseconds of the epoch; the host's now by default); what it said before."""
+        return (await self.call(m.Clock, "time", realtime=time.time_ns() if realtime is None else realtime)).realtime
+
+    async def get_time(self) -> int:
+        """What the guest's clock says: nanoseconds of the epoch."""
+        return (await self.call(m.Clock, "time")).realtime
 
     async def grow(self, serial: str, path: str = "/", timeout: float = 60.0) -> int:
         """Enlarges the file system mounted at ``path`` to its disk, whose size in bytes it had by then is the answer. ext4 only."""

@@ -114,6 +114,10 @@ class Configuration(Struct, frozen=True, omit_defaults=True, tag_field="m", tag=
     modules: Sequence[str] = ()
     tmpfs_tmp: bool = False
     mounts: Sequence[Mount] = ()
+    machine_id: str = ""
+    """32 hexadecimal digits for /etc/machine-id; without them it stays as the image has it."""
+    ssh_host_keys: Sequence[tuple[str, int, Text]] = ()
+    """(path, mode, content) of each file, where an sshd is installed. Another host key of the image's is removed then."""
     init: str = ""
     """Who is process 1 from here on: ``agent`` (the same as nothing) or ``image``, the image's own ``/sbin/init``."""
 
@@ -231,6 +235,12 @@ class Processes(Struct, frozen=True):
 
 class Nothing(Struct, frozen=True):
     """An empty answer."""
+
+
+class Clock(Struct, frozen=True):
+    """The guest's CLOCK_REALTIME in nanoseconds, before it was set."""
+
+    realtime: Count = 0
 
 
 class Grown(Struct, frozen=True):
