@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from engine_host import Faults, HostBooter
+from stoker.api.models import CreateSandbox, Difference, FsckReport, Principal, SandboxState
+from stoker.engine.engine import Engine
 from stoker.host.binaries import shim_path
 from stoker.images.store import MAIN, Store
 from stoker.settings import Settings
 
+ADMIN = Principal()
+S = SandboxState
 STRANGER = "sb-" + "q" * 20
 """A sandbox that no book knows."""
 
@@ -53,3 +58,41 @@ def tree(*roots: Path) -> dict[str, str]:
             elif not path.is_file():
                 found[str(path)] = ""
     return found
+
+
+@asynccontextmanager
+async def opened(settings: Settings, faults: Faults | None = None) -> AsyncIterator[Engine]:
+    async with Engine.open(settings, booter=HostBooter(faults), trace_kill="") as engine:
+        yield engine
+        for box in (await engine.list(ADMIN)).items:
+            await engine.destroy(ADMIN, box.id)
+        assert (await engine.upkeep.fsck(repair=False)).clean, "destroying left something"
+
+
+async def make(engine: Engine, name: str, *, stopped: bool = False) -> str:
+    operation = await engine.create(ADMIN, CreateSandbox(image="host", name=name))
+    box = await engine.wait(ADMIN, operation.sandbox or "", frozenset({S.RUNNING}), 20)
+    if stopped:
+        await engine.stop(ADMIN, name, 0.5)
+    return box.id
+
+
+def told(report: FsckReport) -> list[tuple[str, str]]:
+    return [(one.kind, one.name) for one in report.differences]
+
+
+async def mends(engine: Engine, *expected: tuple[str, str]) -> list[Difference]:
+    """The check names exactly these, changes nothing unless it is asked to, mends all of them, and then finds nothing."""
+    settings = engine._core.settings
+    before = tree(settings.data_dir, settings.run_dir)
+    seen = await engine.upkeep.fsck(repair=False)
+    assert sorted(told(seen)) == sorted(expected) and not seen.clean
+    assert not any(one.repaired for one in seen.differences) and all(one.expected != one.found for one in seen.differences)
+    assert tree(settings.data_dir, settings.run_dir) == before, "looking changed something"
+    mended = await engine.upkeep.fsck(repair=True)
+    assert sorted(told(mended)) == sorted(expected) and mended.clean, mended.differences
+    after = tree(settings.data_dir, settings.run_dir)
+    again = await engine.upkeep.fsck(repair=True)
+    assert again.clean and again.differences == []
+    assert tree(settings.data_dir, settings.run_dir) == after, "twice is not the same as once"
+    return mended.differences

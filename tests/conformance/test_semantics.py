@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 
 import pytest
 
 from stoker.errors import Conflict, InvalidRequest, NotFound
-from stoker.storage.strategy import Clone
+from stoker.storage.strategy import Clone, Strategy
 from storage_disks import KIB, MIB, check_pattern, content, discard, size, write
 from storage_places import Place
 
@@ -164,6 +165,38 @@ def test_usage_counts_blocks(place: Place) -> None:
         os.sync()
         used = pool.usage("a")
         assert used.own - fresh.own == pytest.approx(3 * MIB, abs=512 * KIB)
+
+
+def test_bases_are_forgotten_while_clones_are_made(place: Place) -> None:
+    """By a clean-up at any moment: what stands on a base, or is about to, is never left without it. What is freed is counted."""
+    ended = threading.Event()
+    with place.pool() as pool:
+
+        def clean() -> None:
+            while not ended.is_set():
+                pool.collect()
+
+        cleaner = threading.Thread(target=clean)
+        cleaner.start()
+        try:
+            for number in range(30):
+                clone = pool.clone(place.base, f"c{number}")
+                assert content(clone, place.scratch) == place.base.path.read_bytes()
+                if number % 3 == 0:
+                    pool.remove(f"c{number}")
+        finally:
+            ended.set()
+            cleaner.join()
+        assert pool.collect() == 0 and pool.unused() == []
+        for name in pool.names():
+            pool.remove(name)
+        copied = [base.bytes for base in pool.unused()]
+        assert len(copied) == (place.strategy is Strategy.REFLINK), "only a copy of a base takes room"
+        assert not copied or copied[0] >= place.base.path.stat().st_blocks * 512
+        freed = pool.collect()
+        assert freed >= sum(copied) and os.listdir(place.directory / "bases") == []
+        place.base.path.rename(place.scratch / "aside")
+        assert pool.unused() == []
 
 
 def test_names_and_sizes_are_checked(place: Place) -> None:

@@ -7,15 +7,13 @@ import errno
 import os
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from crashing import daemon, machines, whole
 from engine_host import Faults, HostBooter
-from stoker.api.models import CreateSandbox, Difference, FsckReport, Principal, SandboxState
+from stoker.api.models import CreateSandbox
 from stoker.engine.engine import Engine
 from stoker.engine.fsck.check import check_offline
 from stoker.engine.ledger import Kind
@@ -24,54 +22,14 @@ from stoker.errors import Conflict
 from stoker.host.process import ProcessIdentity
 from stoker.images.store import Store
 from stoker.settings import Settings
-from upkeep_host import STRANGER, entry, shim, tree
+from upkeep_host import ADMIN, STRANGER, S, entry, make, mends, opened, shim, told
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
-ADMIN = Principal()
-S = SandboxState
 
 
 @pytest.fixture
 def settings(short_dir: Path) -> Settings:
     return Settings(short_dir / "data", short_dir / "run", short_dir / "none.toml")
-
-
-@asynccontextmanager
-async def opened(settings: Settings, faults: Faults | None = None) -> AsyncIterator[Engine]:
-    async with Engine.open(settings, booter=HostBooter(faults), trace_kill="") as engine:
-        yield engine
-        for box in (await engine.list(ADMIN)).items:
-            await engine.destroy(ADMIN, box.id)
-        assert (await engine.upkeep.fsck(repair=False)).clean, "destroying left something"
-
-
-async def make(engine: Engine, name: str, *, stopped: bool = False) -> str:
-    operation = await engine.create(ADMIN, CreateSandbox(image="host", name=name))
-    box = await engine.wait(ADMIN, operation.sandbox or "", frozenset({S.RUNNING}), 20)
-    if stopped:
-        await engine.stop(ADMIN, name, 0.5)
-    return box.id
-
-
-def told(report: FsckReport) -> list[tuple[str, str]]:
-    return [(one.kind, one.name) for one in report.differences]
-
-
-async def mends(engine: Engine, *expected: tuple[str, str]) -> list[Difference]:
-    """The check names exactly these, changes nothing unless it is asked to, mends all of them, and then finds nothing."""
-    settings = engine._core.settings
-    before = tree(settings.data_dir, settings.run_dir)
-    seen = await engine.upkeep.fsck(repair=False)
-    assert sorted(told(seen)) == sorted(expected) and not seen.clean
-    assert not any(one.repaired for one in seen.differences) and all(one.expected != one.found for one in seen.differences)
-    assert tree(settings.data_dir, settings.run_dir) == before, "looking changed something"
-    mended = await engine.upkeep.fsck(repair=True)
-    assert sorted(told(mended)) == sorted(expected) and mended.clean, mended.differences
-    after = tree(settings.data_dir, settings.run_dir)
-    again = await engine.upkeep.fsck(repair=True)
-    assert again.clean and again.differences == []
-    assert tree(settings.data_dir, settings.run_dir) == after, "twice is not the same as once"
-    return mended.differences
 
 
 async def test_a_host_in_order(settings: Settings) -> None:

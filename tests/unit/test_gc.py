@@ -225,6 +225,33 @@ async def test_what_nothing_refers_to_goes_and_nothing_else(settings: Settings) 
         assert again.items == [] and again.freed == 0
 
 
+async def test_bases_that_no_disk_stands_on(settings: Settings) -> None:
+    """A pool's own copy of an image goes (it is made again), and what is known of an image that is gone; nothing that is used."""
+    async with opened(settings) as engine:
+        await use(engine, "box")
+        bases = settings.data_dir / "pool" / "bases"
+        [key] = os.listdir(bases)
+        (bases / key / "image").write_bytes(b"copy" * 100_000)
+        assert (await engine.upkeep.gc(dry_run=False)).items == []
+        await engine.destroy(ADMIN, "box")
+        dry, whole = await engine.upkeep.gc(dry_run=True), (bases / key / "image").stat().st_blocks * 512
+        assert by_kind(dry) == {"base": [str(bases / key)]} and dry.freed >= whole >= 400_000
+        pool = engine._core.pools.open("")
+        pool._coming = 1  # a disk that is being made may be about to stand on it
+        [busy] = (await engine.upkeep.gc(dry_run=False)).items
+        assert busy.error == "it is in use again" and (bases / key / "image").exists()
+        pool._coming = 0
+        report = await engine.upkeep.gc(dry_run=False)
+        assert report.by_kind == {"base": dry.freed} and os.listdir(bases) == []
+        # Known again with the next disk; without a copy it takes no room, and stays as long as its image does.
+        await use(engine, "box")
+        await engine.destroy(ADMIN, "box")
+        assert (await engine.upkeep.gc(dry_run=False)).items == [] and os.listdir(bases) == [key]
+        image = Path(os.readlink(bases / key / "path"))
+        image.unlink()
+        assert by_kind(await engine.upkeep.gc(dry_run=False)) == {"base": [str(bases / key)]} and os.listdir(bases) == []
+
+
 def replace_dry(report: GcReport) -> GcReport:
     return changed(report, dry_run=True)
 

@@ -9,7 +9,7 @@ staging         its owner is gone
 initramfs       unused for a month, or beyond the bound and not used lately
 packages        beyond the bound: the indexes and packages of the suites asked for the longest ago
 app             no sandbox has it, and nobody has asked for it for a day
-base            a pool's record of an image (and its copy there) that is gone or was made anew, and on which no disk stands
+base            no disk stands on a pool's copy of an image, or on its record of one that is gone or was made anew
 golden          what it was made from is gone, or a crash left it half made (golden memory, :mod:`.golden`)
 backup          the database's copies made before a migration, but for the newest; what an interrupted one left
 ==============  ==================================================================================================
@@ -215,15 +215,19 @@ async def _backups(core: Core) -> AsyncIterator[Garbage]:
 
 
 async def _bases(core: Core) -> AsyncIterator[Garbage]:
-    why = "its image is gone or another, and no disk stands on it"
-    for pool in core.pools.opened().values():
-        for key, size in await asyncio.to_thread(pool.superseded):
-            yield Garbage("base", f"{pool.directory}/bases/{key}", why, size, partial(_drop_base, pool, key))
+    for name, pool in core.pools.opened().items():
+        try:
+            found = await asyncio.to_thread(pool.unused)
+        except (StokerError, OSError) as error:
+            log.warning("the bases of pool %s cannot be looked at: %s", name or "data directory", error)
+            continue
+        for base in found:
+            why = "no disk stands on it; it is copied again when one is to" if base.current else "its image is gone or another"
+            yield Garbage("base", f"{pool.directory}/bases/{base.key}", why, base.bytes, partial(_drop_base, pool, base.key))
 
 
 async def _drop_base(pool: Pool, key: str) -> bool:
-    await asyncio.to_thread(pool.drop, key)
-    return not (pool.directory / "bases" / key).exists()
+    return await asyncio.to_thread(pool.drop, key) is not None
 
 
 COLLECTORS: Final[dict[str, tuple[Collector, str]]] = {

@@ -44,6 +44,10 @@ from stoker.storage.strategy import Base, Strategy
 __all__ = ["DROP", "FREEZE", "LAYER", "MAKE", "REMOVE", "Layout", "Record", "no_space", "write"]
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+KEY: Final = re.compile(r"[0-9a-f]{16}")
+LAYER_ID: Final = re.compile(r"[0-9a-f]{12}")
+PARTS: Final = frozenset({"lock", "id", "strategy", ".strategy", ".probe", "clones", "bases", "layers", "lost+found"})
+"""What may be in a pool's directory."""
 MAKE: Final = declare("clone.after_reference", "clone.after_directory", "clone.after_disk", "clone.after_record")
 FREEZE: Final = declare("layer.after_directory", "layer.after_link", "layer.after_next", "layer.after_switch", "layer.after_parent")
 DROP: Final = declare("layer.after_refs", "layer.after_removal")
@@ -236,6 +240,17 @@ class Layout:
 
     # -- bases --------------------------------------------------------------------------------------------------------
 
+    def keys(self) -> list[str]:
+        """The bases that are known here, in whatever state."""
+        return sorted(key for key in _listed(self.bases) if KEY.fullmatch(key))
+
+    def image_of(self, key: str) -> Path | None:
+        """Where a base is (or was); None for one that a crash left half made."""
+        try:
+            return Path(os.readlink(self.bases / key / "path"))
+        except OSError:
+            return None
+
     def base_key(self, base: Base) -> str:
         """Names a base by path, size and time of writing, and remembers where it is."""
         if base.size <= 0 or base.size % 512:
@@ -261,10 +276,9 @@ class Layout:
 
     def base_path(self, key: str) -> Path:
         """Where a base is; that it is still the same one is checked."""
-        try:
-            path = Path(os.readlink(self.bases / key / "path"))
-        except FileNotFoundError:
-            raise HostError("clone_corrupt", f"the pool {self.directory} does not know the base {key}", "stoker fsck") from None
+        path = self.image_of(key)
+        if path is None:
+            raise HostError("clone_corrupt", f"the pool {self.directory} does not know the base {key}", "stoker fsck")
         try:
             found = os.stat(path)
         except FileNotFoundError:
@@ -277,9 +291,9 @@ class Layout:
 
     def is_current(self, key: str) -> bool:
         """Whether a base's image is still what it was: then new disks may be about to stand on it."""
+        path = self.image_of(key)
         try:
-            path = Path(os.readlink(self.bases / key / "path"))
-            return _key(path, os.stat(path)) == key
+            return path is not None and _key(path, os.stat(path)) == key
         except FileNotFoundError:
             return False
 
@@ -300,9 +314,16 @@ class Layout:
 
     # -- putting right ------------------------------------------------------------------------------------------------
 
+    def foreign(self) -> list[Path]:
+        """What is in the pool's own directories under names that nothing here has. Nobody but its owner removes it."""
+        found = [self.directory / name for name in _listed(self.directory) if name not in PARTS]
+        for place, names in ((self.bases, KEY), (self.layers, LAYER_ID)):
+            found += [place / name for name in _listed(place) if not names.fullmatch(name)]
+        return sorted(found)
+
     def half_made(self) -> list[str]:
         """Names that a crash left a part of: files without a record, references without files."""
-        left = set(_listed(self.clones))
+        left = {name for name in _listed(self.clones) if (self.clones / name).is_dir()}
         for place in (self.bases, self.layers):
             for entry in _listed(place):
                 left |= {name for name in _listed(place / entry / "refs") if not name.startswith(LAYER)}
@@ -319,7 +340,7 @@ class Layout:
                         (place / entry / "refs" / name).unlink(missing_ok=True)
             if place is self.layers:
                 # A layer that goes takes its reference on the one below along.
-                for entry in _listed(place):
+                for entry in filter(LAYER_ID.fullmatch, _listed(place)):
                     if not _listed(place / entry / "refs"):
                         self.leave(entry, "")
         for name in self.names():
@@ -367,7 +388,7 @@ def _touch(path: Path) -> None:
 def _listed(path: Path) -> list[str]:
     try:
         return os.listdir(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

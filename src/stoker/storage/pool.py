@@ -7,6 +7,7 @@ overridden; disks made before keep theirs. Whoever opens a pool finds it put rig
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from stoker.storage.reflink import Reflink
 from stoker.storage.snapshot_device import SnapshotDevices
 from stoker.storage.strategy import Base, Clone, CloneStrategy, Strategy, Thing, Usage
 
-__all__ = ["Pool", "Space", "Trial", "prefer"]
+__all__ = ["Pool", "Space", "Trial", "Unused", "prefer"]
 
 FOR_QCOW2: Final = (Strategy.QCOW2, Strategy.REFLINK, Strategy.COPY)
 FOR_RAW: Final = (Strategy.DM_SNAPSHOT, Strategy.REFLINK, Strategy.COPY)
@@ -40,6 +41,15 @@ class Space:
 
     total: int
     free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """A base that no disk stands on. ``current``: its image is what it was, so that it is known again with the next disk of it."""
+
+    key: str
+    current: bool
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +84,9 @@ class Pool:
             Strategy.COPY: Copied(layout),
         }
         self.strategy = Strategy.COPY
+        self._guard = threading.Lock()
+        self._coming = 0
+        """Clones that are being made: the bases they are to stand on may have no reference yet."""
 
     @classmethod
     def open(cls, directory: Path, strategy: Strategy | None = None, *, raw: bool = False, who: str = "stoker") -> Pool:
@@ -167,7 +180,13 @@ class Pool:
 
     def clone(self, base: Base, name: str, size: int = 0) -> Clone:
         """A new disk that begins as ``base``, of ``size`` bytes (0: the base's)."""
-        return self._by_strategy[self.strategy].clone(base, name, size)
+        with self._guard:
+            self._coming += 1
+        try:
+            return self._by_strategy[self.strategy].clone(base, name, size)
+        finally:
+            with self._guard:
+                self._coming -= 1
 
     def clone_of(self, name: str, new: str) -> Clone:
         return self._of(name).clone_of(name, new)
@@ -227,22 +246,25 @@ class Pool:
         return bool(self._on(base))
 
     def _on(self, base: Path) -> list[str]:
-        found = []
-        for key in os.listdir(self._layout.bases):
-            if os.readlink(self._layout.bases / key / "path") == os.path.abspath(base):
-                found += self._layout.users(key)
+        layout, place = self._layout, Path(os.path.abspath(base))
+        return [name for key in layout.keys() if layout.image_of(key) == place for name in layout.users(key)]
+
+    def unused(self) -> list[Unused]:
+        """Bases that nothing stands on and that are worth forgetting: their image is gone or another, or they have a copy here."""
+        layout, found = self._layout, []
+        for key in layout.keys():
+            current = layout.is_current(key)
+            if not layout.users(key) and (not current or (layout.bases / key / "image").exists()):
+                found.append(Unused(key, current, allocated(layout.bases / key)))
         return found
 
-    def superseded(self) -> list[tuple[str, int]]:
-        """Bases that nothing stands on and nothing new will, their image being gone or another: key, and bytes of its copy here."""
-        layout = self._layout
-        keys = [key for key in os.listdir(layout.bases) if not layout.users(key) and not layout.is_current(key)]
-        return [(key, allocated(layout.bases / key)) for key in keys]
-
-    def drop(self, key: str) -> None:
-        """Forgets a base that nothing stands on."""
+    def drop(self, key: str) -> int | None:
+        """Forgets a base that nothing stands on: the bytes that were freed. None: something does, or is about to."""
         self._layout.check()
-        self._layout.drop_base(key)
+        with self._guard:
+            if self._coming or self._layout.users(key):
+                return None
+            return self._layout.drop_base(key)
 
     def stray(self) -> dict[str, list[Path]]:
         """What a crash left of disks that never were, or are gone: their names, and what refers to them or is left of them."""
@@ -270,15 +292,19 @@ class Pool:
     def images(self) -> set[str]:
         """The files that bases are read from: they have shared loop devices while disks stand on them."""
         layout, found = self._layout, set()
-        for key in os.listdir(layout.bases):
+        for key in layout.keys():
             if layout.users(key):
-                found |= {os.readlink(layout.bases / key / "path"), str(layout.bases / key / "image")}
+                found |= {str(layout.image_of(key)), str(layout.bases / key / "image")}
         return found
+
+    def foreign(self) -> list[Path]:
+        """What is in the pool's directories and not the pool's."""
+        return self._layout.foreign()
 
     def collect(self) -> int:
         """Forgets bases that no disk stands on, with their copies in the pool. Returns the bytes that were freed."""
         self._layout.check()
-        return sum(self._layout.drop_base(key) for key in os.listdir(self._layout.bases))
+        return sum(self.drop(key) or 0 for key in self._layout.keys())
 
 
 def _take(directory: Path, who: str) -> int:

@@ -6,6 +6,7 @@ module            what it compares
 :mod:`.sandboxes` one sandbox after the other, under its lock: row, ledger, machine, files, reservation
 :mod:`.host`      what is on the host below our directories and belongs to no sandbox
 :mod:`.storage`   pools, their devices, loops and mounts; volumes; disks and images of apps
+:mod:`.strays`    names in our directories that no book has
 :mod:`.store`     staging directories, names and entries of the store
 :mod:`.books`     the database in itself
 :mod:`.check`     the table of all of them; mending; with and without a daemon

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from stoker.api.models import Difference, FsckReport
 from stoker.engine.core import Box, Core
 from stoker.engine.database import Database, lock_data
-from stoker.engine.fsck import books, host, storage, store
+from stoker.engine.fsck import books, host, storage, store, strays
 from stoker.engine.fsck.finding import Checker, Finding, Scene
 from stoker.engine.fsck.sandboxes import examine, is_busy
 from stoker.engine.reconcile import load_all
@@ -46,6 +46,9 @@ CHECKERS: Final[tuple[Checker, ...]] = (
     storage.references,
     storage.volumes,
     storage.apps,
+    strays.pools,
+    strays.apps,
+    strays.helpers,
     store.staging,
     store.names,
     store.content,

@@ -5,24 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 from functools import partial
-from pathlib import Path
 
 from stoker.engine.fsck.finding import SANDBOX, Finding, Scene
+from stoker.engine.fsck.sandboxes import is_busy
+from stoker.engine.fsck.strays import listed
 from stoker.engine.ledger import Kind
 from stoker.host import devicemapper, loop
 from stoker.host.lock import hold_directory
 from stoker.host.mounts import mounts as mount_table
+from stoker.images.inventory import shared_elsewhere
 from stoker.storage import filesystem
 from stoker.storage.app import app_image, sweep_apps
+from stoker.storage.volume import size_of
 
 __all__ = ["apps", "devices", "loops", "mounts", "references", "volumes"]
-
-
-def _listed(path: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(path))
-    except FileNotFoundError:
-        return []
 
 
 async def devices(scene: Scene) -> list[Finding]:
@@ -105,14 +101,16 @@ async def volumes(scene: Scene) -> list[Finding]:
     """Each volume has its file, and each file its volume (or whoever is making it)."""
     core = scene.core
     place = core.settings.data_dir / "volumes"
-    names = await asyncio.to_thread(_listed, place)
+    names = await asyncio.to_thread(listed, place)
     booked = {entry.name for entry in await core.ledger.all() if entry.kind is Kind.VOLUME}
     found = []
     for identity in list(core.volumes):
         path = place / f"{identity}.ext4"
         scene.count("volume")
-        if not path.exists() and identity in core.volumes:
-            found.append(Finding("volume", str(path), "its file", "no such file"))
+        record, size = core.volumes[identity], await asyncio.to_thread(size_of, path)
+        if size < record.size and core.volumes.get(identity) == record:
+            what = f"{size} bytes" if path.exists() else "no such file"
+            found.append(Finding("volume", str(path), f"its file of {record.size} bytes", what))
         elif str(path) not in booked:
             mend = partial(_adopt_volume, scene, identity, str(path))
             found.append(Finding("volume", str(path), "an entry in the ledger", "none", None, "adopt it", mend))
@@ -130,9 +128,10 @@ async def _adopt_volume(scene: Scene, identity: str, name: str) -> None:
 
 
 async def apps(scene: Scene) -> list[Finding]:
-    """The image of each app that a sandbox has, overlays of sandboxes only, and nothing half made."""
+    """The image and the overlay of each sandbox that has an app, no overlay of nobody's, and nothing half made."""
     core, data = scene.core, scene.core.settings.data_dir
-    disks = await asyncio.to_thread(_listed, data / "apps" / "disks")
+    shared = shared_elsewhere(core.settings, "apps")
+    disks = await asyncio.to_thread(listed, data / "apps" / "disks")
     found = []
     for box in list(core.boxes.values()):
         digest = box.record.request.app
@@ -141,12 +140,17 @@ async def apps(scene: Scene) -> list[Finding]:
         scene.count("app")
         if not app_image(data, digest).exists():
             found.append(Finding("app", str(app_image(data, digest)), f"the app of {box.record.label}", "no such file", box.id))
+        overlay = core.places(box.id).app
+        if overlay is not None and not overlay.exists() and not is_busy(box) and not box.gone:
+            found.append(Finding("app-disk", str(overlay), f"what {box.record.label} wrote to its app", "no such file", box.id))
+    if shared:
+        return found
     for name in disks:
         sandbox, overlay = name.removesuffix(".qcow2"), data / "apps" / "disks" / name
         if SANDBOX.fullmatch(sandbox) and sandbox not in core.boxes and overlay.exists():
             mend = partial(asyncio.to_thread, overlay.unlink, True)
             found.append(Finding("app-disk", str(overlay), "nothing: no such sandbox", "it is there", sandbox, "remove it", mend))
-    for name in await asyncio.to_thread(_listed, data / "apps" / "staging"):
+    for name in await asyncio.to_thread(listed, data / "apps" / "staging"):
         stage = data / "apps" / "staging" / name
         fd = hold_directory(stage)
         if fd is not None:
