@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,9 @@ def file_system(image: Path, point: Path, size: int, kind: str) -> Iterator[None
     """A small one, mounted."""
     point.mkdir()
     if kind == "xfs":
-        asyncio.run(filesystem.make(image, max(size, filesystem.LEAST)))
+        # In a thread of its own: this one may be running an event loop.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: asyncio.run(filesystem.make(image, max(size, filesystem.LEAST)))).result()
         filesystem.attach(image, point)
     else:
         with open(image, "wb") as file:

@@ -76,7 +76,7 @@ async def create(
     _check(who, request)
     if core.closing:
         raise HostError("daemon_stopping", "the daemon is ending", "try again in a moment")
-    core.filling.check(core.pools.default)
+    core.filling.check(core.pools.default, further=bool(volumes or request.app))
     memory = -(-request.memory // MIB) * MIB
     record = Record(
         id=new_id("sb"),

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from stoker.engine.filling import reserve
 from stoker.engine.ledger import Entry, Kind, Ledger
 from stoker.engine.state import Mounted, new_id
 from stoker.engine.trace import trace
-from stoker.errors import DeadlineExceeded
+from stoker.errors import CapacityExhausted, DeadlineExceeded, HostError, StokerError
 
 if TYPE_CHECKING:
     from stoker.engine.core import Core
@@ -28,6 +30,7 @@ __all__ = ["MEMORY", "helper"]
 log = logging.getLogger(__name__)
 MIB: Final = 1 << 20
 MEMORY: Final = 192 * MIB
+LOOK: Final = 1.0
 UNMOUNT: Final = 120.0
 """Seconds that writing back what was unpacked may take."""
 
@@ -46,6 +49,7 @@ async def helper(core: Core, owner: str, mounted: Mounted, file: Path) -> AsyncI
         async with core.queue.turn(owner):
             machine, agent = await core.booter.helper(job, directory, mounted, file)
         trace("helper.after_boot")
+        writing = _Writing(machine)
         try:
             yield agent
             try:
@@ -54,11 +58,40 @@ async def helper(core: Core, owner: str, mounted: Mounted, file: Path) -> AsyncI
                     await machine.wait()
             except TimeoutError:
                 raise DeadlineExceeded("unmount_timeout", f"volume {mounted.name} could not be unmounted") from None
+        except StokerError:
+            if writing.failed:
+                raise _failed(mounted, file) from None
+            raise
         finally:
+            writing.watch.cancel()
             await asyncio.shield(_end(machine, agent))
     finally:
         core.admission.release(job)
         await asyncio.shield(_forget(core, job, things))
+
+
+class _Writing:
+    """Looks whether the VMM has stopped at a write that failed. Nobody waits for room here: such a machine is ended."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.failed = False
+        self.watch = asyncio.create_task(self._watch(machine))
+
+    async def _watch(self, machine: Machine) -> None:
+        try:
+            while await machine.status() != "io-error":  # noqa: ASYNC110 - the monitor tells it to who asks
+                await asyncio.sleep(LOOK)
+        except StokerError:
+            return  # it has ended
+        self.failed = True
+        await machine.kill()
+
+
+def _failed(mounted: Mounted, file: Path) -> StokerError:
+    found = os.statvfs(file.parent)
+    if found.f_bavail * found.f_frsize < reserve(found.f_blocks * found.f_frsize):
+        return CapacityExhausted("no_space", f"the file system of {file.parent} is full", "stoker rm what is not needed, stoker gc")
+    return HostError("disk_error", f"volume {mounted.name} cannot be written to: the host's disk failed", "dmesg")
 
 
 async def _end(machine: Machine, agent: Agent) -> None:
