@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -110,6 +111,18 @@ def test_a_directory_goes_in_and_comes_out(stoker: CommandLine, tmp_path: Path) 
     sure(stoker, "volume", "export", "data", "--raw", str(raw))
     assert raw.stat().st_size == made["size"] and raw.stat().st_blocks * 512 < 64 << 20
     subprocess.run(["e2fsck", "-fn", raw], check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    # Through a pipe, by its name or as standard output: the same bytes.
+    with open(raw, "rb") as file:
+        whole = hashlib.file_digest(file, "sha256").hexdigest()
+    for words in (("--raw", "-"), ("--raw", str(tmp_path / "fifo"))):
+        if words[1] != "-":
+            os.mkfifo(words[1])
+        process = stoker.popen("volume", "export", "data", *words)
+        assert process.stdout is not None
+        with process.stdout if words[1] == "-" else open(words[1], "rb") as pipe:
+            assert hashlib.file_digest(pipe, "sha256").hexdigest() == whole
+        process.communicate(timeout=60)
+        assert process.returncode == 0
 
 
 def test_data_outlives_sandboxes_and_daemons(stoker: CommandLine, tmp_path: Path) -> None:

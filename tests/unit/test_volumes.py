@@ -348,18 +348,58 @@ async def test_claims_of_a_sandbox_whose_daemon_dies(short_dir: Path, point: str
         await engine.volumes.remove(ADMIN, "data")
 
 
+def app_of(content: bytes) -> tuple[str, bytes]:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        info = tarfile.TarInfo("f")
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+    return hashlib.sha256(out.getvalue()).hexdigest(), out.getvalue()
+
+
+async def test_apps_count_like_other_disks(settings: Settings) -> None:
+    """What is in an archive against each owner that has it; a sandbox's layer over it against the sandbox's disk."""
+    (first, small), (second, large) = app_of(b"x" * (3 * MIB)), app_of(b"y" * (40 * MIB))
+    async with opened(settings) as engine:
+        admission = engine._core.admission
+        key = (await engine.create_key(CreateKey(name="a", quota=Quota(disk=2048 * MIB)))).key.id
+        who = Principal(owner=key, admin=False)
+        for _ in range(2):
+            await engine.apps.put(who, first, pieces(small))
+            assert admission.totals(key).disk == 3 * MIB
+        await engine.apps.put(ADMIN, first, pieces(small))
+        assert (admission.totals("local").disk, admission.totals().disk) == (3 * MIB, 6 * MIB)
+        layer = (settings.data_dir / "apps" / first / "app.ext4").stat().st_size
+        request = CreateSandbox(image="host", app=first, name="box")
+        box = (await engine.wait(who, (await engine.create(who, request)).sandbox or "", SETTLED, 20)).resources
+        assert admission.totals(key).disk == 3 * MIB + layer + box.disk and layer > 1024 * MIB
+        with pytest.raises(CapacityExhausted):  # another GiB of layer does not fit
+            await engine.create(who, CreateSandbox(image="host", app=first, name="more"))
+        await engine.stop(who, "box", 0.5)
+        assert admission.totals(key).disk == 3 * MIB + layer + box.disk
+        await volume(engine, "fills", 2048 * MIB - admission.totals(key).disk - 8 * MIB, who)
+        with pytest.raises(CapacityExhausted):
+            await engine.apps.put(who, second, pieces(large))
+        assert not (settings.data_dir / "apps" / second).exists(), "what nobody may have is not kept"
+    async with opened(settings) as engine:
+        admission = engine._core.admission
+        assert (admission.totals("local").disk, admission.totals(key).disk) == (3 * MIB, 2048 * MIB - 8 * MIB)
+        report = await engine.upkeep.fsck(repair=True)
+        assert [one.kind for one in report.differences if one.kind == "admission"] == []
+        await clean(engine)
+        await engine.volumes.remove(who, "fills")
+        os.utime(settings.data_dir / "apps" / first / "facts.json", (1, 1))
+        assert [item.name for item in (await engine.upkeep.gc(dry_run=False)).items if item.kind == "app"] == [first]
+        assert admission.totals().disk == 0 and admission.holders() == []
+
+
 async def test_unused_apps_are_garbage(settings: Settings) -> None:
     """One that a sandbox has, or that was asked for lately, is not."""
     async with opened(settings) as engine:
         digests = []
         for content in (b"a", b"b", b"c"):
-            out = io.BytesIO()
-            with tarfile.open(fileobj=out, mode="w") as archive:
-                info = tarfile.TarInfo("f")
-                info.size = 1
-                archive.addfile(info, io.BytesIO(content))
-            data = out.getvalue()
-            digests.append(hashlib.sha256(data).hexdigest())
+            digest, data = app_of(content)
+            digests.append(digest)
             await engine.apps.put(ADMIN, digests[-1], pieces(data))
         operation = await engine.create(ADMIN, CreateSandbox(image="host", name="box", app=digests[0]))
         assert (await engine.wait(ADMIN, operation.sandbox or "", SETTLED, 20)).app == digests[0]

@@ -174,7 +174,12 @@ def _plain(file: Any) -> Any:
 
 
 @volume.command("export")
-@click.option("--raw", metavar="FILE", type=click.Path(path_type=Path), help="The ext4 file system itself, as a sparse file.")
+@click.option(
+    "--raw",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The ext4 file system itself, as a sparse file; '-': to standard output.",
+)
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.argument("name", metavar="VOLUME", type=VOLUME)
 @click.argument("target", metavar="TAR|-", required=False)
@@ -187,8 +192,10 @@ def export(*, raw: Path | None, quiet: bool, name: str, target: str | None) -> N
 
     if raw is not None and target is not None:
         raise click.UsageError("a tar, or --raw FILE, not both")
-    if raw is None and target in (None, "-") and sys.stdout.isatty():
-        raise InvalidRequest("terminal", "a tar is not for a terminal", f"stoker volume export {name} FILE.tar")
+    piped = raw == Path("-") or (raw is None and target in (None, "-"))
+    if piped and sys.stdout.isatty():
+        what = "a tar" if raw is None else "a file system"
+        raise InvalidRequest("terminal", f"{what} is not for a terminal", f"stoker volume export {name} > FILE")
 
     async def work(client: AsyncClient) -> None:
         from stoker.client.archive import save
@@ -196,10 +203,12 @@ def export(*, raw: Path | None, quiet: bool, name: str, target: str | None) -> N
 
         with Following(quiet) as following:
             report = following.bytes(f"copying {name}", None)
-            if raw is not None:
+            if raw is not None and not piped:
                 return await client.volumes.export_raw(name, raw, on_progress=report)
-            async with await client.volumes.export_tar(name) as pieces:
-                if target not in (None, "-"):
+            volumes = client.volumes
+            async with await (volumes.export_tar(name) if raw is None else volumes.read_raw(name)) as pieces:
+                if not piped:
+                    assert target is not None
                     return await save(counted(pieces, report), target, 0o600)
                 async for piece in counted(pieces, report):
                     sys.stdout.buffer.write(piece)

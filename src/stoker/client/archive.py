@@ -212,9 +212,11 @@ async def unpack(pieces: AsyncIterator[bytes], destination: str | os.PathLike[st
 async def save(pieces: AsyncIterator[bytes], destination: str | os.PathLike[str], mode: int, *, sparse: bool = False) -> None:
     """Writes a file beside its place and renames it. A directory gets no file of that name silently: it is an error.
 
-    ``sparse``: blocks of zeros become holes.
+    ``sparse``: blocks of zeros become holes. A pipe or a device that is there already is written to.
     """
     place = Path(destination)
+    if place.exists() and not place.is_file() and not place.is_dir():
+        return await _write_into(place, pieces)
     temporary = place.with_name(f".{place.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -232,6 +234,15 @@ async def save(pieces: AsyncIterator[bytes], destination: str | os.PathLike[str]
     except (StokerError, asyncio.CancelledError):
         temporary.unlink(missing_ok=True)
         raise
+
+
+async def _write_into(place: Path, pieces: AsyncIterator[bytes]) -> None:
+    try:
+        with open(place, "wb", buffering=0) as file:
+            async for piece in pieces:
+                await asyncio.to_thread(_write_all, file.fileno(), piece)
+    except OSError as e:
+        raise HostError("file_failed", f"{place} cannot be written: {e.strerror}") from e
 
 
 def _write_all(fd: int, data: bytes) -> None:

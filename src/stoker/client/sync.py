@@ -447,6 +447,10 @@ class Volumes:
         """Its ext4 file system as a raw, sparse file: there whole or not at all."""
         calling_back(self._async.export_raw, {"on_progress": on_progress}, volume, destination)
 
+    def read_raw(self, volume: str) -> Feed[bytes]:
+        """Its ext4 file system, as bytes."""
+        return Feed._wrap(call(self._async.read_raw(volume)))
+
 
 class Client:
     """A connection to a daemon, for one thread.

@@ -88,9 +88,13 @@ class AsyncVolumes:
         """Its ext4 file system as a raw, sparse file: there whole or not at all."""
         from stoker.client.archive import save
 
-        feed, _ = await bytes_feed(self._api.stream("GET", path("volumes", volume, "raw"), idle=STALL))
-        async with feed as pieces:
+        async with await self.read_raw(volume) as pieces:
             await save(counted(pieces, on_progress), destination, 0o600, sparse=True)
+
+    async def read_raw(self, volume: str) -> AsyncFeed[bytes]:
+        """Its ext4 file system, as bytes."""
+        feed, _ = await bytes_feed(self._api.stream("GET", path("volumes", volume, "raw"), idle=STALL))
+        return feed
 
 
 async def upload_app(api: Api, source: str | os.PathLike[str]) -> str:

@@ -266,7 +266,7 @@ def _serve(core: Core, box: Box, live: Live) -> None:
     core.ring()
     # The size of its disk is known by now.
     resources = box.record.resources
-    core.admission.hold(box.id, owner=box.record.owner, memory=resources.memory, cpus=resources.cpus, disk=resources.disk)
+    core.admission.hold(box.id, owner=box.record.owner, memory=resources.memory, cpus=resources.cpus, disk=core.disk_of(box.record))
     live.watch = core.spawn(watch(core, box, live), f"watch {box.id}")
 
 

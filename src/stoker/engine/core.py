@@ -34,6 +34,8 @@ from stoker.engine.release import release
 from stoker.engine.state import WITH_MACHINE, Mounted, Record, VolumeRecord, require, to_sandbox
 from stoker.engine.units import Units, unit_name
 from stoker.errors import GuestError, HostError, NotFound
+from stoker.storage.app import app_image
+from stoker.storage.volume import size_of
 
 if TYPE_CHECKING:
     from stoker.engine.boot import MachineRequest
@@ -207,6 +209,8 @@ class Core:
         self.names: dict[tuple[str, str], str] = {}
         self.units = units or Units()
         self.volumes: dict[str, VolumeRecord] = {}
+        self.apps: set[str] = set()
+        """What app archives hold of their owners' quotas (:mod:`.apps`)."""
         self.jobs: set[str] = set()
         """Helper machines that run."""
         self.cgroups: Path | None = None
@@ -257,8 +261,13 @@ class Core:
             await release(entry, self.pools, found)
 
     def owns(self, owner: str) -> bool:
-        """Whether what the ledger says of an owner is right to be there."""
-        return owner in self.boxes or owner in self.volumes or owner in self.jobs
+        """Whether what the ledger, or the book of reservations, says of an owner is right to be there."""
+        return owner in self.boxes or owner in self.volumes or owner in self.jobs or owner in self.apps
+
+    def disk_of(self, record: Record) -> int:
+        """Bytes that a sandbox's disks may come to take: its own, and its layer over its app."""
+        app = record.request.app
+        return record.resources.disk + (size_of(app_image(self.settings.data_dir, app)) if app is not None else 0)
 
     def ring(self) -> None:
         """Something changed: deadlines, machines."""

@@ -87,7 +87,7 @@ class Engine:
         self.upkeep = Upkeep(core)
         self.volumes = Volumes(core, keys.quota)
         self.pools = Pooling(core)
-        self.apps = Apps(core)
+        self.apps = Apps(core, keys.quota)
 
     @classmethod
     @asynccontextmanager
@@ -147,6 +147,7 @@ class Engine:
         await load_all(core)
         await self.pools.begin()
         await self.volumes.begin()
+        await self.apps.begin()
         await reconcile(core)
         await asyncio.to_thread(sweep_apps, core.settings.data_dir)
         core.spawn(reap(core), "deadlines")

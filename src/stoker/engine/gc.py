@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Final
 
 from stoker.api.models import Freed, GcReport
+from stoker.engine.apps import forget_app
 from stoker.engine.core import Core
 from stoker.engine.golden import golden_key
 from stoker.engine.images import is_used
@@ -179,6 +180,7 @@ async def _remove_app(core: Core, digest: str) -> bool:
     if _has_app(core, digest) or digest not in {path.name for path in unused_apps(core.settings.data_dir, APP_KEPT)}:
         return False
     await asyncio.to_thread(discard_app, core.settings.data_dir, digest)
+    await forget_app(core, digest)
     return True
 
 

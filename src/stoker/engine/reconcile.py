@@ -136,7 +136,7 @@ async def settle(core: Core, box: Box) -> None:
 
 def _hold(core: Core, box: Box) -> None:
     resources = box.record.resources
-    core.admission.hold(box.id, owner=box.record.owner, memory=resources.memory, cpus=resources.cpus, disk=resources.disk)
+    core.admission.hold(box.id, owner=box.record.owner, memory=resources.memory, cpus=resources.cpus, disk=core.disk_of(box.record))
 
 
 async def _adopt(core: Core, box: Box) -> bool:

@@ -34,11 +34,12 @@ async def resize(core: Core, box: Box, size: int, quota: Quota | None) -> None:
                 f"{box.record.label} has {resources.disk // MIB} MiB of disk, which cannot be made smaller",
                 f"--disk {resources.disk // MIB}M or more",
             )
-        core.admission.grow(box.id, size, quota)
+        before = core.disk_of(box.record)
+        core.admission.grow(box.id, before + size - resources.disk, quota)
         try:
             await _disk(core, box, size)
         except BaseException:
-            core.admission.grow(box.id, resources.disk, None)
+            core.admission.grow(box.id, before, None)
             raise
         # From here on it has the size, whatever becomes of its file system.
         await core.save(box, event="sandbox.resized", resources=replace(resources, disk=size))

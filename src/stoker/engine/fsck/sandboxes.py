@@ -203,9 +203,9 @@ def _reservation(scene: Scene, box: Box) -> list[Finding]:
     running = box.record.state in WITH_MACHINE
     expected = None
     if running:
-        expected = (resources.memory, resources.cpus, resources.disk)
+        expected = (resources.memory, resources.cpus, core.disk_of(box.record))
     elif box.record.boots:
-        expected = (0, 0, resources.disk)
+        expected = (0, 0, core.disk_of(box.record))
     has = None if held is None else (held.memory, held.cpus, held.disk)
     if has == expected:
         return []

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from stoker.engine.apps import forget_app
 from stoker.engine.fsck.finding import SANDBOX, Finding, Scene
 from stoker.engine.release import end_processes
 from stoker.errors import Conflict, StokerError
@@ -100,6 +101,7 @@ async def _unless_used(scene: Scene, digest: str) -> None:
     if any(box.record.request.app == digest for box in scene.core.boxes.values()):
         raise Conflict("app_in_use", f"a sandbox has the app {digest} by now", "stoker fsck")
     await asyncio.to_thread(discard_app, scene.core.settings.data_dir, digest)
+    await forget_app(scene.core, digest)
 
 
 async def helpers(scene: Scene) -> list[Finding]:
