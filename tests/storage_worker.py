@@ -25,6 +25,8 @@ def main(directory: str, strategy: str, base: str, size: str, point: str, verb: 
         pool.clone_of(*words)
     elif verb == "grow":
         pool.grow(words[0], int(words[1]))
+    elif verb == "flatten":
+        pool.flatten(words[0], Path(words[1]))
     elif verb == "remove":
         pool.remove(words[0])
 

@@ -17,10 +17,10 @@ import pytest
 from stoker.errors import CapacityExhausted, Conflict, HostError, NotFound, StokerError
 from stoker.host import loop
 from stoker.host.mounts import umount
-from stoker.storage import layout, reflink, snapshot_device
+from stoker.storage import layout, overlay, reflink, snapshot_device, target
 from stoker.storage.pool import Pool
 from stoker.storage.strategy import Strategy
-from storage_disks import KIB, MIB, content, write
+from storage_disks import KIB, MIB, check_pattern, content, size, write
 from storage_places import Place, file_system, left, make_base
 from storage_worker import main as work
 
@@ -65,7 +65,11 @@ def points(strategy: Strategy, verb: str) -> tuple[str, ...]:
             return (*layout.MAKE, *copies, *(snapshot_device.ACTIVATE if device else ()))
         case "clone_of":
             freezes = layout.FREEZE if strategy is Strategy.QCOW2 else ()
-            return (*layout.MAKE, *freezes, *(snapshot_device.ACTIVATE if device else ()))
+            return (*layout.MAKE, *freezes, *((*snapshot_device.ACTIVATE, *snapshot_device.SUSPENDED) if device else ()))
+        case "grow":
+            return snapshot_device.GROW if device else overlay.GROW if strategy is Strategy.QCOW2 else ()
+        case "flatten":
+            return (*target.FLATTEN, *(snapshot_device.SUSPENDED if device else ()))
         case "remove":
             return (*layout.REMOVE, *(snapshot_device.DEACTIVATE if device else ()))
         case "remove_last":
@@ -105,6 +109,49 @@ def test_kill_9_between_any_two_steps(place: Place, verb: str) -> None:
                 pool.remove(name)
             pool.collect()
         assert left(place) == [], point
+
+
+def test_kill_9_while_a_disk_grows(place: Place) -> None:
+    """It has the one size or the other, its content and zeros behind; growing it again is all there is to do."""
+    for point in points(place.strategy, "grow"):
+        with place.pool() as pool:
+            write(pool.clone(place.base, "victim"), 0, MIB, 1)
+            before = content(pool.open_clone("victim"), place.scratch)
+        assert killed(place, point, "grow", "victim", str(1024 * MIB)), f"{point} was never reached"
+        with place.pool() as pool:
+            found = pool.open_clone("victim").size
+            assert found in (len(before), 1024 * MIB) and size(pool.open_clone("victim")) == found, point
+            assert pool.grow("victim", 1024 * MIB).size == size(pool.open_clone("victim")) == 1024 * MIB
+            pool.flatten("victim", place.scratch / "flat")
+            with open(place.scratch / "flat", "rb") as file:
+                assert file.read(len(before)) == before
+                assert file.read(MIB) == bytes(MIB)
+            (place.scratch / "flat").unlink()
+            check_pattern(pool.open_clone("victim"), len(before), MIB, 0)
+            write(pool.open_clone("victim"), 1023 * MIB, MIB, 2)
+            pool.remove("victim")
+
+
+def test_kill_9_while_a_disk_is_flattened(place: Place) -> None:
+    """The file is there whole or not at all, and the disk can be used."""
+    flat = place.scratch / "flat"
+    for point in points(place.strategy, "flatten"):
+        with place.pool() as pool:
+            write(pool.clone(place.base, "victim"), 0, MIB, 1)
+            before = content(pool.open_clone("victim"), place.scratch)
+        there = set(os.listdir(place.scratch))
+        assert killed(place, point, "flatten", "victim", str(flat)), f"{point} was never reached"
+        assert set(os.listdir(place.scratch)) - there == ({"flat"} if point == "file.after_link" else set()), point
+        assert not flat.exists() or flat.read_bytes() == before
+        flat.unlink(missing_ok=True)
+        with place.pool() as pool:
+            assert content(pool.open_clone("victim"), place.scratch) == before
+            pool.flatten("victim", flat)
+            # It stands on nothing: not on the disk, not on what that stood on.
+            pool.remove("victim")
+            pool.collect()
+            assert flat.read_bytes() == before
+            flat.unlink()
 
 
 def test_a_clean_up_that_is_killed_is_done_again(place: Place) -> None:

@@ -146,10 +146,11 @@ def configuration(request: MachineRequest, rootfs: RootFilesystem, network: User
 
 
 def mount_of(disk: Attached) -> Mount:
-    """How the guest mounts a further disk. Of one that is only read the journal is left alone; a larger one grows."""
+    """How the guest mounts a further disk. Of one that is only read the journal is left alone; a larger one grows; what is deleted
+    is given back to the host."""
     if disk.read_only:
         return Mount(disk.serial, disk.path, flags=("ro",), options="noload")
-    return Mount(disk.serial, disk.path, options="noinit_itable", grow=True)
+    return Mount(disk.serial, disk.path, options="noinit_itable,discard", grow=True)
 
 
 def disk_of(disk: Attached) -> Disk:

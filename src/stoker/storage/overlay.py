@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stoker.errors import HostError, InvalidRequest
+from stoker.host.trace import declare, trace
 from stoker.storage.compose import Piece
 
 __all__ = [
+    "GROW",
     "CLUSTER",
     "Header",
     "allocated",
@@ -36,6 +38,7 @@ __all__ = [
     "write_overlay",
 ]
 
+GROW = declare("grow.after_table")
 CLUSTER_BITS = 16
 CLUSTER = 1 << CLUSTER_BITS
 L2_COVERS = CLUSTER * (CLUSTER // 8)
@@ -159,8 +162,9 @@ def grow_overlay(fd: int, path: Path, size: int) -> None:
         # What lies behind the table in its last cluster may be the rest of what the cluster once was.
         os.pwrite(fd, bytes((entries - header.l1_entries) * 8), header.l1_offset + header.l1_entries * 8)
         os.fdatasync(fd)
-    os.pwrite(fd, struct.pack(">Q", size), 24)
-    os.pwrite(fd, struct.pack(">I", entries), 36)
+        trace("grow.after_table")
+    # The size and the table's length (between them: no encryption) in one write: a crash finds both or neither.
+    os.pwrite(fd, struct.pack(">QII", size, 0, entries), 24)
 
 
 def allocated(fd: int, path: Path) -> Iterator[Piece]:

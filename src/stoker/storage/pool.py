@@ -77,9 +77,10 @@ class Pool:
         self.directory = directory
         self._lock = lock
         self._layout = layout = Layout.make(directory)
+        self._devices = SnapshotDevices(layout)
         self._by_strategy: dict[Strategy, CloneStrategy] = {
             Strategy.QCOW2: Qcow2(layout),
-            Strategy.DM_SNAPSHOT: SnapshotDevices(layout),
+            Strategy.DM_SNAPSHOT: self._devices,
             Strategy.REFLINK: Reflink(layout),
             Strategy.COPY: Copied(layout),
         }
@@ -171,6 +172,7 @@ class Pool:
                 if thing.kind == "device":
                     devicemapper.remove(thing.name)
         self._layout.sweep()
+        self._devices.sweep()
 
     # -- disks --------------------------------------------------------------------------------------------------------
 

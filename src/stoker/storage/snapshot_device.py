@@ -33,6 +33,8 @@ __all__ = ["SnapshotDevices", "origin_table", "snapshot_table"]
 SECTOR = 512
 ACTIVATE = declare("device.after_loops", "device.after_origin", "device.after_device")
 DEACTIVATE = declare("device.after_remove", "device.after_detach")
+GROW = declare("grow.after_store", "grow.after_record", "grow.after_device")
+SUSPENDED = declare("device.while_suspended")
 FREES = (1, 16, 0)
 """The snapshot target's version from which a discarded chunk is given back to the copy-on-write file."""
 
@@ -80,6 +82,7 @@ class SnapshotDevices:
             with self._layout.new(new, replace(record, disk="disk.0")) as disk, dm.suspended(self._device(name)):
                 fd = os.open(disk, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 try:
+                    trace("device.while_suspended")
                     _copy(source, fd)
                 finally:
                     os.close(fd)
@@ -107,7 +110,13 @@ class SnapshotDevices:
                 self._deactivate(name, path)
                 with no_space():
                     device = self._activate(name, record, path, base)
-            elif dm.status(device.name)[0].words.startswith(("Invalid", "Overflow")):
+            elif device.suspended or dm.table(device.name)[0].length * SECTOR != record.size:
+                # Somebody was killed while it was copied, or made larger.
+                with no_space(), ExitStack() as stack:
+                    [store] = loop.find(path)
+                    loop.refresh_size(store)
+                    self._reload(name, record, base, store, stack)
+            if dm.status(device.name)[0].words.startswith(("Invalid", "Overflow")):
                 raise HostError(
                     "clone_corrupt", f"the disk {name} was given up by the kernel", "dmesg says why; remove its sandbox"
                 )
@@ -131,6 +140,20 @@ class SnapshotDevices:
             device = dm.create(self._device(name), self._table(record, origin, store))
             trace("device.after_device")
         return device
+
+    def _reload(self, name: str, record: Record, base: Path, store: Loop, stack: ExitStack) -> None:
+        """The device of a clone as its record says; it goes on if it was suspended."""
+        origin = self._origin(name, record, base, _shared_loop(base, stack))
+        dm.replace(self._device(name), self._table(record, origin, store))
+
+    def sweep(self) -> None:
+        """Devices that a process which was killed left suspended go on: a virtual machine may be waiting for one."""
+        for name in self._layout.names():
+            if self._layout.record(name).strategy is not Strategy.DM_SNAPSHOT:
+                continue
+            device = dm.find(self._device(name))
+            if device is not None and device.suspended:
+                self.open(name)
 
     def _table(self, record: Record, origin: str, store: Loop) -> list[Target]:
         return snapshot_table(
@@ -180,6 +203,7 @@ class SnapshotDevices:
         try:
             with _store(self._layout.disk(name, record)) as store, new_file(target) as out, dm.suspended(self._device(name)):
                 os.ftruncate(out, record.size)
+                trace("device.while_suspended")
                 layers = [
                     (store, pieces(store, self._layout.disk(name, record))),
                     (base, (Piece(start, length, start) for start, length in data_ranges(base))),
@@ -198,9 +222,11 @@ class SnapshotDevices:
             os.truncate(path, capacity(size))
             [store] = loop.find(path)
             loop.refresh_size(store)
-            origin = self._origin(name, record, base, _shared_loop(base, stack))
-            dm.replace(self._device(name), self._table(record, origin, store))
+            trace("grow.after_store")
             write(self._layout.place(name), record)
+            trace("grow.after_record")
+            self._reload(name, record, base, store, stack)
+            trace("grow.after_device")
         return self.open(name)
 
     def usage(self, name: str) -> Usage:

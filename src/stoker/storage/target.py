@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stoker.errors import Conflict, InvalidRequest
+from stoker.host.trace import declare, trace
 from stoker.storage.layout import no_space
 
-__all__ = ["new_file", "raised_to"]
+__all__ = ["FLATTEN", "new_file", "raised_to"]
+
+FLATTEN = declare("file.after_content", "file.after_link")
 
 
 def raised_to(size: int, least: int) -> int:
@@ -24,18 +27,17 @@ def raised_to(size: int, least: int) -> int:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[int]:
-    """An open, empty file that appears under its name when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    """An open, empty file without a name, which gets one when the block ends well. A failure or a crash leaves nothing."""
     with no_space():
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(path.parent, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
         try:
+            yield fd
+            trace("file.after_content")
             try:
-                yield fd
-            finally:
-                os.close(fd)
-            try:
-                os.link(temporary, path)
+                # With a directory's descriptor, which an absolute name does not use, links are followed.
+                os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
             except FileExistsError:
                 raise Conflict("file_exists", f"there is a file {path} already", "another name") from None
+            trace("file.after_link")
         finally:
-            os.unlink(temporary)
+            os.close(fd)
