@@ -176,6 +176,7 @@ static void loop(void)
 		}
 		more |= processes_work();
 		more |= power_work();
+		more |= copies_work();
 		channel_flush();
 		processes_swept();
 	}

@@ -37,6 +37,8 @@ enum {
 
 size_t text_formatv(char *buffer, size_t size, const char *format, va_list args);
 size_t text_format(char *buffer, size_t size, const char *format, ...) __attribute__((format(printf, 3, 4)));
+uint64_t text_number(const char *s, char **end); /* digits behind blanks, decimal; what is too large is the largest */
+char *text_find(const char *s, const char *word);
 void text_complain(const char *format, ...) __attribute__((format(printf, 1, 2))); /* to standard error */
 
 /* ---- agent.c: modes, the event loop ------------------------------------------------------------------------------------ */
@@ -79,6 +81,7 @@ void channel_listen(int fd);         /* a listening socket: one connection at a 
 bool channel_work(void);             /* reads and handles; true: there is more to do at once */
 void channel_flush(void);
 bool channel_synced(void);
+void channel_hold(bool on); /* nothing more is read from the host for a while */
 /* Queues a frame by copy. False: no room now (never for a reply: parsing stops while the queue is long). */
 bool channel_send(uint8_t type, uint32_t channel, uint64_t offset, const void *payload, size_t length);
 /* The same for DATA out of a ring, in at most two pieces. False: no room now. */
@@ -211,6 +214,7 @@ struct launch {
 
 bool launch_prepare(struct launch *l); /* in the child */
 int launch_run(void *launch);          /* in the child: prepare and exec */
+void close_inherited(int keep);        /* in a child that executes nothing: every descriptor above 2 but this one (-1: none) */
 /* Starts the program and waits until it runs or has failed: the pid, or -1 with stage and error set. */
 pid_t launch_start(struct launch *l);
 
@@ -218,7 +222,7 @@ void call_exec(uint32_t request, const struct mp *m);
 /* The child of an applet: `directory` is the working directory that could not be entered, or NULL. Returns the exit code. */
 int applet_main(char **argv, const struct mp *args, const char *directory, int error, const struct account *a);
 
-/* ---- setup.c, handover.c, mounts.c, network.c, boot.c, info.c, power.c ----------------------------------------------------------------------------------------- */
+/* ---- setup.c, identity.c, handover.c, mounts.c, network.c, boot.c, info.c, power.c ----------------------------------------------------------------------------------------- */
 
 extern struct mp configured_env;
 extern char configured_user[2 * NAME_ROOM], configured_workdir[PATH_ROOM];
@@ -232,8 +236,21 @@ bool fail(struct failure *f, const char *code, int error, const char *format, ..
 
 void call_prepare(uint32_t request, const struct mp *m);
 void call_configure(uint32_t request, const struct mp *m);
-bool set_realtime(const struct mp *m);
+bool environment_keep(const struct mp *env);
+
+bool set_realtime(const struct mp *v);
+uint64_t realtime_ns(void);
 bool add_entropy(const struct mp *bytes);
+/* Host name, hosts, resolv.conf. In a copy only what is named changes. */
+bool names_set(const struct mp *m, bool copy, struct failure *f);
+bool boot_id_set(const char *given); /* NULL: one of its own */
+bool generation_write(uint64_t generation);
+bool machine_id_known(void);
+bool machine_id_set(const char *id);
+bool sshd_installed(void);
+bool host_keys_write(const struct mp *keys, struct failure *f);
+unsigned host_keys(const struct mp *keep, bool remove); /* how many files there are besides those to keep */
+bool machine_id_and_keys(const struct mp *m, struct failure *f);
 
 void boot(void);  /* PID 1: mounts, modules; returns with the channel open */
 bool modules_load(const char *name, int *error);
@@ -252,12 +269,53 @@ bool mount_wait(const char *device);
 bool mount_find(const char *serial, char *device, size_t size); /* the disk with this serial number as /dev/NAME */
 bool mount_all(const struct mp *mounts, struct failure *f);
 
+struct mount_line {
+	char *source, *target, *type;
+};
+unsigned mount_lines(struct mount_line *lines, unsigned most); /* of /proc/self/mounts, good until the next call */
+
 bool network_loopback(void);
 bool network_configure(const struct mp *network, struct failure *f);
+bool network_change(const struct mp *network, struct failure *f); /* the same, where there is another one */
 
 /* Gives process 1 to the image's /sbin/init. True in the child that goes on as the agent; false: nothing was handed over. */
 bool hand_over(struct failure *f);
 void init_ask(bool reboot_it); /* for a shutdown */
+
+/* ---- copies.c, hooks.c, quiet.c, connections.c ----------------------------------------------------------------------------------------- */
+
+void call_before_snapshot(uint32_t request, const struct mp *m);
+void call_after_snapshot(uint32_t request);
+void call_after_restore(uint32_t request, const struct mp *m);
+bool copies_work(void);
+void report_hazard(const char *name, bool handled, const char *format, ...) __attribute__((format(printf, 3, 4)));
+void report_hazard_named(const char *before, const char *name, bool handled, const char *format, ...) __attribute__((format(printf, 4, 5)));
+
+/* DIRECTORY/KIND: false when there is nothing to run. Then hooks_work runs them; false: all have ended. */
+bool hooks_begin(const char *directory, const char *kind, uint64_t limit_ms);
+bool hooks_work(void);
+void hooks_ended(pid_t pid, int status);
+void hooks_abandon(void);
+
+/* What the child that makes a machine quiet tells its parent. */
+struct quiet_result {
+	uint64_t sync_us, drop_us, freeze_us, zeroed, left;
+	int drop_error, freeze_error;
+	unsigned frozen;
+	char where[64];
+};
+void quiet_child(bool freeze, bool drop, int report) __attribute__((noreturn));
+unsigned quiet_thaw(void);
+
+/* The guest's other processes. */
+struct others {
+	unsigned count, dropped, reloaded;
+	int error; /* why a connection is still there */
+	char names[160];
+};
+void others_visit(bool connections, bool sshd, struct others *o);
+
+/* ---- info.c, power.c ------------------------------------------------------------------------------------------------------------------ */
 
 void call_info(uint32_t request);
 void call_sync(uint32_t request);

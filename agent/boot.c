@@ -50,7 +50,7 @@ static void open_console(void)
 static bool on_command_line(const char *word)
 {
 	size_t n = strlen(word);
-	for (const char *at = command_line; (at = strstr(at, word)); at += n)
+	for (const char *at = command_line; (at = text_find(at, word)); at += n)
 		if ((at == command_line || at[-1] == ' ') && (!at[n] || at[n] == ' ' || at[n] == '\n'))
 			return true;
 	return false;
@@ -189,6 +189,7 @@ void mount_rest(bool tmpfs_tmp)
 	mount_over("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
 	mount_over("mqueue", "/dev/mqueue", "mqueue", SAFE, NULL);
 	mount_over("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755");
+	generation_write(0);
 	if (tmpfs_tmp && directory_is_empty("/tmp"))
 		mount_over("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
 	mount("cgroup2", "/sys/fs/cgroup", "cgroup2", SAFE, "nsdelegate");

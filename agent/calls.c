@@ -255,6 +255,21 @@ static void call_grow(uint32_t request, const struct mp *m)
 	reply(request, &w);
 }
 
+/* Sets the clock, if it is told a time, and answers what it said before. */
+static void call_time(uint32_t request, const struct mp *m)
+{
+	struct mp t = mp_get(m, "realtime");
+	uint8_t buffer[64];
+	struct mp_writer w;
+	mpw_init(&w, buffer, sizeof buffer);
+	mpw_map(&w, 1);
+	mpw_key_uint(&w, "realtime", realtime_ns());
+	if (t.type != MP_MISSING && !set_realtime(&t))
+		call_flag(request, false, "the clock");
+	else
+		reply(request, &w);
+}
+
 static void handle_call(const struct frame *f)
 {
 	struct mp m;
@@ -284,9 +299,14 @@ static void handle_call(const struct frame *f)
 		call_grow(r, &m);
 	} else if (mp_text_is(&method, "shutdown")) {
 		call_shutdown(r, &m);
+	} else if (mp_text_is(&method, "before_snapshot")) {
+		call_before_snapshot(r, &m);
+	} else if (mp_text_is(&method, "after_snapshot")) {
+		call_after_snapshot(r);
+	} else if (mp_text_is(&method, "after_restore")) {
+		call_after_restore(r, &m);
 	} else if (mp_text_is(&method, "time")) {
-		struct mp t = mp_get(&m, "realtime");
-		call_flag(r, set_realtime(&t), "the clock");
+		call_time(r, &m);
 	} else if (mp_text_is(&method, "reseed")) {
 		struct mp bytes = mp_get(&m, "entropy");
 		call_flag(r, add_entropy(&bytes), "the entropy pool");

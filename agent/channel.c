@@ -29,7 +29,7 @@ static struct {
 
 static struct parser parser;
 static struct watch port_in = {.fd = -1}, port_out = {.fd = -1}, listener = {.fd = -1};
-static bool readable, writable, synced, greeted;
+static bool readable, writable, synced, greeted, held;
 uint64_t channel_generation;
 
 static void queue_clear(void)
@@ -97,6 +97,11 @@ void channel_listen(int fd)
 	listener = (struct watch){.ready = on_listener, .fd = fd};
 	out_of_sync();
 	watch_add(&listener, EPOLLIN);
+}
+
+void channel_hold(bool on)
+{
+	held = on;
 }
 
 bool channel_synced(void)
@@ -250,7 +255,7 @@ static bool parse_one(void)
 
 static bool parse_all(void)
 {
-	while (queue_free() >= REPLY_ROOM + PING_MAX + 64)
+	while (!held && queue_free() >= REPLY_ROOM + PING_MAX + 64)
 		if (!parse_one())
 			return true;
 	channel_flush();
@@ -274,9 +279,11 @@ static ssize_t read_port(void)
 bool channel_work(void)
 {
 	/* Whole rounds of the loop in between, so that a flood of input does not starve the output. */
-	if (port_in.fd < 0)
+	if (port_in.fd < 0 || held)
 		return false;
 	bool parsed = parse_all();
+	if (held)
+		return false;
 	if (!readable || !parsed)
 		return !parsed && writable;
 	ssize_t n = read_port();

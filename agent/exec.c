@@ -322,12 +322,14 @@ static bool open_terminal(const struct request *q, struct ends *e)
 
 /* ---- starting ------------------------------------------------------------------------------------------------------------------- */
 
-static void close_inherited(void)
+void close_inherited(int keep)
 {
 	/* Before Linux 5.9 one by one; everything is close-on-exec, which does not help without exec. */
-	if (syscall(SYS_close_range, 3u, ~0u, 0u))
+	bool ok = keep <= 3 || syscall(SYS_close_range, 3u, (unsigned)keep - 1, 0u) == 0;
+	if (!ok || syscall(SYS_close_range, keep < 3 ? 3u : (unsigned)keep + 1, ~0u, 0u))
 		for (int fd = 3; fd < 65536; fd++)
-			close(fd);
+			if (fd != keep)
+				close(fd);
 }
 
 /* An applet is a child that does not execute anything. It is a copy, not a sharer: it allocates and lives on. */
@@ -341,7 +343,7 @@ static pid_t start_applet(struct request *q)
 	bool ready = launch_prepare(l);
 	/* Only a relative path needs the directory: whoever writes /srv/a must not fail for a missing default directory. */
 	bool tolerable = !ready && !strcmp(l->stage, "directory");
-	close_inherited();
+	close_inherited(-1);
 	signal(SIGPIPE, SIG_DFL);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);

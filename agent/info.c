@@ -11,15 +11,15 @@ static char text[16384];
 
 static uint64_t kilobytes(const char *key)
 {
-	const char *at = strstr(text, key);
-	return at ? strtoull(at + strlen(key), NULL, 10) * 1024 : 0;
+	const char *at = text_find(text, key);
+	return at ? text_number(at + strlen(key), NULL) * 1024 : 0;
 }
 
 /* Both files have exactly two decimals. */
 static uint64_t hundredths(char **at)
 {
-	uint64_t whole = strtoull(*at, at, 10);
-	return whole * 100 + (**at == '.' ? strtoull(*at + 1, at, 10) : 0);
+	uint64_t whole = text_number(*at, at);
+	return whole * 100 + (**at == '.' ? text_number(*at + 1, at) : 0);
 }
 
 static void put_times(struct mp_writer *w)
@@ -58,8 +58,8 @@ static void put_cpu(struct mp_writer *w)
 	mpw_str(w, "cpu");
 	mpw_map(w, 9);
 	for (int i = 0; i < 8; i++)
-		mpw_key_uint(w, names[i], strtoull(at, &at, 10));
-	for (const char *line = strstr(text, "\ncpu"); line; line = strstr(line + 1, "\ncpu"))
+		mpw_key_uint(w, names[i], text_number(at, &at));
+	for (const char *line = text_find(text, "\ncpu"); line; line = text_find(line + 1, "\ncpu"))
 		cpus++;
 	mpw_key_uint(w, "cpus", cpus);
 }
@@ -83,8 +83,8 @@ static void put_disks(struct mp_writer *w)
 		/* major minor name reads merged sectors ms writes merged sectors ms ... */
 		uint64_t v[8];
 		char *at = line;
-		strtoull(at, &at, 10);
-		strtoull(at, &at, 10);
+		text_number(at, &at);
+		text_number(at, &at);
 		char *name = at + strspn(at, " ");
 		at = name + strcspn(name, " ");
 		if (!*at)
@@ -93,7 +93,7 @@ static void put_disks(struct mp_writer *w)
 		if (!wanted_disk(name))
 			continue;
 		for (int i = 0; i < 8; i++)
-			v[i] = strtoull(at, &at, 10);
+			v[i] = text_number(at, &at);
 		n++;
 		mpw_map(w, 7);
 		mpw_key_str(w, "name", name);
@@ -125,7 +125,7 @@ static void put_networks(struct mp_writer *w)
 		mpw_map(w, 9);
 		mpw_key_str(w, "name", name);
 		for (int i = 0; i < 12; i++) {
-			uint64_t v = strtoull(at, &at, 10);
+			uint64_t v = text_number(at, &at);
 			if (names[i])
 				mpw_key_uint(w, names[i], v);
 		}
@@ -141,10 +141,10 @@ static void put_agent(struct mp_writer *w)
 	char statm[64];
 	read_small("/proc/self/statm", statm, sizeof statm);
 	char *at = statm;
-	strtoull(at, &at, 10);
+	text_number(at, &at);
 	mpw_str(w, "agent");
 	mpw_map(w, 3);
-	mpw_key_uint(w, "resident", strtoull(at, NULL, 10) * 4096);
+	mpw_key_uint(w, "resident", text_number(at, NULL) * 4096);
 	mpw_key_uint(w, "running", processes_running);
 	mpw_key_uint(w, "remembered", total);
 }

@@ -170,3 +170,37 @@ bool mount_all(const struct mp *mounts, struct failure *f)
 	}
 	return true;
 }
+
+/* A field of /proc/self/mounts, where white space and backslashes are written in octal. */
+static void unescape(char *s)
+{
+	char *to = s;
+	for (; *s; s++, to++) {
+		bool octal = s[0] == '\\' && s[1] >= '0' && s[1] <= '3' && s[2] && s[3];
+		*to = (char)(octal ? (s[1] - '0') << 6 | (s[2] - '0') << 3 | (s[3] - '0') : *s);
+		s += octal ? 3 : 0;
+	}
+	*to = 0;
+}
+
+unsigned mount_lines(struct mount_line *lines, unsigned most)
+{
+	static char text[65536];
+	unsigned n = 0;
+	read_small("/proc/self/mounts", text, sizeof text);
+	for (char *at = text; *at && n < most;) {
+		struct mount_line l = {.source = at};
+		at += strcspn(at, "\n");
+		if (*at)
+			*at++ = 0;
+		l.target = strchr(l.source, ' ');
+		l.type = l.target ? strchr(l.target + 1, ' ') : NULL;
+		if (!l.type)
+			continue;
+		*l.target++ = *l.type++ = 0;
+		l.type[strcspn(l.type, " ")] = 0;
+		unescape(l.target);
+		lines[n++] = l;
+	}
+	return n;
+}

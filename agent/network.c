@@ -39,7 +39,7 @@ static bool parse_address(const char *text, struct address *a)
 		*slash++ = 0;
 	a->family = strchr(copy, ':') ? AF_INET6 : AF_INET;
 	unsigned most = a->family == AF_INET ? 32 : 128;
-	a->prefix = slash ? (unsigned)strtoul(slash, NULL, 10) : most;
+	a->prefix = slash ? (unsigned)text_number(slash, NULL) : most;
 	return inet_pton(a->family, copy, a->bytes) == 1 && a->prefix <= most;
 }
 
@@ -112,6 +112,70 @@ static int add_address(unsigned index, const struct address *a)
 	return talk(&m);
 }
 
+/* ---- what was there before -------------------------------------------------------------------------------------------------- */
+
+enum { ADDRESSES_MAX = 64 };
+
+struct held_address {
+	struct ifaddrmsg body;
+	uint8_t bytes[16];
+};
+
+static void keep_address(struct held_address *to, const struct nlmsghdr *h)
+{
+	const struct ifaddrmsg *a = NLMSG_DATA(h);
+	unsigned room = (unsigned)IFA_PAYLOAD(h);
+	to->body = *a;
+	for (struct rtattr *r = IFA_RTA(a); RTA_OK(r, room); r = RTA_NEXT(r, room))
+		if (r->rta_type == IFA_LOCAL || (r->rta_type == IFA_ADDRESS && a->ifa_family == AF_INET6))
+			memcpy(to->bytes, RTA_DATA(r), a->ifa_family == AF_INET ? 4 : 16);
+}
+
+/* The interface's addresses, at most `most`. */
+static unsigned list_addresses(unsigned index, struct held_address *list, unsigned most)
+{
+	static _Alignas(8) uint8_t data[32768];
+	struct ifaddrmsg all = {.ifa_family = AF_UNSPEC};
+	struct message m;
+	unsigned n = 0;
+	int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+	begin(&m, RTM_GETADDR, NLM_F_DUMP, &all, sizeof all);
+	bool more = fd >= 0 && send(fd, &m, m.header.nlmsg_len, 0) >= 0;
+	while (more) {
+		ssize_t left = recv(fd, data, sizeof data, 0);
+		more = left > 0;
+		for (uint8_t *at = data; more && left >= (ssize_t)NLMSG_HDRLEN;) {
+			const struct nlmsghdr *h = (const struct nlmsghdr *)at;
+			more = h->nlmsg_type == RTM_NEWADDR;
+			if (more && n < most && ((struct ifaddrmsg *)NLMSG_DATA(h))->ifa_index == index)
+				keep_address(&list[n++], h);
+			at += NLMSG_ALIGN(h->nlmsg_len);
+			left -= (ssize_t)NLMSG_ALIGN(h->nlmsg_len);
+		}
+	}
+	if (fd >= 0)
+		close(fd);
+	return n;
+}
+
+/* Takes the interface's addresses, and with them the routes by them, away. 0 or an errno. */
+static int remove_addresses(unsigned index)
+{
+	static struct held_address list[ADDRESSES_MAX];
+	unsigned n = list_addresses(index, list, ADDRESSES_MAX);
+	int error = 0;
+	for (unsigned i = 0; i < n; i++) {
+		struct message m;
+		begin(&m, RTM_DELADDR, 0, &list[i].body, sizeof list[i].body);
+		attribute(&m, IFA_LOCAL, list[i].bytes, list[i].body.ifa_family == AF_INET ? 4 : 16);
+		int failed = talk(&m);
+		/* Those that hung on another are gone with it. */
+		if (failed && failed != EADDRNOTAVAIL && !error)
+			error = failed;
+	}
+	return error;
+}
+
 static int add_default_route(unsigned index, const struct address *gateway, bool on_link)
 {
 	struct rtmsg body = {.rtm_family = (uint8_t)gateway->family, .rtm_table = RT_TABLE_MAIN, .rtm_protocol = RTPROT_BOOT,
@@ -130,12 +194,14 @@ bool network_loopback(void)
 
 static bool parse_mac(const char *text, uint8_t mac[6])
 {
-	for (int i = 0; i < 6; i++, text += 3) {
-		char *end, behind = i < 5 ? ':' : 0;
-		unsigned long v = strtoul(text, &end, 16);
-		if (end != text + 2 || *end != behind || v > 255)
+	static const char digits[] = "0123456789abcdefABCDEF";
+	for (int i = 0; i < 18; i++) {
+		char c = text[i];
+		const char *d = c ? strchr(digits, c) : NULL;
+		if (i % 3 == 2 ? c != (i < 17 ? ':' : 0) : !d)
 			return false;
-		mac[i] = (uint8_t)v;
+		if (i % 3 < 2)
+			mac[i / 3] = (uint8_t)(mac[i / 3] << 4 | (d - digits < 16 ? d - digits : d - digits - 6));
 	}
 	return true;
 }
@@ -177,4 +243,30 @@ bool network_configure(const struct mp *n, struct failure *f)
 	if (error == ENETUNREACH || error == EHOSTUNREACH || error == EINVAL)
 		error = add_default_route(index, &gateway, true); /* a gateway outside the prefix, as with /32 addresses */
 	return !error || fail(f, "network_failed", error, "default route by %s: %s", text, strerror(error));
+}
+
+/* A copy keeps nothing of the original's: also the link-local address, which was made of the MAC, is another one. */
+bool network_change(const struct mp *n, struct failure *f)
+{
+	char name[IFNAMSIZ] = "eth0", text[64];
+	uint8_t mac[6];
+	struct mp v = mp_get(n, "interface"), m = mp_get(n, "mac");
+	if (v.type != MP_MISSING && !mp_copy(&v, name, sizeof name))
+		return fail(f, "bad_request", EINVAL, "network: the interface's name is too long");
+	unsigned index = if_nametoindex(name);
+	if (!index)
+		return fail(f, "network_failed", ENODEV, "no network interface %s", name);
+	int error = remove_addresses(index);
+	if (error)
+		return fail(f, "network_failed", error, "%s: old addresses: %s", name, strerror(error));
+	if (!network_configure(n, f))
+		return false;
+	if (mp_copy(&m, text, sizeof text) && parse_mac(text, mac)) {
+		struct address own = {AF_INET6, 64, {0xfe, 0x80, [8] = mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]}};
+		error = add_address(index, &own);
+		/* A kernel without IPv6 has no such address. */
+		if (error && error != EAFNOSUPPORT && error != EOPNOTSUPP && error != EACCES)
+			return fail(f, "network_failed", error, "%s: link-local address: %s", name, strerror(error));
+	}
+	return true;
 }

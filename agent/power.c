@@ -86,46 +86,19 @@ void call_shutdown(uint32_t request, const struct mp *m)
 	power_request(again, mp_u64_or(m, "grace", 5000, GRACE_MAX));
 }
 
-/* A field of /proc/self/mounts, where white space and backslashes are written in octal. */
-static void unescape(char *s)
-{
-	char *to = s;
-	for (; *s; s++, to++) {
-		bool octal = s[0] == '\\' && s[1] >= '0' && s[1] <= '3' && s[2] && s[3];
-		*to = octal ? (char)((s[1] - '0') << 6 | (s[2] - '0') << 3 | (s[3] - '0')) : *s;
-		s += octal ? 3 : 0;
-	}
-	*to = 0;
-}
-
 /* In reverse order of mounting; what is still busy becomes read-only. */
 static void unmount_all(void)
 {
-	static char text[65536];
-	char *lines[512];
-	int n = 0;
-	read_small("/proc/self/mounts", text, sizeof text);
-	for (char *at = text; *at && n < 512;) {
-		lines[n++] = at;
-		at += strcspn(at, "\n");
-		if (*at)
-			*at++ = 0;
-	}
+	static struct mount_line lines[512];
+	unsigned n = mount_lines(lines, 512);
 	while (n--) {
-		char *target = strchr(lines[n], ' ');
-		if (!target)
-			continue;
-		*target++ = 0;
-		char *type = strchr(target, ' ');
-		if (type)
-			*type++ = 0;
-		unescape(target);
+		const char *type = lines[n].type;
 		/* Memory only, or in use by ourselves. */
-		if (!type || !strncmp(type, "proc", 4) || !strncmp(type, "sysfs", 5) || !strncmp(type, "devtmpfs", 8) ||
-		    !strncmp(type, "tmpfs", 5) || !strncmp(type, "cgroup", 6) || !strncmp(type, "devpts", 6))
+		if (!strncmp(type, "proc", 4) || !strncmp(type, "sysfs", 5) || !strncmp(type, "devtmpfs", 8) || !strncmp(type, "tmpfs", 5) ||
+		    !strncmp(type, "cgroup", 6) || !strncmp(type, "devpts", 6))
 			continue;
-		if (strcmp(target, "/") == 0 || umount2(target, 0))
-			mount(NULL, target, NULL, MS_REMOUNT | MS_RDONLY, NULL);
+		if (strcmp(lines[n].target, "/") == 0 || umount2(lines[n].target, 0))
+			mount(NULL, lines[n].target, NULL, MS_REMOUNT | MS_RDONLY, NULL);
 	}
 }
 

@@ -153,8 +153,8 @@ static bool killed_for_memory(int status)
 		return false;
 	static char text[8192];
 	read_small("/proc/vmstat", text, sizeof text);
-	const char *at = strstr(text, "\noom_kill ");
-	uint64_t kills = at ? strtoull(at + 10, NULL, 10) : 0;
+	const char *at = text_find(text, "\noom_kill ");
+	uint64_t kills = at ? text_number(at + 10, NULL) : 0;
 	bool rose = kills > oom_kills;
 	oom_kills = kills;
 	return rose;
@@ -168,6 +168,7 @@ static bool reap_one(void)
 	if (pid <= 0)
 		return false;
 	power_sync_ended(pid);
+	hooks_ended(pid, status);
 	struct process *p = find_pid(pid);
 	if (!p)
 		return true; /* an orphan */

@@ -147,7 +147,10 @@ struct overrides { /* what pax and GNU headers say about the next entry */
 static struct timespec decimal_time(const char *s)
 {
 	char *end;
-	struct timespec t = {.tv_sec = strtoll(s, &end, 10)};
+	bool before = *s == '-';
+	struct timespec t = {.tv_sec = (time_t)text_number(s + before, &end)};
+	if (before)
+		t.tv_sec = -t.tv_sec;
 	long scale = 100000000;
 	if (*end == '.')
 		for (end++; *end >= '0' && *end <= '9' && scale; end++, scale /= 10)
@@ -164,13 +167,13 @@ static void pax_record(struct overrides *o, const char *key, const char *value, 
 		free(o->link);
 		o->link = text(value, length);
 	} else if (!strcmp(key, "size")) {
-		o->size = strtoull(value, NULL, 10);
+		o->size = text_number(value, NULL);
 		o->has_size = true;
 	} else if (!strcmp(key, "uid")) {
-		o->uid = (uint32_t)strtoull(value, NULL, 10);
+		o->uid = (uint32_t)text_number(value, NULL);
 		o->has_uid = true;
 	} else if (!strcmp(key, "gid")) {
-		o->gid = (uint32_t)strtoull(value, NULL, 10);
+		o->gid = (uint32_t)text_number(value, NULL);
 		o->has_gid = true;
 	} else if (!strcmp(key, "mtime")) {
 		o->mtime = decimal_time(value);
@@ -183,7 +186,7 @@ static void pax_record(struct overrides *o, const char *key, const char *value, 
 		free(o->sparse_name);
 		o->sparse_name = text(value, length);
 	} else if (!strcmp(key, "GNU.sparse.realsize")) {
-		o->real_size = strtoull(value, NULL, 10);
+		o->real_size = text_number(value, NULL);
 		o->has_real_size = true;
 	} else if (!strncmp(key, "GNU.sparse.", 11)) {
 		bad_archive(NULL, "only sparse files of format 1.0 are supported");
@@ -197,7 +200,7 @@ static void pax_parse(struct overrides *o, char *data, uint64_t size)
 	char *at = data, *end = data + size;
 	while (at < end) {
 		char *digits;
-		unsigned long n = strtoul(at, &digits, 10);
+		unsigned long n = text_number(at, &digits);
 		if (n < 5 || n > (size_t)(end - at) || *digits != ' ' || at[n - 1] != '\n' || digits + 1 >= at + n)
 			bad_archive(NULL, "a pax header is damaged");
 		char *key = digits + 1, *equals = memchr(key, '=', (size_t)(at + n - key));

@@ -82,6 +82,28 @@ size_t text_format(char *buffer, size_t size, const char *format, ...)
 	return n;
 }
 
+uint64_t text_number(const char *s, char **end)
+{
+	uint64_t v = 0;
+	while (*s == ' ' || *s == '\t')
+		s++;
+	for (; *s >= '0' && *s <= '9'; s++)
+		if (__builtin_mul_overflow(v, 10, &v) || __builtin_add_overflow(v, (uint64_t)(*s - '0'), &v))
+			v = UINT64_MAX;
+	if (end)
+		*end = (char *)s;
+	return v;
+}
+
+char *text_find(const char *s, const char *word)
+{
+	size_t n = strlen(word);
+	for (; *s; s++)
+		if (!strncmp(s, word, n))
+			return (char *)s;
+	return NULL;
+}
+
 void text_complain(const char *format, ...)
 {
 	char line[640];

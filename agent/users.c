@@ -57,7 +57,7 @@ static bool number(const char *s, uint32_t *out)
 	if (!s || !isdigit((unsigned char)*s) || strlen(s) > 10)
 		return false;
 	char *end;
-	unsigned long long v = strtoull(s, &end, 10);
+	unsigned long long v = text_number(s, &end);
 	*out = (uint32_t)v;
 	return !*end && v < UINT32_MAX; /* -1 means "unchanged" to the kernel */
 }

@@ -29,13 +29,21 @@
 #define put text_put
 #include "../text.c"
 #undef put
-#define put setup_put
-#define add setup_add
-#define text setup_text
 #include "../setup.c"
+#define put identity_put
+#define add identity_add
+#define text identity_text
+#include "../identity.c"
 #undef put
 #undef add
 #undef text
+#define stage copies_stage
+#define buffer copies_buffer
+#define finish copies_finish
+#include "../copies.c"
+#undef stage
+#undef buffer
+#undef finish
 #include "../channel.c"
 
 struct agent agent = {.mode = MODE_SOCKET};
@@ -70,6 +78,14 @@ bool mount_wait(const char *device) { (void)device; abort(); }
 bool mount_find(const char *serial, char *device, size_t size) { (void)serial; (void)device; (void)size; return false; }
 int mount_enlarge(const char *device, const char *path, uint64_t *size) { (void)device; (void)path; *size = 0; return ENODEV; }
 bool mount_all(const struct mp *mounts, struct failure *f) { (void)mounts; (void)f; abort(); }
+unsigned mount_lines(struct mount_line *lines, unsigned most) { (void)lines; (void)most; return 0; }
+bool hooks_begin(const char *directory, const char *kind, uint64_t limit_ms) { (void)directory; (void)kind; (void)limit_ms; return false; }
+bool hooks_work(void) { return false; }
+void hooks_ended(pid_t pid, int status) { (void)pid; (void)status; }
+void hooks_abandon(void) {}
+void quiet_child(bool freeze, bool drop, int report_to) { (void)freeze; (void)drop; (void)report_to; abort(); }
+unsigned quiet_thaw(void) { return 0; }
+void others_visit(bool connections, bool sshd, struct others *o) { (void)connections; (void)sshd; (void)o; abort(); }
 bool hand_over(struct failure *f) { (void)f; abort(); }
 void init_ask(bool again) { (void)again; abort(); }
 int applet_main(char **argv, const struct mp *args, const char *directory, int error, const struct account *a)

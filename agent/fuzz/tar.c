@@ -22,6 +22,9 @@ static ssize_t fuzz_read(int fd, void *buffer, size_t n)
 #undef skip
 #undef text
 #undef read
+#define put text_put
+#include "../text.c"
+#undef put
 #include "../frame.c"
 #include "../msgpack.c"
 #define number users_number
@@ -40,12 +43,6 @@ void die(const char *code, int error, const char *path, const char *format, ...)
 	longjmp(out, 1);
 }
 void die_errno(const char *path) { die(NULL, 0, path, "-"); }
-size_t text_format(char *buffer, size_t size, const char *format, ...)
-{
-	(void)size; (void)format;
-	*buffer = 0;
-	return 0;
-}
 uint64_t copy_bytes(int from, int to, uint64_t most, const char *path)
 {
 	(void)from; (void)to; (void)path;

@@ -102,6 +102,7 @@ class Agent(Target):
         self.path = f"{self.directory}/socket"
         env = {
             **os.environ,
+            "STOKER_HOOKS": f"{self.directory}/hooks.d",
             "ASAN_OPTIONS": "detect_leaks=1:exitcode=99:quarantine_size_mb=1",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }

@@ -5,118 +5,24 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from stoker.engine.boot import MachineRequest, configuration
-from stoker.errors import HostError
+from restored_guests import MEMORY, Base, made_base, said, started
 from stoker.guest.agent import Agent
 from stoker.guest.channel import connect
-from stoker.guest.messages import ExecRequest, Preparation, RootMount
-from stoker.host.binaries import agent_path
-from stoker.images.initramfs import build_initramfs
-from stoker.images.kernel import resolve_kernel
-from stoker.images.progress import NullProgress
-from stoker.images.rootfs import RootFilesystem, resolve_image
+from stoker.guest.messages import ExecRequest
 from stoker.settings import Settings
-from stoker.storage.overlay import create_overlay
-from stoker.vmm.accel import verdict
-from stoker.vmm.machine import Disk, GuestMemory, MachineSpec
-from stoker.vmm.memory import Delta, Scratch, capture, changed_bytes, new_memory, sealed
-from stoker.vmm.qemu.driver import QemuMachine, launch
+from stoker.vmm.memory import Scratch, capture, changed_bytes
 
 pytestmark = pytest.mark.anyio
-MIB = 1 << 20
-MEMORY = 256 * MIB
-REQUEST = MachineRequest(name="box", image="debian:12", memory=MEMORY, network="none")
-
-
-@dataclass(frozen=True)
-class Base:
-    """Memory and devices of a machine that was told nothing yet, and what it was made from."""
-
-    spec: MachineSpec
-    rootfs: RootFilesystem
-    settings: Settings
-    memory: int
-    state: bytes
-
-    def own(self, name: str) -> MachineSpec:
-        directory = self.spec.directory.parent / name
-        directory.mkdir(mode=0o700)
-        disk = directory / "root.qcow2"
-        create_overlay(disk, self.rootfs.path, self.rootfs.size)
-        disks = (replace(self.spec.disks[0], path=disk),)
-        return replace(self.spec, name=name, directory=directory, disks=disks, guest_memory=GuestMemory(self.memory), restore=True)
-
-    @asynccontextmanager
-    async def restored(self, name: str, delta: Delta | None = None, state: bytes = b"") -> AsyncIterator[tuple[QemuMachine, Agent]]:
-        async with started(self.own(name), self.settings) as machine:
-            await machine.restore(self.memory, delta, state or self.state)
-            await machine.thaw()
-            # A copy of a machine that spoke has a conversation to go on with, one of the base has none.
-            async with await connect(machine.channel(), fresh=delta is None, timeout=60) as agent:
-                if delta is None:
-                    await agent.configure(configuration(REQUEST, self.rootfs, None))
-                yield machine, agent
-
-
-@asynccontextmanager
-async def started(spec: MachineSpec, settings: Settings) -> AsyncIterator[QemuMachine]:
-    machine = await launch(spec, settings)
-    try:
-        yield machine
-    finally:
-        await machine.kill()
-        await machine.close()
 
 
 @pytest.fixture
 async def base(settings: Settings, short_dir: Path) -> AsyncIterator[Base]:
-    kernel = await resolve_kernel("debian:12", settings, NullProgress())
-    rootfs = await resolve_image("debian:12", settings, NullProgress())
-    initrd = await build_initramfs(kernel, agent_path(), settings, network=False, base=None)
-    accel = await verdict(settings, kernel.vmlinux, initrd)
-    directory = short_dir / "base"
-    directory.mkdir(mode=0o700)
-    memory = new_memory("base", MEMORY)
-    spec = MachineSpec(
-        name="base",
-        directory=directory,
-        kernel=kernel.vmlinux,
-        initrd=initrd,
-        cmdline=(),
-        cpus=2,
-        memory=MEMORY,
-        disks=(Disk(name="root", path=directory / "root.qcow2", format="qcow2", backing=(rootfs.path,)),),
-        network=None,
-        accelerator=accel.accelerator,
-        cpu=accel.cpu,
-        guest_memory=GuestMemory(memory, shared=True),
-    )
-    create_overlay(directory / "root.qcow2", rootfs.path, rootfs.size)
-    async with started(spec, settings) as machine:
-        async with await connect(machine.channel(), fresh=True, timeout=120) as agent:
-            root = RootMount(device="/dev/vda", fstype=rootfs.fstype, options="noinit_itable")
-            await agent.prepare(Preparation(root=root))
-            await said(agent, "true")
-            with pytest.raises(HostError):
-                sealed(memory)  # it is still being written
-        await machine.freeze()
-        state = await machine.device_state()
-    create_overlay(directory / "empty", rootfs.path, rootfs.size)
-    assert (directory / "root.qcow2").read_bytes() == (directory / "empty").read_bytes(), "the base wrote to its disk"
-    yield Base(spec, rootfs, settings, sealed(memory), state)
-    os.close(memory)
-
-
-async def said(agent: Agent, script: str) -> str:
-    done = await agent.run(ExecRequest(["sh", "-c", script]))
-    assert done.status.code == 0, done.stderr
-    return done.stdout.decode()
+    async with made_base(settings, short_dir) as base:
+        yield base
 
 
 async def pattern(agent: Agent, generation: int) -> str:
