@@ -17,12 +17,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from engine_host import HostBooter
-from stoker.api.models import AppInfo, CreateSandbox, CreateVolume, Principal, SandboxState, StartProcess
+from stoker.api.models import AppInfo, CreatePool, CreateSandbox, CreateVolume, Principal, SandboxState, StartProcess
 from stoker.api.volumes import parse_mount
 from stoker.engine.engine import Engine
 from stoker.engine.trace import arm
 from stoker.errors import StokerError
 from stoker.settings import Settings
+from stoker.storage.filesystem import LEAST
 
 ADMIN = Principal()
 SETTLED = frozenset({SandboxState.RUNNING, SandboxState.FAILED, SandboxState.STOPPED})
@@ -57,6 +58,10 @@ async def command(engine: Engine, words: dict[str, Any]) -> Any:
             return {"id": (await engine.volumes.create(ADMIN, CreateVolume(name=words["name"], size=16 << 20))).id}
         case "resize_volume":
             return {"size": (await engine.volumes.resize(ADMIN, words["name"], words["size"])).size}
+        case "pool":
+            return {"path": (await engine.pools.create(CreatePool(name=words["name"], size=LEAST))).path}
+        case "remove_pool":
+            await engine.pools.remove(words["name"])
         case "remove_volume":
             await engine.volumes.remove(ADMIN, words["name"])
         case "import":

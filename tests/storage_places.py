@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from stoker.storage import filesystem
 from stoker.storage.pool import Pool
 from stoker.storage.strategy import Base, Strategy
 
-MIB = 1 << 20
+KIB, MIB = 1 << 10, 1 << 20
 BASE = 4 * MIB
 
 
@@ -68,6 +69,31 @@ def file_system(image: Path, point: Path, size: int, kind: str) -> Iterator[None
     finally:
         if mounted_at(point) is not None:
             umount(point)
+
+
+def free(directory: Path) -> int:
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize
+
+
+def fill(directory: Path, leave: int) -> None:
+    """Takes all space but so many bytes."""
+    fd = os.open(directory / "filler", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(fd, 0)
+        os.fsync(fd)
+        length = 0
+        for step in (MIB, 64 * KIB, 4 * KIB):
+            while free(directory) > leave + step:
+                try:
+                    os.posix_fallocate(fd, length, step)
+                except OSError as e:
+                    if e.errno != errno.ENOSPC:
+                        raise
+                    break
+                length += step
+    finally:
+        os.close(fd)
 
 
 def left_over(place: Place) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from stoker.errors import CapacityExhausted, Conflict, HostError, NotFound, Stok
 from stoker.host import loop
 from stoker.host.mounts import umount
 from stoker.storage import layout, overlay, reflink, snapshot_device, target
+from stoker.storage.layout import no_space
 from stoker.storage.pool import Pool
 from stoker.storage.strategy import Strategy
 from storage_disks import KIB, MIB, check_pattern, content, size, write
-from storage_places import Place, file_system, left, make_base
+from storage_places import Place, file_system, fill, left, make_base
 from storage_worker import main as work
 
 pytestmark = pytest.mark.timeout(300)
@@ -180,31 +182,6 @@ def narrow(place: Place) -> Iterator[Place]:
         assert left(found) == []
 
 
-def free(directory: Path) -> int:
-    found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize
-
-
-def fill(directory: Path, leave: int) -> None:
-    """Takes all space but so many bytes."""
-    fd = os.open(directory / "filler", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.ftruncate(fd, 0)
-        os.fsync(fd)
-        length = 0
-        for step in (MIB, 64 * KIB, 4 * KIB):
-            while free(directory) > leave + step:
-                try:
-                    os.posix_fallocate(fd, length, step)
-                except OSError as e:
-                    if e.errno != errno.ENOSPC:
-                        raise
-                    break
-                length += step
-    finally:
-        os.close(fd)
-
-
 def test_no_space_at_any_write(narrow: Place) -> None:
     """With a little more space each time, up to where all goes well: an error in our words, and nothing of it left."""
     outcomes = []
@@ -213,15 +190,19 @@ def test_no_space_at_any_write(narrow: Place) -> None:
         before = content(pool.open_clone("bystander"), narrow.scratch)
         for blocks in (*range(0, 12), 16, 24, 32, 48, 64, 96, 128, 192, 256, 512):
             fill(narrow.directory.parent, blocks * 4 * KIB)
-            for make in ("clone", "clone_of", "flatten"):
-                flat = narrow.directory.parent / "flat"
+            for make in ("clone", "clone_of", "flatten", "open"):
+                flat, other = narrow.directory.parent / "flat", narrow.directory.parent / "other"
                 try:
                     if make == "clone":
                         pool.clone(narrow.base, "victim")
                     elif make == "clone_of":
                         pool.clone_of("bystander", "victim")
-                    else:
+                    elif make == "flatten":
                         pool.flatten("bystander", flat)
+                    else:
+                        with no_space():
+                            other.mkdir(exist_ok=True)
+                        Pool.open(other, narrow.strategy).close()
                     outcomes.append((make, "made"))
                 except CapacityExhausted as error:
                     assert error.code == "no_space"
@@ -230,11 +211,12 @@ def test_no_space_at_any_write(narrow: Place) -> None:
                     assert pool.names() == ["bystander"]
                 pool.remove("victim")
                 flat.unlink(missing_ok=True)
+                shutil.rmtree(other, ignore_errors=True)
             assert content(pool.open_clone("bystander"), narrow.scratch) == before
     (narrow.directory.parent / "filler").unlink()
-    for make in ("clone", "clone_of", "flatten"):
+    for make in ("clone", "clone_of", "flatten", "open"):
         assert (make, "made") in outcomes, "with enough space it works again"
-    assert (("flatten", "full")) in outcomes
+    assert {("flatten", "full"), ("open", "full")} <= set(outcomes)
     if narrow.strategy is Strategy.COPY:
         assert {("clone", "full"), ("clone_of", "full")} <= set(outcomes)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from stoker.api.models import CreatePool
 from stoker.api.models import Pool as PoolInfo
 from stoker.engine.pools import MAIN
+from stoker.engine.trace import trace
 from stoker.errors import Conflict, InvalidRequest, NotFound, StokerError
 from stoker.host import loop
 from stoker.host.reflink import shares
@@ -140,7 +141,9 @@ class Pooling:
                     users = await asyncio.to_thread(lambda: core.pools.open(name).names())
                     if not users:
                         await asyncio.to_thread(core.pools.forget, name)
+                        trace("pool.after_unmount")
                         core.pools.image(name).unlink()
+                        trace("pool.after_unlink")
                         core.pools.directory(name).rmdir()
                         return
                 except BaseException:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from stoker.host.trace import arm, declare, trace
 
-__all__ = ["POINTS", "UPKEEP", "arm", "trace"]
+__all__ = ["POINTS", "POOLS", "UPKEEP", "arm", "trace"]
 
 CREATE = (
     "create.after_admit",
@@ -48,6 +48,7 @@ VOLUMES = declare(
     "volume.after_row_gone",
     "volume.after_grown",
 )
+POOLS = declare("pool.after_unmount", "pool.after_unlink")
 UPKEEP = declare(
     "gc.before_item",
     "gc.after_item",

@@ -7,6 +7,7 @@ unless given. None of the slow ways to spawn is used (``preexec_fn``, ``user=``:
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import shlex
@@ -15,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stoker.errors import DeadlineExceeded, HostError
+from stoker.errors import CapacityExhausted, DeadlineExceeded, HostError
 
 __all__ = ["Completed", "describe_exit", "run", "spawn_detached", "tool_environment"]
 
 log = logging.getLogger(__name__)
+NO_SPACE = os.strerror(errno.ENOSPC)
 LIMIT = 8 << 20
 
 
@@ -88,7 +90,8 @@ async def run(
     pass_fds: Sequence[int] = (),
     on_line: Callable[[str], None] | None = None,
 ) -> Completed:
-    """Runs a program to its end. With ``check``, an exit code outside ``success`` raises :class:`HostError`.
+    """Runs a program to its end. With ``check``, an exit code outside ``success`` raises :class:`HostError` (``tool_failed``), or
+    ``no_space`` (:class:`CapacityExhausted`) when that is what it said.
 
     ``on_line`` sees each line of both outputs as it comes (progress). Cancelled or out of time, the program's whole process
     group gets SIGTERM, and SIGKILL five seconds later.
@@ -132,11 +135,11 @@ async def run(
         raise
     if check and code not in success:
         last = err.decode(errors="replace").strip().splitlines() or out.decode(errors="replace").strip().splitlines()
-        raise HostError(
-            "tool_failed",
-            f"{words[0]} {describe_exit(code)}: {last[-1][:300] if last else 'it said nothing'}",
-            details={"argv": list(words), "code": code, "stderr": [line[:500] for line in last[-20:]]},
-        )
+        message = f"{words[0]} {describe_exit(code)}: {last[-1][:300] if last else 'it said nothing'}"
+        details = {"argv": list(words), "code": code, "stderr": [line[:500] for line in last[-20:]]}
+        if any(NO_SPACE in line for line in last):
+            raise CapacityExhausted("no_space", message, "stoker rm what is not needed, stoker gc", details=details)
+        raise HostError("tool_failed", message, details=details)
     return Completed(words, code, out, err)
 
 

@@ -33,6 +33,7 @@ from stoker.host.files import remove_tree
 from stoker.host.lock import hold_directory, locked
 from stoker.host.run import run
 from stoker.storage.app_archive import Bounds, Entry, unpack
+from stoker.storage.layout import no_space
 
 __all__ = ["AppFacts", "app_image", "discard_app", "find_app", "make_app", "prepare_apps", "sweep_apps", "unused_apps", "use_app"]
 
@@ -127,11 +128,13 @@ async def make_app(data_dir: Path, digest: str, source: AsyncIterator[bytes], bo
     """
     stage = await asyncio.to_thread(_Stage, data_dir)
     try:
-        await _receive(stage.path / "archive", digest, source)
+        with no_space():
+            await _receive(stage.path / "archive", digest, source)
         async with locked(data_dir / "apps" / "locks" / digest):
             if (facts := use_app(data_dir, digest)) is not None:
                 return facts
-            facts = await _build(stage, bounds)
+            with no_space():
+                facts = await _build(stage, bounds)
             await asyncio.to_thread(_publish, stage.path / "image", data_dir / "apps" / digest)
             return facts
     finally:

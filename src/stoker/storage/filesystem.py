@@ -15,9 +15,13 @@ from stoker.errors import Conflict, HostError, InvalidRequest
 from stoker.host import loop
 from stoker.host.mounts import mount, mounted_at, umount
 from stoker.host.run import run
+from stoker.host.trace import declare, trace
 from stoker.storage.layout import no_space
 
-__all__ = ["LEAST", "attach", "detach", "is_attached", "make"]
+__all__ = ["ATTACH", "LEAST", "MAKE", "attach", "detach", "is_attached", "make"]
+
+MAKE = declare("pool.after_file", "pool.after_mkfs", "pool.after_link", "pool.after_name")
+ATTACH = declare("pool.after_point", "pool.after_loop", "pool.after_mount")
 
 LEAST = 320 << 20
 """What mkfs.xfs takes at least, and a little."""
@@ -27,7 +31,7 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_NOATIME = 2, 4, 8, 1024
 async def make(image: Path, size: int) -> None:
     """Makes the file with an empty file system of ``size`` bytes in it; it takes no space until something is in there.
 
-    Errors: ``pool_exists`` (Conflict), ``pool_too_small`` (InvalidRequest), ``mkfs_failed`` (HostError), ``no_space``.
+    Errors: ``pool_exists`` (Conflict), ``pool_too_small`` (InvalidRequest), ``tool_failed`` (HostError), ``no_space``.
     """
     if size < LEAST:
         raise InvalidRequest("pool_too_small", f"{size} bytes are too few for a pool", f"--size {LEAST >> 20}M or more")
@@ -41,15 +45,16 @@ async def make(image: Path, size: int) -> None:
                 os.ftruncate(fd, size)
             finally:
                 os.close(fd)
-        done = await run(["mkfs.xfs", "-q", "-m", "reflink=1,crc=1", "-L", "stoker-pool", temporary], timeout=120)
-        if done.code != 0:
-            said = done.stderr.decode(errors="replace").strip().splitlines()
-            raise HostError("mkfs_failed", f"mkfs.xfs: {said[-1] if said else 'failed'}", "apt-get install xfsprogs")
+        trace("pool.after_file")
+        await run(["mkfs.xfs", "-q", "-m", "reflink=1,crc=1", "-L", "stoker-pool", temporary], timeout=120)
+        trace("pool.after_mkfs")
         os.link(temporary, image)
+        trace("pool.after_link")
     except FileExistsError:
         raise Conflict("pool_exists", f"there is a pool {image.stem} already", f"stoker pool rm {image.stem}") from None
     finally:
         temporary.unlink(missing_ok=True)
+    trace("pool.after_name")
 
 
 def is_attached(image: Path, point: Path) -> bool:
@@ -68,17 +73,20 @@ def attach(image: Path, point: Path) -> None:
     if is_attached(image, point):
         return
     point.mkdir(mode=0o711, exist_ok=True)
-    if any(os.scandir(point)):
+    trace("pool.after_point")
+    if os.listdir(point):
         raise HostError("pool_not_empty", f"{point}, where the pool is to be mounted, holds files", f"move them away: ls {point}")
     # Two loop devices on one file would be two file systems that do not know of each other.
     for found in loop.find(image):
         loop.detach(found)
     with loop.opened(image, direct=True) as device:
+        trace("pool.after_loop")
         try:
             mount(device.path, point, "xfs", flags=MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME, options="discard")
         except OSError as e:
             hint = f"xfs_repair {image}" if e.errno != errno.ENODEV else "this kernel has no XFS: modprobe xfs"
             raise HostError("pool_damaged", f"the pool {image} cannot be mounted: {e.strerror}", hint) from None
+    trace("pool.after_mount")
     os.chmod(point, 0o711)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from stoker.errors import Conflict, HostError, InvalidRequest, StokerError
+from stoker.errors import CapacityExhausted, Conflict, HostError, InvalidRequest, StokerError
 from stoker.host import devicemapper
 from stoker.host.files import allocated
 from stoker.host.lock import try_flock
@@ -59,6 +59,8 @@ class Trial:
     strategy: Strategy
     seconds: float
     error: str = ""
+    full: bool = False
+    """It was for want of space."""
 
 
 def prefer(trials: Sequence[Trial]) -> Strategy:
@@ -118,17 +120,24 @@ class Pool:
 
     def _try_all(self, wanted: Strategy | None, raw: bool) -> Strategy:
         if wanted is not None:
-            trial = self.trial(wanted)
+            trial = self._tried(wanted)
             if trial.error:
                 hint = "another pool_strategy, or none: then the best that works here is taken"
                 raise InvalidRequest("strategy_unsupported", f"{wanted} does not work in {self.directory}: {trial.error}", hint)
             return wanted
         trials = []
         for strategy in FOR_RAW if raw else FOR_QCOW2:
-            trials.append(self.trial(strategy))
+            trials.append(self._tried(strategy))
             if not raw and not trials[-1].error:
                 break  # an overlay is not slower than a copy of anything
         return prefer(trials)
+
+    def _tried(self, strategy: Strategy) -> Trial:
+        """The same as :meth:`trial`. That there is no room says nothing of a strategy: ``no_space``."""
+        trial = self.trial(strategy)
+        if trial.full:
+            raise CapacityExhausted("no_space", f"in {self.directory} no disk can be made: {trial.error}", "make room there")
+        return trial
 
     def trial(self, strategy: Strategy) -> Trial:
         """Makes, opens and removes a small clone."""
@@ -153,11 +162,13 @@ class Pool:
             disks.remove(name)
             return Trial(strategy, time.perf_counter() - began)
         except (StokerError, OSError) as error:
-            return Trial(strategy, 0.0, error.message if isinstance(error, StokerError) else str(error))
+            message = error.message if isinstance(error, StokerError) else str(error)
+            return Trial(strategy, 0.0, message, full=isinstance(error, CapacityExhausted) and error.code == "no_space")
         finally:
-            if base.exists():
-                self._layout.drop_base(self._layout.base_key(Base(base, PROBE_BYTES)))
-                base.unlink()
+            for key in self._layout.keys():
+                if self._layout.image_of(key) == base:
+                    self._layout.drop_base(key)
+            base.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Another process may open it now. Disks, and the devices of those that are open, stay."""
@@ -312,14 +323,19 @@ class Pool:
 def _take(directory: Path, who: str) -> int:
     """The pool's lock. Its file says who holds it, for the one that comes second."""
     try:
-        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with no_space():
+            fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as e:
         raise HostError("pool_missing", f"the pool {directory} cannot be opened: {e.strerror}", "stoker pool ls") from None
     if not try_flock(fd):
         holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
         os.close(fd)
         raise Conflict("pool_in_use", f"the pool {directory} is used by {holder}", "end that one, or give this daemon another pool")
-    with no_space():
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{who} (process {os.getpid()})\n".encode(), 0)
+    try:
+        with no_space():
+            # What is there is written over: it takes no new block.
+            os.ftruncate(fd, os.pwrite(fd, f"{who} (process {os.getpid()})\n".encode(), 0))
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
