@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from stoker.errors import GuestError, HostError
 from stoker.host import pagemap
-from stoker.vmm.memory import PAGE, Delta, Scratch, capture, changed_bytes, inject, new_memory, read_delta, sealed, write_delta
+from stoker.vmm.memory import PAGE, Delta, Scratch, capture, changed_bytes, empty_memory, inject, is_sealed, new_memory, sealed
+from stoker.vmm.memory_file import flatten, read_delta, write_delta
 
 SIZE = 8 << 20
 
@@ -193,3 +194,51 @@ def test_a_damaged_file_is_refused_or_harmless(cut: int, flips: list[tuple[int, 
         assert e.code == "delta_damaged"
     finally:
         os.close(fd)
+
+
+def content(fd: int) -> bytes:
+    return os.pread(fd, SIZE, 0)
+
+
+@pytest.mark.parametrize("of", ["base", "empty"])
+def test_base_and_delta_are_a_new_base(base: int, of: str, tmp_path: Path) -> None:
+    """The empty base is anonymous memory that is known by its device; what it and the delta make is what the process has."""
+    under = base if of == "base" else empty_memory()
+    with holder(under) as one, open(tmp_path / "new", "w+b") as new:
+        one.do(WRITES)
+        one.do(f"libc.madvise(ctypes.c_void_p(address + 200 * {PAGE}), {PAGE}, 4)")
+        delta = capture(one.pid, under, Scratch(), SIZE)
+        flatten(under, delta, new.fileno())
+        wanted = bytearray(SIZE)
+        if of == "base":
+            wanted[: 16 * PAGE] = content(base)[: 16 * PAGE]
+        wanted[0:4] = b"mine"
+        wanted[5 * PAGE : 6 * PAGE] = bytes(PAGE)
+        wanted[100 * PAGE : 700 * PAGE] = b"x" * (600 * PAGE)
+        wanted[200 * PAGE : 201 * PAGE] = bytes(PAGE)
+        assert content(new.fileno()) == bytes(wanted)
+        assert os.fstat(new.fileno()).st_blocks * 512 < SIZE // 2
+        assert not delta.zero_offsets
+    if of == "empty":
+        os.close(under)
+
+
+def test_over_the_empty_base_memory_goes_from_one_to_another() -> None:
+    under = empty_memory()
+    with holder(under) as one, holder(under) as two:
+        one.do(WRITES)
+        assert changed_bytes(one.pid, under, SIZE) >= 602 * PAGE
+        inject(two.pid, under, capture(one.pid, under, Scratch(), SIZE))
+        assert (two.page(0)[:4], two.page(5), two.page(699)) == (b"mine", bytes(8), b"x" * 8)
+        with pytest.raises(ValueError, match="no size"):
+            changed_bytes(one.pid, under)
+    os.close(under)
+
+
+def test_a_sealed_base_is_known() -> None:
+    fd = new_memory("test", SIZE)
+    assert not is_sealed(fd)
+    assert is_sealed(sealed(fd))
+    os.close(fd)
+    with open("/dev/zero", "rb") as zero:
+        assert not is_sealed(zero.fileno())

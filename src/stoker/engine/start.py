@@ -15,6 +15,7 @@ from stoker.errors import DeadlineExceeded, StokerError
 from stoker.guest.channel import connect
 from stoker.vmm.diagnosis import explain
 from stoker.vmm.machine import GuestMemory, MachineSpec
+from stoker.vmm.memory import empty_memory
 from stoker.vmm.qemu.driver import QemuMachine, launch
 
 if TYPE_CHECKING:
@@ -97,7 +98,12 @@ async def start(
         finally:
             os.close(golden.saved.memory)
     async with AsyncExitStack() as undo:
-        machine = await _launched(spec, settings, watch, undo)
+        # So that its memory can be taken out of it, a machine that boots has a base like any other: the empty one.
+        empty = empty_memory()
+        try:
+            machine = await _launched(replace(spec, guest_memory=GuestMemory(empty)), settings, watch, undo)
+        finally:
+            os.close(empty)
         async with explained(machine, settings):
             agent = await _first_word(machine, settings.boot_timeout)
         watch.lap("guest")

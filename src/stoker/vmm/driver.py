@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from stoker.host.process import ProcessIdentity
 from stoker.vmm.machine import MachineExit
+from stoker.vmm.memory import Delta, Scratch
 
-__all__ = ["Machine"]
+__all__ = ["Captured", "Machine", "NextDisk"]
+
+
+@dataclass(frozen=True, slots=True)
+class NextDisk:
+    """What a disk goes on in: an empty overlay for the disk at ``index`` of the specification. What it wrote so far lies below."""
+
+    index: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A machine at one moment: what its memory differs from its base in, and its devices. ``steps``: seconds each part took;
+    ``stopped`` among them: how long its vCPUs stood."""
+
+    delta: Delta
+    state: bytes
+    steps: dict[str, float] = field(default_factory=dict)
 
 
 class Machine(Protocol):
@@ -42,6 +63,16 @@ class Machine(Protocol):
         ...
 
     async def thaw(self) -> None: ...
+
+    def memory(self) -> int:
+        """The base that its memory is a private view of, as a descriptor, which the caller closes. :class:`HostError`
+        ``memory_unknown``: it was started without one."""
+        ...
+
+    async def capture(self, scratch: Scratch, *, disks: Sequence[NextDisk] = (), go_on: bool) -> Captured:
+        """Stops the vCPUs and takes memory and devices; the disks are switched at the same moment. With ``go_on`` the guest goes on
+        when it ran before; a failure lets it go on in any case. The content is in ``scratch``."""
+        ...
 
     async def resize_disk(self, index: int, size: int) -> None:
         """The disk at this place in the specification has so many bytes from now on; the guest is told. Never fewer."""

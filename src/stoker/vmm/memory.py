@@ -5,11 +5,11 @@ whatever a guest makes its VMM do. A machine maps it copy-on-write; :func:`captu
 them into another machine over the same base. A *delta* is flat: always against the base, never against another delta. All functions
 block.
 
+The *empty* base (:func:`empty_memory`) is for a machine that boots: all zeros, and no file. (A sealed memory file of holes would
+fill: a private mapping's first write to a page reads that page of the file first, and a memory file keeps what was read.)
+
 The module knows a process and its files, not which VMM it is: whatever lies in the guest's range of addresses is looked at. An
 anonymous mapping there (a balloon's) hides the base, so its absent pages are zeros, and are recorded as such.
-
-File of a delta, little endian: ``STKDELTA``, u32 version (1), u32 page size, u64 bytes of guest memory, u64 runs with data, u64
-runs of zeros; the runs' offsets, their lengths, the zero runs' offsets, their lengths (u64 each); from the next page on, the data.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import ctypes
 import fcntl
 import mmap
 import os
-import struct
+import stat
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -28,11 +28,18 @@ from stoker.errors import GuestError, HostError
 from stoker.host.pagemap import PAGE, Mapping, absent_runs, file_mappings, mappings_within, private_runs
 from stoker.host.process_memory import LONGEST, read_runs, write_runs
 
-__all__ = ["Delta", "Scratch", "capture", "changed_bytes", "inject", "new_memory", "read_delta", "sealed", "write_delta"]
+__all__ = [
+    "Delta",
+    "Scratch",
+    "capture",
+    "changed_bytes",
+    "is_sealed",
+    "empty_memory",
+    "inject",
+    "new_memory",
+    "sealed",
+]
 
-_MAGIC: Final = b"STKDELTA"
-_HEADER: Final = struct.Struct("<8sIIQQQ")
-_MOST_RUNS: Final = 64 << 20
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
@@ -41,6 +48,11 @@ def new_memory(name: str, size: int) -> int:
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)
     return fd
+
+
+def empty_memory() -> int:
+    """The empty base, of any size: private mappings of it are anonymous memory, and known by the device all the same."""
+    return os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC)
 
 
 def sealed(fd: int) -> int:
@@ -65,10 +77,10 @@ class Scratch:
         if self._map is None or len(self._map) < size:
             length = max(16 << 20, -(-size * 5 // 4 // PAGE) * PAGE)
             self._map = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
-        return self._map, _address(self._map)
+        return self._map, address_of(self._map)
 
 
-def _address(buffer: mmap.mmap) -> int:
+def address_of(buffer: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
@@ -92,19 +104,28 @@ class Delta:
         return sum(self.lengths)
 
 
-def _guest_range(pid: int, base: os.stat_result) -> tuple[int, int]:
+def _guest_range(pid: int, base: os.stat_result, size: int) -> tuple[int, int]:
     """Where a process has the guest's memory: the addresses of its first byte and behind its last."""
     parts = [m for m in file_mappings(pid, base.st_dev, base.st_ino) if m.private]
     starts = {m.start - m.offset for m in parts}
     if len(starts) != 1:
         raise GuestError("memory_unknown", f"process {pid} does not map the memory it was started from in one piece")
     start = starts.pop()
-    return start, start + base.st_size
+    return start, start + size
 
 
-def _parts(pid: int, base: os.stat_result) -> tuple[int, list[tuple[Mapping, int, int]]]:
+def _size(base: os.stat_result, size: int) -> int:
+    """Bytes of guest memory: a file says it, the empty base is of any size."""
+    if stat.S_ISREG(base.st_mode):
+        return base.st_size
+    if not size:
+        raise ValueError("the empty base has no size of its own")
+    return size
+
+
+def _parts(pid: int, base: os.stat_result, size: int) -> tuple[int, list[tuple[Mapping, int, int]]]:
     """The guest's first address, and every mapping in its range with the addresses that count of it. There must be no gap."""
-    start, end = _guest_range(pid, base)
+    start, end = _guest_range(pid, base, size)
     parts, at = [], start
     for mapping in mappings_within(pid, start, end):
         low, high = max(mapping.start, start), min(mapping.end, end)
@@ -128,27 +149,28 @@ def _append(offsets: array[int], lengths: array[int], starts: Iterable[int], end
         lengths.append(end - start)
 
 
-def _changed(pid: int, base: os.stat_result) -> tuple[int, Delta]:
-    origin, parts = _parts(pid, base)
-    delta = Delta(base.st_size)
+def _changed(pid: int, base: os.stat_result, size: int) -> tuple[int, Delta]:
+    size = _size(base, size)
+    origin, parts = _parts(pid, base, size)
+    delta = Delta(size)
     _append(delta.offsets, delta.lengths, *private_runs(pid, [(low, high) for _, low, high in parts]), origin)
     for mapping, low, high in parts:
-        if not mapping.inode:
+        if not mapping.inode and stat.S_ISREG(base.st_mode):
             _append(delta.zero_offsets, delta.zero_lengths, *absent_runs(pid, low, high), origin)
     return origin, delta
 
 
-def changed_bytes(pid: int, base: int) -> int:
-    """How much the process differs from the base (a descriptor) now; the guest may be running."""
-    return _changed(pid, os.fstat(base))[1].bytes
+def changed_bytes(pid: int, base: int, size: int = 0) -> int:
+    """How much the process differs from the base (a descriptor) now; the guest may be running. ``size``: of the empty base."""
+    return _changed(pid, os.fstat(base), size)[1].bytes
 
 
-def capture(pid: int, base: int, scratch: Scratch) -> Delta:
+def capture(pid: int, base: int, scratch: Scratch, size: int = 0) -> Delta:
     """Everything in which the guest's memory differs from its base. The guest must be stopped.
 
-    The content is in ``scratch`` and good until that is used again.
+    The content is in ``scratch`` and good until that is used again. ``size``: bytes of memory, where the base is the empty one.
     """
-    origin, delta = _changed(pid, os.fstat(base))
+    origin, delta = _changed(pid, os.fstat(base), size)
     delta.data, address = scratch.reserve(delta.bytes)
     starts = array("Q", (origin + offset for offset in delta.offsets))
     read_runs(pid, starts, delta.lengths, address)
@@ -158,71 +180,23 @@ def capture(pid: int, base: int, scratch: Scratch) -> Delta:
 def inject(pid: int, base: int, delta: Delta) -> None:
     """Gives a machine over the same base, which has not run yet, the memory of another."""
     status = os.fstat(base)
-    if delta.size != status.st_size:
-        raise HostError("memory_mismatch", f"the delta is of {delta.size} bytes of memory, the base of {status.st_size}")
-    origin, _ = _parts(pid, status)
+    size = _size(status, delta.size)
+    if delta.size != size:
+        raise HostError("memory_mismatch", f"the delta is of {delta.size} bytes of memory, the base of {size}")
+    origin, _ = _parts(pid, status, size)
     if delta.data is not None and len(delta.offsets):
         write_runs(
-            pid, array("Q", (origin + offset for offset in delta.offsets)), delta.lengths, _address(delta.data) + delta.start
+            pid, array("Q", (origin + offset for offset in delta.offsets)), delta.lengths, address_of(delta.data) + delta.start
         )
     if len(delta.zero_offsets):
         zeros = mmap.mmap(-1, LONGEST, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for offset, length in zip(delta.zero_offsets, delta.zero_lengths, strict=True):
-            write_runs(pid, array("Q", (origin + offset,)), array("Q", (length,)), _address(zeros))
+            write_runs(pid, array("Q", (origin + offset,)), array("Q", (length,)), address_of(zeros))
 
 
-def write_delta(delta: Delta, fd: int) -> None:
-    """Writes a delta into an empty file. The caller syncs and renames."""
-    header = _HEADER.pack(_MAGIC, 1, PAGE, delta.size, len(delta.offsets), len(delta.zero_offsets))
-    table = b"".join(part.tobytes() for part in (delta.offsets, delta.lengths, delta.zero_offsets, delta.zero_lengths))
-    _write(fd, memoryview(header + table), 0)
-    if delta.data is not None:
-        with memoryview(delta.data) as data:
-            _write(fd, data[delta.start : delta.start + delta.bytes], _data_start(len(header) + len(table)))
-    else:
-        os.ftruncate(fd, _data_start(len(header) + len(table)))
-
-
-def _data_start(length: int) -> int:
-    return -(-length // PAGE) * PAGE
-
-
-def _write(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(fd, data[: 64 << 20], offset)
-        data, offset = data[done:], offset + done
-
-
-def read_delta(fd: int) -> Delta:
-    """Maps a delta's file. A file that is not one, or not whole, is :class:`HostError` ``delta_damaged``."""
-
-    def damaged(why: str) -> HostError:
-        return HostError("delta_damaged", f"the memory of a snapshot is damaged: {why}", "boot from the snapshot's disk")
-
-    length = os.fstat(fd).st_size
-    head = os.pread(fd, _HEADER.size, 0)
-    if len(head) < _HEADER.size:
-        raise damaged("too short")
-    magic, version, page, size, runs, zeros = _HEADER.unpack(head)
-    if magic != _MAGIC or version != 1 or page != PAGE or max(runs, zeros) > _MOST_RUNS:
-        raise damaged("not a delta of this version and page size")
-    table = os.pread(fd, 16 * (runs + zeros), _HEADER.size)
-    if len(table) != 16 * (runs + zeros):
-        raise damaged("the list of its runs is cut off")
-    delta = Delta(size)
-    at = 0
-    for part, count in ((delta.offsets, runs), (delta.lengths, runs), (delta.zero_offsets, zeros), (delta.zero_lengths, zeros)):
-        part.frombytes(table[at : at + 8 * count])
-        at += 8 * count
-    for offsets, lengths in ((delta.offsets, delta.lengths), (delta.zero_offsets, delta.zero_lengths)):
-        before = 0
-        for offset, count in zip(offsets, lengths, strict=True):
-            if offset < before or not 0 < count <= LONGEST or offset % PAGE or count % PAGE or offset + count > size:
-                raise damaged("its runs are not in order")
-            before = offset + count
-    delta.start = _data_start(_HEADER.size + len(table))
-    if length < delta.start + delta.bytes:
-        raise damaged("its content is cut off")
-    if runs:
-        delta.data = mmap.mmap(fd, length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return delta
+def is_sealed(fd: int) -> bool:
+    """Whether a descriptor is of a sealed memory file: then nobody can have changed it since it was a base."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+    except OSError:
+        return False

@@ -21,6 +21,7 @@ from stoker.host.durable import sync_directory
 from stoker.host.reflink import data_ranges
 from stoker.vmm.machine import MachineSpec
 from stoker.vmm.memory import new_memory, sealed
+from stoker.vmm.memory_file import copy_memory
 from stoker.vmm.qemu.command import DiskHandles, Handles, command
 from stoker.vmm.qemu.facts import QemuFacts
 
@@ -109,16 +110,6 @@ def _digest(fd: int) -> str:
     return found.hexdigest()
 
 
-def _copy(source: int, target: int) -> None:
-    for offset, length in data_ranges(source):
-        os.lseek(target, offset, os.SEEK_SET)
-        while length:
-            done = os.sendfile(target, source, offset, length)
-            if not done:
-                raise HostError("saved_damaged", "the memory of a saved machine is cut off", AGAIN)
-            offset, length = offset + done, length - done
-
-
 def save(directory: Path, memory: int, state: bytes, made_by: Mapping[str, Any]) -> None:
     """Puts a stopped machine away. ``directory`` must not exist; a failure leaves nothing."""
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.{os.urandom(4).hex()}")
@@ -126,8 +117,7 @@ def save(directory: Path, memory: int, state: bytes, made_by: Mapping[str, Any])
     try:
         size = os.fstat(memory).st_size
         with open(staging / "memory", "wb") as file:
-            os.ftruncate(file.fileno(), size)
-            _copy(memory, file.fileno())
+            copy_memory(memory, file.fileno())
             os.fsync(file.fileno())
         manifest = {
             "format": FORMAT,
@@ -167,7 +157,7 @@ def load(directory: Path, made_by: Mapping[str, Any]) -> Saved:
             raise HostError("saved_damaged", f"{directory}/memory is damaged", AGAIN)
         memory = new_memory("base", size)
         try:
-            _copy(file.fileno(), memory)
+            copy_memory(file.fileno(), memory)
             if _digest(memory) != manifest["memory"]["sha256"]:
                 raise HostError("saved_damaged", f"{directory}/memory is damaged", AGAIN)
             sealed(memory)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import stat
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,9 +23,11 @@ from stoker.host.process import ProcessIdentity, send_signal, wait_pidfd
 from stoker.settings import Settings
 from stoker.vmm import shim
 from stoker.vmm.console import tail
+from stoker.vmm.driver import Captured, NextDisk
 from stoker.vmm.elf import check_memory
 from stoker.vmm.machine import MachineExit, MachineSpec
-from stoker.vmm.memory import Delta, inject
+from stoker.vmm.memory import Delta, Scratch, inject
+from stoker.vmm.qemu.capture import capture_machine, device_state, top_nodes
 from stoker.vmm.qemu.command import command
 from stoker.vmm.qemu.facts import qemu_facts
 from stoker.vmm.qemu.handles import open_handles
@@ -35,15 +39,29 @@ STALE = ("shim.json", "exit.json", "console.log", "console.log.1", "vmm.log", "v
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 
 
+Mapped = tuple[tuple[int, int], list[int]]
+"""The number of the VMM's descriptor of its memory's base and the memory's size; which file that is (device, inode, kind)."""
+
+
 class QemuMachine:
     """A running QEMU (:class:`stoker.vmm.driver.Machine`)."""
 
     def __init__(
-        self, name: str, directory: Path, pair: shim.Supervised, owner: int | None, state: int | None, *, child: bool
+        self,
+        name: str,
+        directory: Path,
+        pair: shim.Supervised,
+        owner: int | None = None,
+        state: int | None = None,
+        *,
+        child: bool,
+        memory: Mapped | None = None,
     ) -> None:
         self.spec_name = name
         self.directory = directory
         self.vmm: ProcessIdentity = pair.vmm
+        self._memory: tuple[int, int] | None = memory[0] if memory else None
+        self._base: list[int] = memory[1] if memory else []
         self._owner = owner
         self._state = state
         self._exit: MachineExit | None = None
@@ -86,7 +104,9 @@ class QemuMachine:
         return await asyncio.to_thread(tail, self.directory / "console.log", lines)
 
     async def vmm_tail(self, lines: int = 20) -> tuple[str, ...]:
-        return await asyncio.to_thread(tail, self.directory / "vmm.log", lines)
+        said = await asyncio.to_thread(tail, self.directory / "vmm.log", lines)
+        # QEMU would like to enlarge the file its memory is a view of, and has no need to.
+        return tuple(line for line in said if line != "ftruncate: Invalid argument")
 
     async def qmp(self) -> Qmp:
         """The monitor, connected when it is first wanted."""
@@ -103,7 +123,8 @@ class QemuMachine:
         await (await self.qmp()).execute("cont")
 
     async def resize_disk(self, index: int, size: int) -> None:
-        await (await self.qmp()).execute("block_resize", node_name=f"disk{index}", size=size)
+        qmp = await self.qmp()
+        await qmp.execute("block_resize", node_name=(await top_nodes(qmp))[index], size=size)
 
     async def status(self) -> str:
         answer = await (await self.qmp()).execute("query-status")
@@ -111,19 +132,33 @@ class QemuMachine:
 
     async def device_state(self) -> bytes:
         """Everything of the machine but its memory and its disks, some KiB. Its vCPUs must be stopped; it goes on as it was."""
-        qmp = await self.qmp()
-        with ExitStack() as close:
-            fd = os.memfd_create("state", os.MFD_CLOEXEC)
-            close.callback(os.close, fd)
-            # A set's descriptor is only used for just the way of opening that it was opened with.
-            theirs = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
-            close.callback(os.close, theirs)
-            added = await qmp.execute("add-fd", fd=theirs)
-            try:
-                await qmp.execute("xen-save-devices-state", filename=f"/dev/fdset/{added['fdset-id']}", live=False)
-            finally:
-                await qmp.execute("remove-fd", fdset_id=added["fdset-id"])
-            return os.pread(fd, os.fstat(fd).st_size, 0)
+        return await device_state(await self.qmp())
+
+    def memory(self) -> int:
+        if self._memory is None:
+            raise HostError(
+                "memory_unknown",
+                f"machine {self.spec_name} was started by an older Stoker: its memory cannot be taken",
+                f"stoker stop {self.spec_name} and start it again",
+            )
+        number, size = self._memory
+        # What is behind the number is the VMM's word; nothing that it opened itself is taken for a base.
+        fd = os.open(f"/proc/{self.vmm.pid}/fd/{number}", os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        status = os.fstat(fd)
+        if [status.st_dev, status.st_ino, status.st_rdev] != self._base or (
+            stat.S_ISREG(status.st_mode) and status.st_size != size
+        ):
+            os.close(fd)
+            raise GuestError("memory_unknown", f"machine {self.spec_name} does not have the memory it was started from any more")
+        return fd
+
+    async def capture(self, scratch: Scratch, *, disks: Sequence[NextDisk] = (), go_on: bool) -> Captured:
+        base = self.memory()
+        try:
+            assert self._memory is not None
+            return await capture_machine(await self.qmp(), self.vmm.pid, base, self._memory[1], scratch, disks, go_on=go_on)
+        finally:
+            os.close(base)
 
     async def restore(self, base: int, delta: Delta | None, state: bytes, *, timeout: float = 10.0) -> None:
         """Becomes the machine that ``delta`` (over ``base``) and ``state`` were taken of, with its vCPUs still stopped.
@@ -178,6 +213,13 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+def _mapped(spec: MachineSpec) -> Mapped | None:
+    if spec.guest_memory is None or spec.guest_memory.shared:
+        return None
+    status = os.fstat(spec.guest_memory.fd)
+    return (spec.guest_memory.fd, spec.memory), [status.st_dev, status.st_ino, status.st_rdev]
+
+
 async def launch(spec: MachineSpec, settings: Settings) -> QemuMachine:
     """Starts the machine and returns when QEMU's program runs; its devices and the guest come up after that.
 
@@ -194,9 +236,10 @@ async def launch(spec: MachineSpec, settings: Settings) -> QemuMachine:
         with ExitStack() as close:
             opened = open_handles(spec, close, keep)
             argv = command(spec, qemu, opened.handles)
-            (directory / "machine.json").write_text(json.dumps({"name": spec.name}))
+            memory = _mapped(spec)
+            (directory / "machine.json").write_text(json.dumps({"name": spec.name, "memory": memory}))
             pair = await shim.start(shim_path(), opened.options, argv, ENVIRONMENT)
-        machine = QemuMachine(spec.name, directory, pair, opened.owner, opened.state, child=True)
+        machine = QemuMachine(spec.name, directory, pair, opened.owner, opened.state, child=True, memory=memory)
         keep.pop_all()
         return machine
 
@@ -208,8 +251,12 @@ async def adopt(directory: Path) -> QemuMachine | None:
     if pair is None:
         return None
     try:
-        name = str(json.loads((directory / "machine.json").read_bytes())["name"])
-        return QemuMachine(name, directory, pair, None, None, child=False)
+        record = json.loads((directory / "machine.json").read_bytes())
+        memory: Mapped | None = None
+        if (found := record.get("memory")) is not None:
+            ((number, size), base) = found
+            memory = ((int(number), int(size)), [int(part) for part in base])
+        return QemuMachine(str(record["name"]), directory, pair, child=False, memory=memory)
     except ProcessLookupError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as e:
