@@ -81,11 +81,22 @@ async def whole(engine: Engine, data: Path, run: Path) -> dict[str, SandboxState
     assert {entry.name for entry in os.scandir(data / "pool" / "clones")} == with_disk
     assert {path.name for path in (data / "pool" / "bases").glob("*/refs/*")} == with_disk
     assert {entry.name for entry in os.scandir(run / "sandboxes")} == with_disk
+    paused = {box.id for box in boxes if box.state is SandboxState.PAUSED}
+    await quiet(engine)
+    assert {entry.name.partition(".")[0] for entry in os.scandir(data / "snapshots")} == paused
+    assert {entry.name for entry in os.scandir(data / "memory")} <= living
     assert machines(run) == living
     owned = await engine._core.ledger.all()
     assert {entry.owner for entry in owned if entry.kind != "volume"} == with_disk
     assert {entry.owner for entry in owned if entry.kind == "process"} == living
     return {box.name or box.id: box.state for box in boxes}
+
+
+async def quiet(engine: Engine) -> None:
+    """Until what nobody waits for is done."""
+    async with asyncio.timeout(20):
+        while any(task.get_name().startswith("files of ") for task in engine._core._tasks):
+            await asyncio.sleep(0.005)
 
 
 async def output(engine: Engine, name: str, enough: bytes) -> bytes:

@@ -76,6 +76,10 @@ async def command(engine: Engine, words: dict[str, Any]) -> Any:
         case "job":
             request = StartProcess(argv=["sh", "-c", words["script"]], tag="job")
             return {"process": (await engine.processes.start(ADMIN, words["name"], request)).id}
+        case "pause":
+            return {"state": (await engine.pause(ADMIN, words["name"])).state}
+        case "resume":
+            return {"state": (await engine.resume(ADMIN, words["name"])).state}
         case "freeze":
             return {"state": (await engine.freeze(ADMIN, words["name"])).state}
         case "thaw":

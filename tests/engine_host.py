@@ -72,6 +72,10 @@ class HostMachine:
     async def thaw(self) -> None:
         os.kill(self.vmm.pid, signal.SIGCONT)
 
+    async def capture(self, scratch: Any, **_: Any) -> Any:
+        """A process of this host has no memory that could be put away."""
+        raise GuestError("memory_unknown", "there are no guests here")
+
     async def resize_disk(self, index: int, size: int) -> None:
         """An agent on the host has no disk of its own."""
 

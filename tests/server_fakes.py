@@ -757,6 +757,12 @@ class FakeEngine:
     async def freeze(self, who: Principal, sandbox: str) -> Sandbox:
         return await self._move(who, sandbox, SandboxState.RUNNING, SandboxState.FROZEN)
 
+    async def pause(self, who: Principal, sandbox: str) -> Sandbox:
+        return await self._move(who, sandbox, SandboxState.RUNNING, SandboxState.PAUSED)
+
+    async def resume(self, who: Principal, sandbox: str) -> Sandbox:
+        return await self._move(who, sandbox, SandboxState.PAUSED, SandboxState.RUNNING)
+
     async def thaw(self, who: Principal, sandbox: str) -> Sandbox:
         return await self._move(who, sandbox, SandboxState.FROZEN, SandboxState.RUNNING)
 

@@ -295,9 +295,16 @@ def test_an_impossible_create_is_refused_at_once(daemon: DaemonProcess) -> None:
     assert [box["name"] for box in daemon.call("GET", "/sandboxes?state=running")["items"]] == ["box"]
 
 
-def test_a_pause_timeout_is_refused_until_there_is_one(daemon: DaemonProcess) -> None:
-    body = {"image": "debian:12", "timeout": {"seconds": 60, "action": "pause"}}
-    assert daemon.call("POST", "/sandboxes", 400, json=body)["hint"]
+def test_a_paused_one_is_resumed_by_its_use(daemon: DaemonProcess) -> None:
+    before = daemon.call("POST", "/sandboxes/box/exec", json={"argv": ["cat", "/proc/sys/kernel/random/boot_id"]})
+    paused = daemon.call("POST", "/sandboxes/box/pause")
+    assert paused["state"] == "paused" and "resume" in paused["actions"]
+    operation = daemon.call("GET", f"/operations/{paused['operation']}")
+    assert operation["kind"] == "pause" and operation["state"] == "succeeded" and operation["steps"]["save"] > 0
+    after = daemon.call("POST", "/sandboxes/box/exec", json={"argv": ["cat", "/proc/sys/kernel/random/boot_id"]})
+    assert after["stdout"] == before["stdout"]
+    daemon.call("POST", "/sandboxes/box/pause")
+    assert daemon.call("POST", "/sandboxes/box/resume")["state"] == "running"
 
 
 # -- ends -----------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from stoker.api.models import (
     TimeoutMode,
 )
 from stoker.engine.engine import Engine
-from stoker.errors import CapacityExhausted, Conflict, DeadlineExceeded, GuestError, InvalidRequest, NotFound
+from stoker.errors import CapacityExhausted, Conflict, DeadlineExceeded, GuestError, NotFound
 from stoker.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -217,13 +217,15 @@ async def test_states_allow_and_refuse(settings: Settings) -> None:
             await engine.processes.list(ADMIN, box.id)
         assert "thaw" in caught.value.hint
         assert (await engine.thaw(ADMIN, box.id)).state is S.RUNNING
-        with pytest.raises(InvalidRequest) as refused:
+        assert (await engine.resume(ADMIN, box.id)).state is S.RUNNING  # it does already
+        with pytest.raises(GuestError, match="no guests"):
             await engine.pause(ADMIN, box.id)
-        assert refused.value.code == "not_supported_yet"
-        with pytest.raises(InvalidRequest):
-            await engine.set_timeout(ADMIN, box.id, Timeout(seconds=5, action=TimeoutAction.PAUSE))
-        with pytest.raises(InvalidRequest):
-            await engine.create(ADMIN, CreateSandbox(image="host", timeout=Timeout(seconds=5, action=TimeoutAction.PAUSE)))
+        assert (await engine.get(ADMIN, box.id)).state is S.RUNNING
+        assert not list((settings.data_dir / "snapshots").iterdir())
+        by_default = [Timeout(seconds=9, mode=mode) for mode in TimeoutMode]
+        set_to = [(await engine.set_timeout(ADMIN, box.id, timeout)).timeout for timeout in by_default]
+        assert [timeout and timeout.action for timeout in set_to] == [TimeoutAction.PAUSE, TimeoutAction.DESTROY]
+        await engine.set_timeout(ADMIN, box.id, None)
         await clean(engine)
 
 
@@ -401,7 +403,7 @@ async def test_a_lease_outlives_a_restart_but_not_its_client(settings: Settings)
 async def test_timeouts(settings: Settings) -> None:
     async with opened(settings) as engine:
         absolute = await make(engine, timeout=Timeout(seconds=1.0))
-        idle = await make(engine, timeout=Timeout(seconds=1.0, mode=TimeoutMode.IDLE))
+        idle = await make(engine, timeout=Timeout(seconds=1.0, mode=TimeoutMode.IDLE, action=TimeoutAction.DESTROY))
         kept = await make(engine, timeout=Timeout(seconds=1.0))
         assert absolute.expires_at is not None
         await engine.set_timeout(ADMIN, kept.id, None)

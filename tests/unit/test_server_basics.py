@@ -166,11 +166,11 @@ async def test_wait_for_a_state_and_for_the_end(daemon: Running) -> None:
     assert (await gone).status_code == 204
 
 
-async def test_pause_is_refused_clearly(daemon: Running) -> None:
+async def test_pause_and_resume(daemon: Running) -> None:
     await daemon.sandbox(name="p")
-    for verb in ("pause", "resume"):
+    for verb, state in (("pause", "paused"), ("resume", "running")):
         answer = await daemon.http.post(f"/v1/sandboxes/p/{verb}")
-        assert (answer.status_code, answer.json()["code"]) == (400, "not_supported_yet")
+        assert (answer.status_code, answer.json()["state"]) == (200, state)
         assert (await daemon.http.post(f"/v1/sandboxes/nope/{verb}")).status_code == 404
 
 

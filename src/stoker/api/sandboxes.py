@@ -64,18 +64,21 @@ class TimeoutMode(StrEnum):
 
 
 class TimeoutAction(StrEnum):
-    """What happens when it passes. ``pause`` is refused until this daemon can pause."""
+    """What happens when it passes."""
 
     DESTROY = "destroy"
     PAUSE = "pause"
 
 
 class Timeout(Model, frozen=True):
-    """When a sandbox ends by itself. At least a second, at most a year."""
+    """When a sandbox ends, or is paused, by itself. At least a second, at most a year.
+
+    Without an action an idle sandbox is paused, and one whose absolute time is over destroyed.
+    """
 
     seconds: Annotated[float, Meta(ge=1.0, le=366 * 86400.0)]
     mode: TimeoutMode = TimeoutMode.ABSOLUTE
-    action: TimeoutAction = TimeoutAction.DESTROY
+    action: TimeoutAction | None = None
 
 
 class CreateSandbox(Model, frozen=True):

@@ -67,6 +67,8 @@ class Operation(Model, frozen=True):
     progress: Progress = field(default_factory=Progress)
     ended_at: UnixTime | None = None
     error: ErrorBody | None = None
+    steps: dict[str, float] = field(default_factory=dict)
+    """Milliseconds that the parts of a pause, resume, snapshot or fork took; ``stopped``: how long the guest stood."""
 
 
 class OperationPage(Model, frozen=True):

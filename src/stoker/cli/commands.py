@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "resize": ("stoker.cli.sandboxes:resize", "Give a sandbox a larger disk."),
     "freeze": ("stoker.cli.sandboxes:freeze", "Stop the CPUs of sandboxes."),
     "thaw": ("stoker.cli.sandboxes:thaw", "Let the CPUs go on."),
+    "pause": ("stoker.cli.sandboxes:pause", "Put sandboxes away, memory and all."),
+    "resume": ("stoker.cli.sandboxes:resume", "Take paused sandboxes up again."),
     "timeout": ("stoker.cli.sandboxes:timeout", "Say when a sandbox ends by itself."),
     "wait": ("stoker.cli.sandboxes:wait", "Wait for a sandbox or one of its processes."),
     "inspect": ("stoker.cli.sandboxes:inspect", "Print all that is known of sandboxes."),

@@ -1,4 +1,4 @@
-"""The words about sandboxes: create, ls, inspect, rm, stop, start, resize, freeze, thaw, timeout, wait."""
+"""The words about sandboxes: create, ls, inspect, rm, stop, start, resize, freeze, thaw, pause, resume, timeout, wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stoker.client.client import AsyncClient
     from stoker.client.sandbox import AsyncSandbox
 
-__all__ = ["create", "freeze", "inspect", "ls", "resize", "rm", "start", "stop", "thaw", "timeout", "wait"]
+__all__ = ["create", "freeze", "inspect", "ls", "pause", "resize", "resume", "rm", "start", "stop", "thaw", "timeout", "wait"]
 
 STATES = ("creating", "running", "frozen", "pausing", "paused", "resuming", "stopping", "stopped", "failed", "lost")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress.")
@@ -29,7 +29,7 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--name", "-n", metavar="NAME", help="A name, unique among yours.")
 @click.option("--label", "-l", metavar="K=V", multiple=True, help="A label; ls and rm find it again.")
 @click.option("--timeout", type=DURATION, metavar="T", help="Destroy it after so long, such as 30m.")
-@click.option("--idle-timeout", type=DURATION, metavar="T", help="Destroy it when it has not been used for so long.")
+@click.option("--idle-timeout", type=DURATION, metavar="T", help="Pause it when it has not been used for so long.")
 @click.option("--kernel", metavar="K", default="", help="debian:SUITE, a vmlinux or bzImage, or a digest.  [default: debian:12]")
 @click.option("--initrd", metavar="FILE", help="An initial RAM disk made elsewhere; the agent is added to it.")
 @click.option("--cpus", metavar="N", type=click.IntRange(1, 256), default=1, show_default=True, help="Virtual CPUs.")
@@ -245,11 +245,25 @@ def thaw(*, sandboxes: tuple[str, ...]) -> int:
 
 
 @click.command()
+@click.argument("sandboxes", nargs=-1, required=True, type=SANDBOX)
+def pause(*, sandboxes: tuple[str, ...]) -> int:
+    """Put sandboxes away, memory and all; whatever uses one takes it up again."""
+    return _on_each(sandboxes, lambda box: box.pause(), doing="pausing")
+
+
+@click.command()
+@click.argument("sandboxes", nargs=-1, required=True, type=SANDBOX)
+def resume(*, sandboxes: tuple[str, ...]) -> int:
+    """Take paused sandboxes up again where they were."""
+    return _on_each(sandboxes, lambda box: box.resume(), doing="resuming")
+
+
+@click.command()
 @click.option("--idle", is_flag=True, help="Count from its last use, not from now.")
 @click.argument("sandbox", type=SANDBOX)
 @click.argument("duration", metavar="DURATION|none")
 def timeout(*, idle: bool, sandbox: str, duration: str) -> int:
-    """Destroy a sandbox after so long (30m, 2h), or with 'none' never by itself."""
+    """Destroy a sandbox after so long (30m, 2h), with --idle pause it, or with 'none' leave it alone."""
     if duration == "none":
         return _on_each((sandbox,), lambda box: box.set_timeout(None), echo=False)
     seconds: Any = DURATION.convert(duration, None, click.get_current_context())

@@ -22,7 +22,6 @@ from stoker.api.models import (
     SetTimeout,
     StopSandbox,
     Timeout,
-    TimeoutAction,
     TimeoutMode,
     VolumeMount,
 )
@@ -41,6 +40,9 @@ if TYPE_CHECKING:
     from stoker.client.lease import Lease
 
 __all__ = ["AsyncSandbox", "created"]
+
+LONG = 600.0
+"""Seconds that memory of any size gets to be written or read."""
 
 
 class AsyncSandbox:
@@ -204,6 +206,17 @@ class AsyncSandbox:
     async def thaw(self) -> SandboxInfo:
         return await self._change("thaw")
 
+    async def pause(self) -> SandboxInfo:
+        """Puts it away: memory, devices and processes go into files, and it takes nothing but disk.
+
+        :meth:`resume`, or whatever uses its processes or files, brings all back.
+        """
+        return await self._change("pause", timeout=LONG)
+
+    async def resume(self) -> SandboxInfo:
+        """Takes it up again where it was paused."""
+        return await self._change("resume", timeout=LONG)
+
     async def stop(self, *, grace: float = 10.0) -> SandboxInfo:
         """Shuts it down and keeps its disk. ``grace``: seconds its processes get to end by themselves."""
         return await self._change("stop", StopSandbox(grace=grace), timeout=grace + 120.0)
@@ -215,7 +228,7 @@ class AsyncSandbox:
         return await self.refresh()
 
     async def set_timeout(self, timeout: float | str | None = None, *, idle_timeout: float | str | None = None) -> SandboxInfo:
-        """Destroys it so long after now, or after its last use; with neither it stays until it is killed."""
+        """Destroys it so long after now, or pauses it so long after its last use; with neither it stays until it is killed."""
         body = SetTimeout(timeout=_timeout(timeout, idle_timeout))
         return self._keep(await self._api.call("PUT", self._path("timeout"), SandboxInfo, body=body))
 
@@ -310,4 +323,4 @@ def _timeout(absolute: float | str | None, idle: float | str | None) -> Timeout 
     if absolute is not None and idle is not None:
         raise InvalidRequest("two_timeouts", "a sandbox has one timeout, absolute or idle", "leave out timeout or idle_timeout")
     given, mode = (absolute, TimeoutMode.ABSOLUTE) if idle is None else (idle, TimeoutMode.IDLE)
-    return None if given is None else Timeout(seconds=parse_duration(given), mode=mode, action=TimeoutAction.DESTROY)
+    return None if given is None else Timeout(seconds=parse_duration(given), mode=mode)

@@ -750,6 +750,17 @@ class Sandbox:
     def thaw(self) -> SandboxInfo:
         return call(self._async.thaw())
 
+    def pause(self) -> SandboxInfo:
+        """Puts it away: memory, devices and processes go into files, and it takes nothing but disk.
+
+        :meth:`resume`, or whatever uses its processes or files, brings all back.
+        """
+        return call(self._async.pause())
+
+    def resume(self) -> SandboxInfo:
+        """Takes it up again where it was paused."""
+        return call(self._async.resume())
+
     def stop(self, *, grace: float = 10.0) -> SandboxInfo:
         """Shuts it down and keeps its disk. ``grace``: seconds its processes get to end by themselves."""
         return call(self._async.stop(grace=grace))
@@ -759,7 +770,7 @@ class Sandbox:
         return calling_back(self._async.start, {"on_progress": on_progress}, ready_timeout=ready_timeout)
 
     def set_timeout(self, timeout: float | str | None = None, *, idle_timeout: float | str | None = None) -> SandboxInfo:
-        """Destroys it so long after now, or after its last use; with neither it stays until it is killed."""
+        """Destroys it so long after now, or pauses it so long after its last use; with neither it stays until it is killed."""
         return call(self._async.set_timeout(timeout, idle_timeout=idle_timeout))
 
     def wait(self, *states: str, timeout: float | None = None) -> SandboxInfo:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stoker.engine.golden import Shape
-from stoker.engine.start import Watch, explained, start
+from stoker.engine.start import Started, Watch, explained, start
 from stoker.engine.state import Attached
 from stoker.engine.trace import trace
 from stoker.errors import InvalidRequest
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from stoker.storage.strategy import Clone
     from stoker.vmm.driver import Machine
 
-__all__ = ["LiveMachine", "MachineRequest", "boot", "boot_helper"]
+__all__ = ["LiveMachine", "MachineRequest", "Plan", "boot", "boot_helper", "plan"]
 
 MIB = 1 << 20
 DEFAULT_MEMORY = 512 * MIB
@@ -70,6 +70,8 @@ class MachineRequest:
     init: str = "agent"
     """``agent``: ours is process 1; ``image``: the image's own ``/sbin/init`` is, and the agent stays beside it."""
     attached: tuple[Attached, ...] = ()
+    base_file: Path | None = None
+    """Where a file of its memory's base gets another name, if there is one."""
 
 
 @dataclass(slots=True)
@@ -85,6 +87,8 @@ class LiveMachine:
     timings: dict[str, float] = field(default_factory=dict)
     accelerator: str = ""
     golden: bool = False
+    base: str = ""
+    """The digest of what ``base_file`` is a name of."""
     held: ExitStack = field(default_factory=ExitStack)
     """Keeps its image and kernel from being removed until it is closed: by then a row names them, or the machine is gone."""
 
@@ -204,18 +208,30 @@ async def boot(
         return live
 
 
-async def _boot(
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A machine before it is started: everything it is made from has been found, made and held."""
+
+    spec: MachineSpec
+    rootfs: RootFilesystem
+    kernel: Kernel
+    clone: Clone
+    network: UserNetwork | None
+
+
+async def plan(
     request: MachineRequest,
     settings: Settings,
     directory: Path,
     disk: MakeDisk,
-    detached: bool,
-    report: Progress,
-    cgroup: Path | None,
-    goldens: Goldens | None,
+    watch: Watch,
     held: ExitStack,
-) -> LiveMachine:
-    watch = Watch()
+    report: Progress,
+    *,
+    detached: bool,
+    cgroup: Path | None,
+) -> Plan:
+    """Finds kernel and image, makes (or opens) the disks. The laps of ``watch`` are ``images``, ``accel`` and ``clone``."""
     kernel = await held_kernel(request.kernel or settings.default_kernel, settings, report, held)
     rootfs = await held_image(request.image, settings, report, held)
     initrd = await build_initramfs(kernel, agent_path(), settings, network=request.network != "none", base=request.initrd)
@@ -250,12 +266,39 @@ async def _boot(
         gate=request.gate,
         journal=request.name if request.gate is not None else "",
     )
-    words = configuration(request, rootfs, network)
-    shape = await _shape(request, spec, words, clone, settings) if goldens is not None else None
-    machine, agent, golden = await _bring_up(spec, settings, words, watch, goldens, shape)
-    if goldens is not None and shape is not None and not golden:
+    return Plan(spec, rootfs, kernel, clone, network)
+
+
+async def _boot(
+    request: MachineRequest,
+    settings: Settings,
+    directory: Path,
+    disk: MakeDisk,
+    detached: bool,
+    report: Progress,
+    cgroup: Path | None,
+    goldens: Goldens | None,
+    held: ExitStack,
+) -> LiveMachine:
+    watch = Watch()
+    made = await plan(request, settings, directory, disk, watch, held, report, detached=detached, cgroup=cgroup)
+    words = configuration(request, made.rootfs, made.network)
+    shape = await _shape(request, made.spec, words, made.clone, settings) if goldens is not None else None
+    up = await _bring_up(made.spec, settings, words, watch, goldens, shape, request.base_file)
+    if goldens is not None and shape is not None and not up.golden:
         goldens.learn(shape)
-    return LiveMachine(request, machine, agent, rootfs, kernel, clone, watch.laps, accel.accelerator.value, golden)
+    return LiveMachine(
+        request,
+        up.machine,
+        up.agent,
+        made.rootfs,
+        made.kernel,
+        made.clone,
+        watch.laps,
+        made.spec.accelerator.value,
+        up.golden,
+        up.base,
+    )
 
 
 async def _shape(
@@ -276,19 +319,20 @@ async def _bring_up(
     watch: Watch,
     goldens: Goldens | None = None,
     shape: Shape | None = None,
-) -> tuple[Machine, Agent, bool]:
-    """Starts a machine and configures its guest; a failure ends it again. The last says whether golden memory made it."""
+    base_file: Path | None = None,
+) -> Started:
+    """Starts a machine and configures its guest; a failure ends it again."""
     async with AsyncExitStack() as undo:
-        machine, agent, golden = await start(spec, settings, watch, goldens, shape)
-        undo.push_async_callback(machine.close)
-        undo.push_async_callback(machine.kill)
-        undo.push_async_callback(agent.aclose)
-        async with explained(machine, settings):
-            await agent.configure(words)
+        up = await start(spec, settings, watch, goldens, shape, base_file)
+        undo.push_async_callback(up.machine.close)
+        undo.push_async_callback(up.machine.kill)
+        undo.push_async_callback(up.agent.aclose)
+        async with explained(up.machine, settings):
+            await up.agent.configure(words)
         watch.lap("configure")
         trace("boot.after_configure")
         undo.pop_all()
-    return machine, agent, golden
+    return up
 
 
 async def boot_helper(name: str, settings: Settings, directory: Path, disk: Attached, memory: int) -> tuple[Machine, Agent]:
@@ -314,5 +358,5 @@ async def boot_helper(name: str, settings: Settings, directory: Path, disk: Atta
         words = Configuration(
             env={"PATH": DEFAULT_PATH}, entropy=os.urandom(64), realtime=time.time_ns(), user="root", mounts=[mount_of(disk)]
         )
-        machine, agent, _ = await _bring_up(spec, settings, words, Watch())
-        return machine, agent
+        up = await _bring_up(spec, settings, words, Watch())
+        return up.machine, up.agent

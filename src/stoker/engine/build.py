@@ -28,7 +28,7 @@ from stoker.api.models import (
 from stoker.engine.admission import VMM_OVERHEAD
 from stoker.engine.core import Booted, Box, Core, Live, Places, released_in
 from stoker.engine.ending import ended, release_all
-from stoker.engine.hub import Hub
+from stoker.engine.hub import Hub, Started, decode_started
 from stoker.engine.ledger import Entry, Kind, Ledger
 from stoker.engine.operations import Running
 from stoker.engine.release import release
@@ -45,7 +45,18 @@ if TYPE_CHECKING:
     from stoker.engine.boot import MachineRequest
     from stoker.vmm.driver import Machine
 
-__all__ = ["begin", "cancel", "enter_unit", "make_hub"]
+__all__ = [
+    "begin",
+    "cancel",
+    "enter_machine",
+    "enter_unit",
+    "kept_rows",
+    "let_go",
+    "machine_request",
+    "make_hub",
+    "make_places",
+    "serve",
+]
 
 log = logging.getLogger(__name__)
 FAILED_KEPT: Final = 64
@@ -118,6 +129,18 @@ def _why(cause: BaseException, core: Core, box: Box) -> StokerError:
 async def _make(core: Core, box: Box, operation: Running) -> Booted:
     """Everything on the host, in the order of the ledger."""
     places = core.places(box.id)
+    await make_places(core, box, places)
+    request = machine_request(core, box.record, places)
+    if places.unit is not None:
+        request = dataclasses.replace(request, gate=partial(enter_machine, core, box))
+    disk = core.pools.opener(box.record.pool, box.id) if box.record.boots else core.pools.maker(box.record.pool, box.id)
+    booted = await core.booter.boot(request, places.directory, disk, places.cgroup, operation)
+    trace("create.after_boot")
+    return booted
+
+
+async def make_places(core: Core, box: Box, places: Places) -> None:
+    """What a machine needs before it is started: its directory, its control group, its volumes."""
     if box.record.boots:
         await release(Entry(Kind.DIRECTORY, str(places.directory), box.id, True, {}), core.pools)
     places.directory.mkdir(mode=0o700)
@@ -127,13 +150,6 @@ async def _make(core: Core, box: Box, operation: Running) -> Booted:
     trace("create.after_cgroup")
     for volume in box.record.volumes:
         await volume_ready(core, volume)
-    request = machine_request(core, box.record, places)
-    if places.unit is not None:
-        request = dataclasses.replace(request, gate=partial(_enter, core, box))
-    disk = core.pools.opener(box.record.pool, box.id) if box.record.boots else core.pools.maker(box.record.pool, box.id)
-    booted = await core.booter.boot(request, places.directory, disk, places.cgroup, operation)
-    trace("create.after_boot")
-    return booted
 
 
 async def enter_unit(core: Core, box: Box, pids: list[int]) -> None:
@@ -142,7 +158,7 @@ async def enter_unit(core: Core, box: Box, pids: list[int]) -> None:
     await core.units.enter(record.id, pids, f"Stoker sandbox {record.label} ({record.request.image})", limits(record))
 
 
-async def _enter(core: Core, box: Box, pid: int) -> None:
+async def enter_machine(core: Core, box: Box, pid: int) -> None:
     """Puts a shim that waits into the machine's unit; where systemd does not do it, into a plain control group."""
     try:
         await enter_unit(core, box, [pid])
@@ -188,6 +204,7 @@ def machine_request(core: Core, record: Record, places: Places) -> MachineReques
         cold=request.cold or again,
         init=request.init.value,
         attached=attached(core, record, places),
+        base_file=places.memory,
     )
 
 
@@ -226,6 +243,7 @@ async def _running(core: Core, box: Box, booted: Booted) -> None:
             started_at=time.time(),
             ended_at=None,
             boots=record.boots + 1,
+            base=booted.base,
             image_digest=booted.image_digest or record.image_digest,
             image_path=booted.image_path or record.image_path,
             kernel_path=booted.kernel_path,
@@ -250,7 +268,7 @@ async def _running(core: Core, box: Box, booted: Booted) -> None:
         with anyio.CancelScope(shield=True):
             await let_go(booted.machine, live)
         raise
-    _serve(core, box, live)
+    serve(core, box, live)
     if places.unit is not None:
         core.spawn(core.units.register(box.id, identity.pid), f"machine {box.id}")
     trace("create.after_running" if record.boots == 0 else "start.after_running")
@@ -258,7 +276,7 @@ async def _running(core: Core, box: Box, booted: Booted) -> None:
         await _main(core, box, live, booted.command)
 
 
-def _serve(core: Core, box: Box, live: Live) -> None:
+def serve(core: Core, box: Box, live: Live) -> None:
     """From here on it is used and watched."""
     box.live = live
     box.rings.restart()
@@ -286,6 +304,14 @@ async def _main(core: Core, box: Box, live: Live, command: tuple[str, ...]) -> N
             await core.save(box, main=info.id)
     except StokerError as error:
         await core.happen(box, "process.failed", tag="main", code=error.code, message=error.message)
+
+
+async def kept_rows(core: Core, box: Box) -> dict[int, Started]:
+    """What is known of the processes that were started in the background."""
+    rows: list[tuple[int, str]] = await core.database.read(
+        lambda db: db.execute("SELECT number, started FROM processes WHERE sandbox = ?", (box.id,)).fetchall()
+    )
+    return {number: decode_started(text) for number, text in rows}
 
 
 def make_hub(core: Core, box: Box) -> Hub:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from stoker.api.models import Origin, Principal, Sandbox, SandboxState, TimeoutMode
+from stoker.api.models import Origin, Principal, Sandbox, SandboxState, TimeoutAction, TimeoutMode
 from stoker.engine.admission import Admission, BootQueue
 from stoker.engine.consoles import Console
 from stoker.engine.database import Database
@@ -31,11 +31,12 @@ from stoker.engine.metrics import Rings
 from stoker.engine.operations import Operations
 from stoker.engine.pools import MakeDisk, Pools
 from stoker.engine.release import release
-from stoker.engine.state import WITH_MACHINE, Mounted, Record, VolumeRecord, require, to_sandbox
+from stoker.engine.state import ASLEEP, WITH_MACHINE, Mounted, Record, VolumeRecord, require, to_sandbox
 from stoker.engine.units import Units, unit_name
 from stoker.errors import GuestError, HostError, NotFound
 from stoker.storage.app import app_image
 from stoker.storage.volume import size_of
+from stoker.vmm.memory import Scratch
 
 if TYPE_CHECKING:
     from stoker.engine.boot import MachineRequest
@@ -70,6 +71,8 @@ class Booted:
     accelerator: str = ""
     vmm: str = ""
     origin: Origin = Origin.BOOT
+    base: str = ""
+    """The digest of its memory's base, where a file of it is linked to ``MachineRequest.base_file``."""
     timings: dict[str, float] = field(default_factory=dict)
     held: ExitStack = field(default_factory=ExitStack)
     """What must not be removed until the sandbox's row names it."""
@@ -87,6 +90,19 @@ class Booter(Protocol):
     async def boot(
         self, request: MachineRequest, directory: Path, disk: MakeDisk, cgroup: Path | None, progress: Progress
     ) -> Booted: ...
+
+    async def resume(
+        self,
+        request: MachineRequest,
+        directory: Path,
+        disk: MakeDisk,
+        cgroup: Path | None,
+        progress: Progress,
+        saved: Path,
+        ready: Callable[[Machine], Awaitable[None]],
+    ) -> Booted:
+        """Takes a machine up where it was put away. ``ready`` is awaited when it is whole and has not gone on yet."""
+        ...
 
     async def adopt(self, directory: Path) -> Machine | None: ...
 
@@ -111,6 +127,8 @@ class Places:
     unit: str | None
     cgroup: Path | None
     """Where machines are no units."""
+    memory: Path
+    """Its own name for the file of its memory's base."""
     disk: Callable[[], Iterable[tuple[Kind, str]]]
     """What its disk consists of."""
     app: Path | None = None
@@ -120,6 +138,7 @@ class Places:
         found = [(Kind.PROCESS, str(self.directory)), (Kind.DIRECTORY, str(self.directory)), *self.disk()]
         if self.app is not None:
             found.append((Kind.APP_DISK, str(self.app)))
+        found.append((Kind.MEMORY, str(self.memory)))
         if self.unit is not None:
             found.append((Kind.UNIT, self.unit))
         if self.cgroup is not None:
@@ -147,6 +166,10 @@ class Box:
         self.record = record
         self.lock = asyncio.Lock()
         self.live: Live | None = None
+        self.asleep: Hub | None = None
+        """The processes of a paused machine, and who looks on at them."""
+        self.waking: asyncio.Task[None] | None = None
+        """The resume that everybody who wants to use it waits for."""
         self.work: asyncio.Task[None] | None = None
         """The create or start that is going on."""
         self.changed = asyncio.Event()
@@ -172,6 +195,8 @@ class Box:
         """When its timeout passes (wall clock), None: never, or not while it is used."""
         timeout = self.record.timeout
         if timeout is None:
+            return None
+        if timeout.action is TimeoutAction.PAUSE and self.record.state not in WITH_MACHINE:
             return None
         if timeout.mode is TimeoutMode.ABSOLUTE:
             return self.record.expires_at
@@ -220,6 +245,11 @@ class Core:
         self.bell = asyncio.Event()
         """Rung at every change of any sandbox: wait on the present one, the next is another."""
         self.problems: list[str] = []
+        self.scratch = Scratch()
+        self.copying = asyncio.Lock()
+        """Held while the scratch holds a machine's memory."""
+        self.wake: Callable[[Box], Awaitable[None]] | None = None
+        """Resumes a sandbox that somebody wants to use."""
         self.upkeep = asyncio.Lock()
         """Held by whoever looks after the whole host: one at a time."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -249,6 +279,7 @@ class Core:
             self.pools.directory(pool) / "clones" / sandbox,
             unit_name(sandbox) if self.units.usable else None,
             self.cgroups / sandbox if self.cgroups and not self.units.usable else None,
+            self.settings.data_dir / "memory" / sandbox,
             partial(self.pools.things, pool, sandbox),
             self.settings.data_dir / "apps" / "disks" / f"{sandbox}.qcow2" if app else None,
         )
@@ -346,7 +377,12 @@ class Core:
     # -- using --------------------------------------------------------------------------------------------------------
 
     async def agent(self, box: Box, verb: str = "exec") -> tuple[Live, Agent]:
-        """The sandbox's agent, now. While it is being reached again it is waited for a few seconds."""
+        """The sandbox's agent, now. While it is being reached again it is waited for a few seconds.
+
+        A paused one is resumed to be used, by whoever comes first; the others wait with them.
+        """
+        if verb == "exec":
+            await self.awake(box)
         require(box.record, verb)
         live = box.live
         if live is None:
@@ -362,6 +398,19 @@ class Core:
         if live.agent is None:
             raise GuestError("agent_unreachable", f"the agent of {box.record.label} does not answer", "try again")
         return live, live.agent
+
+    async def awake(self, box: Box) -> None:
+        """Returns when the sandbox is not paused (any more); what went wrong with its resume is raised to all who wait."""
+        while box.record.state in ASLEEP and not box.record.doomed and self.wake is not None:
+            if box.waking is None:
+                box.waking = asyncio.get_running_loop().create_task(self._wake(box, self.wake))
+            await asyncio.shield(box.waking)
+
+    async def _wake(self, box: Box, wake: Callable[[Box], Awaitable[None]]) -> None:
+        try:
+            await wake(box)
+        finally:
+            box.waking = None
 
     @asynccontextmanager
     async def used(self, box: Box) -> AsyncIterator[None]:

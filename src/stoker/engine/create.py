@@ -30,20 +30,19 @@ from stoker.engine.core import Box, Core, put
 from stoker.engine.ledger import Ledger
 from stoker.engine.state import Mounted, Record, new_id, require
 from stoker.engine.trace import trace
-from stoker.errors import Conflict, Forbidden, HostError, InvalidRequest
+from stoker.errors import Conflict, Forbidden, HostError
 
-__all__ = ["check_timeout", "create", "expiry", "start"]
+__all__ = ["create", "expiry", "settled", "start"]
 
 MIB: Final = 1 << 20
 IDEMPOTENT_SECONDS: Final = 86400.0
 
 
-def check_timeout(timeout: Timeout | None) -> None:
-    """A timeout that pauses is for later."""
-    if timeout is not None and timeout.action is TimeoutAction.PAUSE:
-        raise InvalidRequest(
-            "not_supported_yet", "this Stoker cannot pause a sandbox yet", 'use {"action": "destroy"}, or set no timeout'
-        )
+def settled(timeout: Timeout | None) -> Timeout | None:
+    """A timeout that says what happens when it passes."""
+    if timeout is None or timeout.action is not None:
+        return timeout
+    return replace(timeout, action=TimeoutAction.PAUSE if timeout.mode is TimeoutMode.IDLE else TimeoutAction.DESTROY)
 
 
 def expiry(timeout: Timeout | None) -> float | None:
@@ -51,7 +50,6 @@ def expiry(timeout: Timeout | None) -> float | None:
 
 
 def _check(who: Principal, request: CreateSandbox) -> None:
-    check_timeout(request.timeout)
     if not who.admin and (request.initrd or request.kernel.startswith(("/", ".", "~")) or request.image.startswith("ext4:")):
         raise Forbidden("host_path", "files of the daemon's host are for its own users", "ask over the Unix socket, or use a name")
 
@@ -89,7 +87,7 @@ async def create(
         hostname=request.hostname or request.name or "",
         pool=core.pools.default,
         volumes=volumes,
-        timeout=request.timeout,
+        timeout=settled(request.timeout),
         expires_at=expiry(request.timeout),
         versions=Versions(daemon=stoker.__version__),
     )

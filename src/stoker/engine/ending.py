@@ -15,7 +15,7 @@ from stoker.engine.state import require, to_body
 from stoker.engine.trace import trace
 from stoker.errors import Conflict, GuestError, StokerError
 
-__all__ = ["destroy", "detach", "ended", "release_all", "stop"]
+__all__ = ["destroy", "detach", "ended", "lay_down", "release_all", "stop"]
 
 log = logging.getLogger(__name__)
 UNMOUNT: Final = 10.0
@@ -31,12 +31,15 @@ async def release_all(core: Core, box: Box, *, tracing: bool = False) -> None:
         for entry in entries:
             if entry.kind is kind:
                 await core.release(entry)
-        if tracing and kind not in (Kind.LEASE, Kind.VOLUME, Kind.APP_DISK):
+        if tracing and kind not in (Kind.LEASE, Kind.VOLUME, Kind.APP_DISK, Kind.MEMORY, Kind.SAVED):
             trace(f"destroy.after_{kind.value}")
 
 
 async def detach(box: Box, error: StokerError) -> None:
     """The sandbox has no machine from here on: nobody watches it any more, everyone who looked on gets ``error``."""
+    hub, box.asleep = box.asleep, None
+    if hub is not None:
+        await hub.close(error)
     live, box.live = box.live, None
     if live is None:
         return
@@ -49,21 +52,38 @@ async def detach(box: Box, error: StokerError) -> None:
     live.reached.set()
 
 
+async def lay_down(box: Box) -> None:
+    """The sandbox has no machine from here on, but will have it again: who looks on waits."""
+    live, box.live = box.live, None
+    if live is None:
+        return
+    if live.watch is not None:
+        live.watch.cancel()
+        await asyncio.wait({live.watch})
+    if live.agent is not None:
+        await live.agent.aclose()
+    box.asleep = live.hub
+
+
 async def ended(core: Core, box: Box, state: SandboxState, error: StokerError | None) -> None:
     """The machine is gone, the disk stays: everything else of it goes, and the row says so."""
+    kinds = (*OF_A_MACHINE, Kind.SAVED)
     for entry in await core.ledger.of(box.id):
-        if entry.kind in OF_A_MACHINE:
+        if entry.kind in kinds:
             await core.release(entry)
     await clear_directory(core.places(box.id).directory)
     await core.save(
         box,
         event="sandbox.state",
-        also=lambda db: Ledger.released_in(db, box.id, OF_A_MACHINE),
+        also=lambda db: Ledger.released_in(db, box.id, kinds),
         state=state,
         error=to_body(error) if error is not None else None,
         ended_at=time.time(),
         reason="",
         main=None,
+        base="",
+        saved="",
+        woken=False,
     )
     core.admission.rest(box.id)
 
@@ -114,6 +134,12 @@ async def stop(core: Core, box: Box, grace: float) -> None:
     async with box.lock:
         require(box.record, "stop")
         live, before = box.live, box.record.state
+        if before is SandboxState.PAUSED:
+            # Its memory is given up; what it wrote to its disk by then is there.
+            await core.save(box, event="sandbox.state", durable=True, state=SandboxState.STOPPING)
+            await detach(box, GuestError("sandbox_stopped", f"{box.record.label} was stopped", f"stoker start {box.record.label}"))
+            await ended(core, box, SandboxState.STOPPED, None)
+            return
         if live is None:
             raise Conflict("wrong_state", f"{box.record.label} has no machine", f"stoker rm {box.id}")
         await core.save(box, event="sandbox.state", durable=True, state=SandboxState.STOPPING)

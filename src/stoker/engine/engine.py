@@ -11,6 +11,7 @@ ledger        what the host has because of us, written down before it is made
 state, core   rows and what may be done in which state; what the parts share
 create, build the way of a create and a start; :mod:`.boot` makes the machine
 ending        destroy, stop, a machine that is gone
+pause, wake   memory and devices into files, and back
 watch         a machine's end, seen at once; its agent, reached again
 reconcile     what a new engine does with what it finds
 hub, feed     processes; one process's output for many clients
@@ -44,7 +45,7 @@ from stoker.api.models import (
     SandboxState,
     Timeout,
 )
-from stoker.engine import build, create, ending, verbs
+from stoker.engine import build, create, ending, pause, verbs
 from stoker.engine.apps import Apps
 from stoker.engine.core import Booter, Box, Core
 from stoker.engine.database import Database, lock_data
@@ -79,6 +80,7 @@ class Engine:
 
     def __init__(self, core: Core, keys: Keys, stack: AsyncExitStack) -> None:
         self._core = core
+        core.wake = self._wake
         self._keys = keys
         self._stack = stack
         self.processes = Processes(core)
@@ -122,6 +124,8 @@ class Engine:
             private_directory(settings.run_dir / "helpers", 0o711)
             private_directory(settings.data_dir / "volumes", 0o700)
             private_directory(settings.data_dir / "apps", 0o711)
+            private_directory(settings.data_dir / "memory", 0o700)
+            private_directory(settings.data_dir / "snapshots", 0o700)
             prepare_apps(settings.data_dir)
             database = await stack.enter_async_context(Database.open(settings.database))
             units = await stack.enter_async_context(Units())
@@ -171,8 +175,8 @@ class Engine:
         for box in core.boxes.values():
             box.console.close()
             live = box.live
+            await ending.detach(box, reason)
             if live is not None:
-                await ending.detach(box, reason)
                 await live.machine.close()
         await self._keys.close()
 
@@ -241,12 +245,17 @@ class Engine:
         return box.value
 
     async def pause(self, who: Principal, sandbox: str) -> Sandbox:
-        """Not yet: ``InvalidRequest("not_supported_yet")``."""
-        raise verbs.not_yet(self._find(who, sandbox), "pause")
+        box = self._find(who, sandbox)
+        await self._core.shielded(pause.pause(self._core, box))
+        return box.value
 
     async def resume(self, who: Principal, sandbox: str) -> Sandbox:
-        """Not yet: ``InvalidRequest("not_supported_yet")``."""
-        raise verbs.not_yet(self._find(who, sandbox), "resume")
+        box = self._find(who, sandbox)
+        await self._core.shielded(pause.resume(self._core, box, self._keys.quota(box.record.owner)))
+        return box.value
+
+    async def _wake(self, box: Box) -> None:
+        await self._core.shielded(pause.wake_up(self._core, box, self._keys.quota(box.record.owner)))
 
     async def ping(self, who: Principal, sandbox: str) -> float:
         return await verbs.ping(self._core, self._find(who, sandbox))

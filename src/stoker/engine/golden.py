@@ -124,6 +124,23 @@ class Goldens:
             _, old = self._loaded.popitem(last=False)
             os.close(old.saved.memory)
 
+    def link(self, golden: Golden, target: Path) -> bool:
+        """Gives the file that this was loaded from another name, so that it is there as long as somebody's memory stands on it."""
+        try:
+            os.link(self._place / golden.key / "memory", target)
+            status = os.stat(target)
+            if (status.st_dev, status.st_ino) == golden.saved.file:
+                return True
+            target.unlink()  # it was made anew since
+        except OSError as error:
+            log.debug("golden memory %s cannot be linked to %s: %s", golden.key, target, error)
+        return False
+
+    def by_digest(self, digest: str) -> int | None:
+        """The base with this content, if it is loaded: a descriptor, the caller's to close."""
+        found = next((one for one in self._loaded.values() if one.saved.digest == digest), None)
+        return None if found is None else os.dup(found.saved.memory)
+
     async def failed(self, golden: Golden, why: StokerError | TimeoutError) -> None:
         """A machine could not be started from it: it is not used again."""
         log.warning("golden memory %s does not work, machines boot instead: %s", golden.key, why or "out of time")

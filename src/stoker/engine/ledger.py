@@ -16,6 +16,8 @@ device      a device-mapper device                         removing it; while it
 loop        the file behind a loop device                  detaching whatever has exactly this file behind it
 clone       the disk's directory, ``POOL/clones/ID``       the pool (:mod:`stoker.storage.pool`)
 app-disk    ``DATA_DIR/apps/disks/ID.qcow2``               unlinking it
+memory      ``DATA_DIR/memory/ID``                         unlinking this name of its base's file
+saved       ``DATA_DIR/snapshots/NAME``                    removing the tree, and what was only being written
 volume      ``DATA_DIR/volumes/ID.ext4`` (owner: ID)       unlinking it, when there is no volume of that ID
 lease       the sandbox                                    nothing on the host; its sandbox goes with its holder
 ==========  =============================================  =====================================================
@@ -49,11 +51,13 @@ class Kind(StrEnum):
     LOOP = "loop"
     CLONE = "clone"
     APP_DISK = "app-disk"
+    MEMORY = "memory"
+    SAVED = "saved"
     VOLUME = "volume"
     LEASE = "lease"
 
 
-OF_A_MACHINE: Final = (Kind.PROCESS, Kind.UNIT, Kind.CGROUP)
+OF_A_MACHINE: Final = (Kind.PROCESS, Kind.UNIT, Kind.CGROUP, Kind.MEMORY)
 """What goes with a machine; the rest stays while its sandbox does."""
 _ORDER = {kind: position for position, kind in enumerate(Kind)}
 
@@ -108,6 +112,14 @@ class Ledger:
     def released_in(db: sqlite3.Connection, owner: str, kinds: Iterable[Kind] | None = None) -> None:
         for kind in kinds if kinds is not None else Kind:
             db.execute("DELETE FROM owned WHERE owner = ? AND kind = ?", (owner, kind.value))
+
+    @staticmethod
+    def dropped_in(db: sqlite3.Connection, kind: Kind, name: str) -> None:
+        db.execute("DELETE FROM owned WHERE kind = ? AND name = ?", (kind.value, name))
+
+    async def dropped(self, kind: Kind, name: str) -> None:
+        """One thing is gone."""
+        await self._database.write(lambda db: self.dropped_in(db, kind, name))
 
     async def intend(self, owner: str, kind: Kind, name: str) -> None:
         things = [(kind, name)]

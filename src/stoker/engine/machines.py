@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stoker.api.models import Origin
+from stoker.engine.bases import Bases
 from stoker.engine.core import Booted
 from stoker.engine.state import Attached, Mounted
 
 if TYPE_CHECKING:
-    from stoker.engine.boot import MachineRequest
+    from stoker.engine.boot import LiveMachine, MachineRequest
     from stoker.engine.golden import Goldens
     from stoker.engine.pools import MakeDisk
     from stoker.guest.agent import Agent
     from stoker.images.progress import Progress
     from stoker.settings import Settings
     from stoker.vmm.driver import Machine
+    from stoker.vmm.qemu.facts import QemuFacts
 
 __all__ = ["RealBooter"]
 
@@ -30,6 +33,10 @@ class RealBooter:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._goldens: Goldens | None = None
+        self._bases = Bases(self._golden_base)
+
+    def _golden_base(self, digest: str) -> int | None:
+        return self._goldens.by_digest(digest) if self._goldens is not None else None
 
     async def boot(
         self, request: MachineRequest, directory: Path, disk: MakeDisk, cgroup: Path | None, progress: Progress
@@ -51,25 +58,25 @@ class RealBooter:
             goldens=self._goldens,
         )
         facts = await qemu_facts(self._settings)
-        rootfs = live.rootfs
-        return Booted(
-            machine=live.machine,
-            agent=live.agent,
-            image_digest=rootfs.digest,
-            image_path=str(rootfs.path),
-            kernel_path=live.kernel.digest,
-            kernel=live.kernel.name,
-            disk=live.disk.size,
-            env={**dict(rootfs.env), **dict(request.env)},
-            user=request.user or rootfs.user or "root",
-            workdir=request.workdir or rootfs.workdir or "/",
-            command=rootfs.command,
-            accelerator=live.accelerator,
-            vmm="qemu " + ".".join(map(str, facts.version)),
-            origin=Origin.GOLDEN if live.golden else Origin.BOOT,
-            timings=live.timings,
-            held=live.held,
+        return _booted(live, facts, Origin.GOLDEN if live.golden else Origin.BOOT)
+
+    async def resume(
+        self,
+        request: MachineRequest,
+        directory: Path,
+        disk: MakeDisk,
+        cgroup: Path | None,
+        progress: Progress,
+        saved: Path,
+        ready: Callable[[Machine], Awaitable[None]],
+    ) -> Booted:
+        from stoker.engine.wake import wake
+        from stoker.vmm.qemu.facts import qemu_facts
+
+        live = await wake(
+            request, self._settings, directory, disk, saved, self._bases, ready=ready, progress=progress, cgroup=cgroup
         )
+        return _booted(live, await qemu_facts(self._settings), Origin.BOOT)
 
     async def helper(self, name: str, directory: Path, mounted: Mounted, file: Path) -> tuple[Machine, Agent]:
         from stoker.engine.boot import boot_helper
@@ -79,6 +86,7 @@ class RealBooter:
         return await boot_helper(name, self._settings, directory, disk, MEMORY)
 
     async def aclose(self) -> None:
+        self._bases.close()
         if self._goldens is not None:
             await self._goldens.aclose()
 
@@ -91,3 +99,25 @@ class RealBooter:
         from stoker.guest.channel import connect
 
         return await connect(machine.channel(), fresh=False, timeout=CONNECT)
+
+
+def _booted(live: LiveMachine, facts: QemuFacts, origin: Origin) -> Booted:
+    return Booted(
+        machine=live.machine,
+        agent=live.agent,
+        image_digest=live.rootfs.digest,
+        image_path=str(live.rootfs.path),
+        kernel_path=live.kernel.digest,
+        kernel=live.kernel.name,
+        disk=live.disk.size,
+        env={**dict(live.rootfs.env), **dict(live.request.env)},
+        user=live.request.user or live.rootfs.user or "root",
+        workdir=live.request.workdir or live.rootfs.workdir or "/",
+        command=live.rootfs.command,
+        accelerator=live.accelerator,
+        vmm="qemu " + ".".join(map(str, facts.version)),
+        origin=origin,
+        base=live.base,
+        timings=live.timings,
+        held=live.held,
+    )

@@ -42,6 +42,12 @@ class Running:
         if self.value.state is OperationState.RUNNING and progress != self.value.progress:
             self._set(replace(self.value, progress=progress))
 
+    def laps(self, seconds: dict[str, float]) -> None:
+        """How long parts of it took."""
+        steps = {**self.value.steps, **{name: round(value * 1000, 3) for name, value in seconds.items()}}
+        if self.value.state is OperationState.RUNNING:
+            self._set(replace(self.value, steps=steps))
+
     def end(self, error: StokerError | None = None, *, cancelled: bool = False) -> None:
         if self.value.state is not OperationState.RUNNING:
             return

@@ -9,7 +9,9 @@ creating, ran before      the half-started machine is ended; ``stopped``, its di
 running, frozen, lost     adopted where the VMM lives, its agent reached again (in the background); else ``failed`` or
                           ``stopped``, as the VMM's end says
 stopping                  the machine is ended; ``stopped``
-stopped, failed           nothing runs; what the ledger still names of a machine is removed
+pausing                   where the VMM lives it goes on; else ``paused``, or, without whole files, as a machine that ended
+resuming                  ``paused``; past the point of no return (``woken``) as running
+stopped, failed, paused   nothing runs; what the ledger still names of a machine is removed
 no row                    what the ledger names is removed
 ========================  =======================================================================================
 """
@@ -25,11 +27,11 @@ from pathlib import Path
 import msgspec
 
 from stoker.api.models import SandboxState
-from stoker.engine.build import make_hub
+from stoker.engine.build import kept_rows, make_hub
 from stoker.engine.core import Box, Core, Live, load, released_in
 from stoker.engine.ending import detach, ended, release_all
-from stoker.engine.hub import Started, decode_started
 from stoker.engine.ledger import Entry, Kind
+from stoker.engine.pause import drop_saved, laid_away, saved_place
 from stoker.engine.release import shims
 from stoker.engine.state import Record, VolumeRecord, to_body
 from stoker.engine.watch import verdict_on, watch
@@ -122,6 +124,9 @@ async def settle(core: Core, box: Box) -> None:
             error=to_body(error),
             ended_at=time.time(),
         )
+    elif record.state in (S.PAUSING, S.RESUMING):
+        _hold(core, box)
+        await _half(core, box)
     elif record.state in (S.CREATING, S.STOPPING, S.RUNNING, S.FROZEN, S.LOST):
         _hold(core, box)
         if record.state in (S.CREATING, S.STOPPING) or not await _adopt(core, box):
@@ -129,9 +134,35 @@ async def settle(core: Core, box: Box) -> None:
     elif record.boots:
         _hold(core, box)
         core.admission.rest(box.id)
+        await drop_saved(core, box)
         # A machine that was on its way out, and its files: nothing of it may be left.
         if any(entry.kind is Kind.PROCESS for entry in await core.ledger.of(box.id)):
             await ended(core, box, record.state, None)
+
+
+async def _half(core: Core, box: Box) -> None:
+    """A pause or a resume that was interrupted."""
+    record = box.record
+    whole = (saved_place(core, record.saved) / "manifest.json").exists()
+    machine = await core.booter.adopt(core.places(box.id).directory)
+    if record.state is S.PAUSING or record.woken:
+        if machine is not None:
+            # It has not gone on since it was stopped, or has for good: what is in files is nothing, or its past.
+            await core.save(box, saved="")
+            await drop_saved(core, box)
+            await machine.thaw()
+            await machine.close()
+            await _adopt(core, box)
+            await core.save(box, woken=False)
+            return
+        if record.state is S.RESUMING or not whole:
+            await _end(core, box)
+            return
+    elif machine is not None:
+        await machine.kill()
+        await machine.close()
+    log.info("%s is paused", box.id)
+    await laid_away(core, box)
 
 
 def _hold(core: Core, box: Box) -> None:
@@ -153,20 +184,15 @@ async def _adopt(core: Core, box: Box) -> bool:
         log.warning("%s: its VMM does not answer: %s", box.id, error or "out of time")
         frozen = state is S.FROZEN
     actual = S.FROZEN if frozen else S.LOST if state is S.LOST else S.RUNNING
+    if actual is S.RUNNING:
+        await drop_saved(core, box)
     if actual is not state:
         await core.save(box, event="sandbox.state", state=actual)
     live = box.live = Live(machine, make_hub(core, box))
-    rows = await _rows(core, box)
+    rows = await kept_rows(core, box)
     live.watch = core.spawn(watch(core, box, live, rows), f"watch {box.id}")
     log.info("adopted %s (process %d)", box.id, machine.vmm.pid)
     return True
-
-
-async def _rows(core: Core, box: Box) -> dict[int, Started]:
-    rows: list[tuple[int, str]] = await core.database.read(
-        lambda db: db.execute("SELECT number, started FROM processes WHERE sandbox = ?", (box.id,)).fetchall()
-    )
-    return {number: decode_started(text) for number, text in rows}
 
 
 async def _end(core: Core, box: Box) -> None:
@@ -177,7 +203,7 @@ async def _end(core: Core, box: Box) -> None:
 
     lines = await asyncio.to_thread(tail, places.directory / "console.log", 40)
     state, error = S.STOPPED, None
-    if record.state in (S.RUNNING, S.FROZEN, S.LOST):
+    if record.state in (S.RUNNING, S.FROZEN, S.LOST, S.PAUSING, S.RESUMING):
         found = await asyncio.to_thread(read_exit, places.directory)
         state, error = verdict_on(record.label, exit_of(found, False) if found else None, lines)
     await detach(box, GuestError("machine_died", f"the machine of {record.label} is gone"))

@@ -25,6 +25,7 @@ from stoker.engine.pools import Pools
 from stoker.errors import HostError
 from stoker.host import devicemapper, loop
 from stoker.host.process import ProcessIdentity, boot_id
+from stoker.vmm.kept import staging
 
 __all__ = ["CONSOLE", "clear_directory", "end_process", "end_processes", "release", "shims", "shims_below"]
 
@@ -189,7 +190,10 @@ def _release(entry: Entry, pools: Pools, found: Collection[int] | None) -> None:
             loop.detach(found_loop)
     elif entry.kind is Kind.CLONE:
         pools.remove(path)
-    elif entry.kind in (Kind.APP_DISK, Kind.VOLUME):
+    elif entry.kind is Kind.SAVED:
+        _remove_tree(path)
+        _remove_tree(staging(path))
+    elif entry.kind in (Kind.APP_DISK, Kind.VOLUME, Kind.MEMORY):
         path.unlink(missing_ok=True)
 
 

@@ -7,7 +7,8 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stoker.engine.trace import trace
@@ -24,10 +25,20 @@ if TYPE_CHECKING:
     from stoker.settings import Settings
     from stoker.vmm.driver import Machine
 
-__all__ = ["Watch", "explained", "start"]
+__all__ = ["Started", "Watch", "explained", "first_word", "launched", "start"]
 
 RESTORE_TIMEOUT = 30.0
 """Seconds until a machine out of golden memory must have answered; after that one is booted instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """``golden``: golden memory made it; ``base`` is then its digest, where it could be linked to."""
+
+    machine: Machine
+    agent: Agent
+    golden: bool = False
+    base: str = ""
 
 
 class Watch:
@@ -63,10 +74,10 @@ async def explained(machine: Machine, settings: Settings) -> AsyncIterator[None]
         raise
 
 
-async def _first_word(machine: Machine, deadline: float) -> Agent:
-    """Connects to the agent, or says why the machine ended instead."""
+async def first_word(machine: Machine, deadline: float, *, fresh: bool = True) -> Agent:
+    """Connects to the agent, or says why the machine ended instead. ``fresh``: nobody has spoken to it yet."""
     ended = asyncio.ensure_future(machine.wait())
-    spoken = asyncio.ensure_future(connect(machine.channel(), fresh=True, timeout=deadline))
+    spoken = asyncio.ensure_future(connect(machine.channel(), fresh=fresh, timeout=deadline))
     try:
         await asyncio.wait({ended, spoken}, return_when=asyncio.FIRST_COMPLETED)
         if spoken.done() and spoken.exception() is None:
@@ -85,14 +96,20 @@ async def _first_word(machine: Machine, deadline: float) -> Agent:
 
 
 async def start(
-    spec: MachineSpec, settings: Settings, watch: Watch, goldens: Goldens | None, shape: Shape | None
-) -> tuple[Machine, Agent, bool]:
-    """A running machine, its agent, and whether golden memory made it. The laps of ``watch`` are ``vmm`` and ``guest``."""
+    spec: MachineSpec,
+    settings: Settings,
+    watch: Watch,
+    goldens: Goldens | None = None,
+    shape: Shape | None = None,
+    base_file: Path | None = None,
+) -> Started:
+    """A running machine that answers. The laps of ``watch`` are ``vmm`` and ``guest``."""
     golden = await goldens.take(shape) if goldens is not None and shape is not None else None
     if goldens is not None and golden is not None:
         try:
             machine, agent = await _restored(spec, settings, watch, golden)
-            return machine, agent, True
+            linked = base_file is not None and goldens.link(golden, base_file)
+            return Started(machine, agent, True, golden.saved.digest if linked else "")
         except (StokerError, TimeoutError) as error:
             await goldens.failed(golden, error)
         finally:
@@ -101,18 +118,18 @@ async def start(
         # So that its memory can be taken out of it, a machine that boots has a base like any other: the empty one.
         empty = empty_memory()
         try:
-            machine = await _launched(replace(spec, guest_memory=GuestMemory(empty)), settings, watch, undo)
+            machine = await launched(replace(spec, guest_memory=GuestMemory(empty)), settings, watch, undo)
         finally:
             os.close(empty)
         async with explained(machine, settings):
-            agent = await _first_word(machine, settings.boot_timeout)
+            agent = await first_word(machine, settings.boot_timeout)
         watch.lap("guest")
         trace("boot.after_hello")
         undo.pop_all()
-    return machine, agent, False
+    return Started(machine, agent)
 
 
-async def _launched(spec: MachineSpec, settings: Settings, watch: Watch, undo: AsyncExitStack) -> QemuMachine:
+async def launched(spec: MachineSpec, settings: Settings, watch: Watch, undo: AsyncExitStack) -> QemuMachine:
     machine = await launch(spec, settings)
     undo.push_async_callback(machine.close)
     undo.push_async_callback(machine.kill)
@@ -124,11 +141,11 @@ async def _launched(spec: MachineSpec, settings: Settings, watch: Watch, undo: A
 async def _restored(spec: MachineSpec, settings: Settings, watch: Watch, golden: Golden) -> tuple[QemuMachine, Agent]:
     async with AsyncExitStack() as undo:
         copy = replace(spec, guest_memory=GuestMemory(golden.saved.memory), restore=True)
-        machine = await _launched(copy, settings, watch, undo)
+        machine = await launched(copy, settings, watch, undo)
         async with asyncio.timeout(RESTORE_TIMEOUT):
             await machine.restore(golden.saved.memory, None, golden.saved.state)
             await machine.thaw()
-            agent = await _first_word(machine, RESTORE_TIMEOUT)
+            agent = await first_word(machine, RESTORE_TIMEOUT)
         watch.lap("guest")
         trace("boot.after_hello")
         undo.pop_all()

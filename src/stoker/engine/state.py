@@ -27,6 +27,7 @@ from stoker.errors import Conflict, StokerError, error_to_wire
 
 __all__ = [
     "ALLOWED",
+    "ASLEEP",
     "TRANSIENT",
     "WITH_MACHINE",
     "Attached",
@@ -43,11 +44,13 @@ __all__ = [
 S = SandboxState
 TRANSIENT: Final = frozenset({S.CREATING, S.PAUSING, S.RESUMING, S.STOPPING})
 """States that end by themselves."""
+ASLEEP: Final = frozenset({S.PAUSING, S.PAUSED, S.RESUMING})
+"""States that whoever wants to use the sandbox waits out, or ends."""
 WITH_MACHINE: Final = frozenset({S.RUNNING, S.FROZEN, S.LOST})
 
 ALLOWED: Final[dict[str, frozenset[SandboxState]]] = {
     "destroy": frozenset(S),
-    "stop": frozenset({S.RUNNING, S.FROZEN, S.LOST}),
+    "stop": frozenset({S.RUNNING, S.FROZEN, S.LOST, S.PAUSED}),
     "start": frozenset({S.STOPPED, S.FAILED}),
     "freeze": frozenset({S.RUNNING}),
     "thaw": frozenset({S.FROZEN}),
@@ -57,7 +60,7 @@ ALLOWED: Final[dict[str, frozenset[SandboxState]]] = {
     "ping": frozenset({S.RUNNING}),
     "resize": frozenset({S.RUNNING, S.STOPPED}),
     "set_timeout": frozenset({S.CREATING, S.RUNNING, S.FROZEN, S.STOPPED, S.PAUSED, S.LOST}),
-    "lease": frozenset({S.CREATING, S.RUNNING, S.FROZEN, S.LOST}),
+    "lease": frozenset({S.CREATING, S.RUNNING, S.FROZEN, S.LOST, S.PAUSED}),
 }
 """Operation to the states it may start from. ``exec`` stands for everything on processes and files.
 ``start`` from ``failed`` needs a disk that is left: a sandbox that ran once."""
@@ -67,7 +70,7 @@ _LEAVES: Final = {
     S.RUNNING: "stoker stop {id}, or stoker rm {id}",
     S.FROZEN: "stoker thaw {id}",
     S.PAUSING: "it becomes paused by itself (stoker wait {id})",
-    S.PAUSED: "stoker resume {id}",
+    S.PAUSED: "stoker resume {id}, or anything that uses it; stoker stop {id} gives its memory up and keeps its disk",
     S.RESUMING: "it becomes running by itself (stoker wait {id})",
     S.STOPPING: "it becomes stopped by itself (stoker wait {id})",
     S.STOPPED: "stoker start {id}",
@@ -75,8 +78,6 @@ _LEAVES: Final = {
     S.LOST: "the daemon goes on trying to reach its agent; stoker stop {id} ends the machine and keeps the disk",
 }
 _ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz234567"
-_SOON: Final = ("pause", "resume")
-"""Not there yet; the states they will start from are."""
 
 
 def new_id(prefix: str, length: int = 20) -> str:
@@ -154,6 +155,13 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The pool its disk is in; "" is the one that needs no file system of its own."""
     boots: int = 0
     """How often it ran. From the first time on its disk is kept until it is destroyed."""
+    base: str = ""
+    """The digest of its memory's base, where ``DATA_DIR/memory/ID`` is a file of it; "": it has none, or none that has a file."""
+    saved: str = ""
+    """The name, in ``DATA_DIR/snapshots``, of what it is paused in."""
+    woken: bool = False
+    """What it is paused in is its past: the guest goes on, or has."""
+    pauses: int = 0
     doomed: bool = False
     """A destroy has begun; nothing but finishing it is left."""
 
@@ -163,13 +171,13 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def actions(record: Record) -> list[str]:
-    """The operations that the sandbox's state allows (and that exist)."""
+    """The operations that the sandbox's state allows."""
     if record.doomed:
         return ["destroy"]
     return [
         verb
         for verb, states in ALLOWED.items()
-        if record.state in states and verb not in _SOON and verb != "lease" and not (verb == "start" and not record.boots)
+        if record.state in states and verb != "lease" and not (verb == "start" and not record.boots)
     ]
 
 

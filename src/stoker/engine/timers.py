@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
+from stoker.api.models import TimeoutAction
 from stoker.engine.core import Box, Core
 from stoker.engine.ending import destroy
+from stoker.engine.pause import pause
 from stoker.engine.state import require
 from stoker.errors import Conflict, NotFound, StokerError
 
@@ -45,7 +47,11 @@ async def reap(core: Core) -> None:
             if due <= 0:
                 busy[box.id] = now + RETRY
                 why = "its lease is not held" if box.lease_until is not None else "its timeout has passed"
-                core.spawn(_expire(core, box, why), f"expire {box.id}")
+                timeout = box.record.timeout
+                if box.lease_until is None and timeout is not None and timeout.action is TimeoutAction.PAUSE:
+                    core.spawn(_rest(core, box), f"pause {box.id}")
+                else:
+                    core.spawn(_expire(core, box, why), f"expire {box.id}")
                 due = RETRY
             soonest = due if soonest is None else min(soonest, due)
         for gone in busy.keys() - core.boxes.keys():
@@ -64,6 +70,17 @@ async def _expire(core: Core, box: Box, why: str) -> None:
         await destroy(core, box)
     except StokerError as error:
         log.error("%s could not be destroyed: %s", box.id, error)
+
+
+async def _rest(core: Core, box: Box) -> None:
+    """Nobody used it for long enough. Somebody may again by now."""
+    if (deadline := box.deadline) is None or deadline > time.time():
+        return
+    log.info("pausing %s: its timeout has passed", box.id)
+    try:
+        await pause(core, box, idle=True)
+    except StokerError as error:
+        log.error("%s could not be paused: %s", box.id, error)
 
 
 @asynccontextmanager

@@ -36,7 +36,28 @@ DESTROY = (
 )
 STOP = ("stop.after_mark", "stop.after_shutdown", "stop.after_process", "stop.after_stopped")
 START = ("start.after_mark", "start.after_running")
+PAUSE = (
+    "pause.after_mark",
+    "pause.after_stop",
+    "pause.after_saved",
+    "pause.after_process",
+    "pause.after_disk",
+    "pause.after_paused",
+)
+RESUME = (
+    "resume.after_mark",
+    "resume.after_directory",
+    "resume.after_launch",
+    "resume.after_restore",
+    "resume.after_woken",
+    "resume.after_thaw",
+    "resume.after_hello",
+    "resume.after_running",
+    "resume.after_saved_gone",
+)
 POINTS = declare(*CREATE, *DESTROY, *STOP, *START)
+MEMORY = declare(*PAUSE, *RESUME)
+"""Only where machines have memory: real ones."""
 UNIT = declare("unit.after_enter")
 """Only where machines are units of systemd's."""
 VOLUMES = declare(

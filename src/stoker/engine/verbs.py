@@ -7,19 +7,13 @@ import logging
 
 from stoker.api.models import Sandbox, SandboxState, Timeout
 from stoker.engine.core import Box, Core
-from stoker.engine.create import check_timeout, expiry
+from stoker.engine.create import expiry, settled
 from stoker.engine.state import require
-from stoker.errors import DeadlineExceeded, HostError, InvalidRequest, NotFound, StokerError
+from stoker.errors import DeadlineExceeded, HostError, NotFound, StokerError
 
-__all__ = ["freeze", "not_yet", "ping", "set_timeout", "thaw", "wait"]
+__all__ = ["freeze", "ping", "set_timeout", "thaw", "wait"]
 
 log = logging.getLogger(__name__)
-
-
-def not_yet(box: Box, verb: str) -> StokerError:
-    """What this Stoker cannot do yet."""
-    hint = f"stoker freeze {box.record.label} stops its CPUs, stoker stop {box.record.label} keeps its disk"
-    return InvalidRequest("not_supported_yet", f"this Stoker cannot {verb} a sandbox yet", hint)
 
 
 async def freeze(core: Core, box: Box) -> None:
@@ -60,7 +54,7 @@ async def ping(core: Core, box: Box) -> float:
 
 async def set_timeout(core: Core, box: Box, timeout: Timeout | None) -> None:
     """Replaces the timeout; it counts from now."""
-    check_timeout(timeout)
+    timeout = settled(timeout)
     require(box.record, "set_timeout")
     box.touch()
     await core.save(box, event="sandbox.timeout", timeout=timeout, expires_at=expiry(timeout))

@@ -43,7 +43,7 @@ async def watch(core: Core, box: Box, live: Live, rows: dict[int, Started] | Non
                 break
             other.result()
             if agent is not None:
-                if box.record.state is not SandboxState.STOPPING:
+                if box.record.state not in (SandboxState.STOPPING, SandboxState.PAUSING):
                     log.warning("%s: %s", box.id, agent.reason)
                 live.agent = None
                 live.reached.clear()
@@ -64,7 +64,7 @@ async def _reach(core: Core, box: Box, live: Live, rows: dict[int, Started] | No
     tries = 0
     while True:
         # A frozen guest cannot answer, one that shuts down will not.
-        while box.record.state in (SandboxState.FROZEN, SandboxState.STOPPING):
+        while box.record.state in (SandboxState.FROZEN, SandboxState.STOPPING, SandboxState.PAUSING):
             await box.changed.wait()
             began = loop.time()
         try:

@@ -328,6 +328,14 @@ class EngineProtocol(Protocol):
 
     async def freeze(self, who: Principal, sandbox: str) -> Sandbox: ...
 
+    async def pause(self, who: Principal, sandbox: str) -> Sandbox:
+        """Returns when memory and devices are on disk and the machine is gone. Whoever uses it then resumes it."""
+        ...
+
+    async def resume(self, who: Principal, sandbox: str) -> Sandbox:
+        """Returns when it runs. Errors: ``saved_unusable``, ``saved_damaged`` (it stays paused), ``capacity_exhausted``."""
+        ...
+
     async def thaw(self, who: Principal, sandbox: str) -> Sandbox: ...
 
     async def ping(self, who: Principal, sandbox: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from stoker.host.process import ProcessIdentity
 from stoker.vmm.machine import MachineExit
@@ -63,6 +63,10 @@ class Machine(Protocol):
         ...
 
     async def thaw(self) -> None: ...
+
+    def made_by(self) -> dict[str, Any]:
+        """What has to be the same for its memory and devices to be taken up (:func:`stoker.vmm.saved.portable`)."""
+        ...
 
     def memory(self) -> int:
         """The base that its memory is a private view of, as a descriptor, which the caller closes. :class:`HostError`

@@ -40,6 +40,7 @@ __all__ = [
     "sealed",
 ]
 
+KEPT: Final = 64 << 20
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
@@ -78,6 +79,11 @@ class Scratch:
             length = max(16 << 20, -(-size * 5 // 4 // PAGE) * PAGE)
             self._map = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
         return self._map, address_of(self._map)
+
+    def trim(self) -> None:
+        """Gives back what only a large machine needed."""
+        if self._map is not None and len(self._map) > KEPT:
+            self._map = None
 
 
 def address_of(buffer: mmap.mmap) -> int:

@@ -19,13 +19,13 @@ from typing import Any, Final
 from stoker.errors import HostError, StokerError
 from stoker.host.durable import sync_directory
 from stoker.host.reflink import data_ranges
-from stoker.vmm.machine import MachineSpec
+from stoker.vmm.machine import Accelerator, MachineSpec
 from stoker.vmm.memory import new_memory, sealed
 from stoker.vmm.memory_file import copy_memory
 from stoker.vmm.qemu.command import DiskHandles, Handles, command
 from stoker.vmm.qemu.facts import QemuFacts
 
-__all__ = ["Saved", "fingerprint", "load", "orphaned", "save"]
+__all__ = ["Saved", "digest_of_memory", "fingerprint", "load", "orphaned", "portable", "save"]
 
 FORMAT: Final = 1
 AGAIN: Final = "it is made anew by itself"
@@ -40,6 +40,9 @@ class Saved:
     memory: int
     size: int
     state: bytes
+    digest: str
+    file: tuple[int, int]
+    """The device and inode of what it was loaded from."""
 
 
 def _identity(path: Path) -> list[Any]:
@@ -76,6 +79,24 @@ def fingerprint(spec: MachineSpec, qemu: QemuFacts) -> dict[str, Any]:
     }
 
 
+def portable(spec: MachineSpec, qemu: QemuFacts) -> dict[str, Any]:
+    """What has to be the same for a machine to be taken up where it was left: not the files it began with, which it has read,
+    nor how many layers its disks have."""
+    disks = tuple(replace(disk, backing=disk.backing[-1:]) for disk in spec.disks)
+    found = fingerprint(replace(spec, disks=disks), qemu)
+    wanted = {name: found[name] for name in ("vmm", "program", "command", "memory")}
+    if spec.accelerator is Accelerator.KVM:
+        wanted["cpu"] = _cpu()
+    return wanted
+
+
+def _cpu() -> str:
+    """The host's processor, as far as a guest of KVM sees it."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8").partition("\n\n")[0].splitlines()
+    kept = [line for line in lines if line.startswith(("vendor_id", "cpu family", "model", "stepping", "flags"))]
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
+
+
 def orphaned(directory: Path) -> str:
     """Why nothing can ever take this up again: a file that it was made from is gone. Empty: nothing is known against it."""
     try:
@@ -97,7 +118,7 @@ def orphaned(directory: Path) -> str:
     return ""
 
 
-def _digest(fd: int) -> str:
+def digest_of_memory(fd: int) -> str:
     """SHA-256 over the parts of a file that are not holes, each with its place."""
     found = hashlib.sha256()
     for offset, length in data_ranges(fd):
@@ -122,7 +143,7 @@ def save(directory: Path, memory: int, state: bytes, made_by: Mapping[str, Any])
         manifest = {
             "format": FORMAT,
             "made_by": made_by,
-            "memory": {"size": size, "sha256": _digest(memory)},
+            "memory": {"size": size, "sha256": digest_of_memory(memory)},
             "state": {"size": len(state), "sha256": hashlib.sha256(state).hexdigest()},
         }
         for name, data in (("state", state), ("manifest.json", json.dumps(manifest, indent=1).encode())):
@@ -152,19 +173,20 @@ def load(directory: Path, made_by: Mapping[str, Any]) -> Saved:
     if len(state) > _MOST_STATE or hashlib.sha256(state).hexdigest() != manifest["state"]["sha256"]:
         raise HostError("saved_damaged", f"{directory}/state is damaged", AGAIN)
     with open(directory / "memory", "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
+        size = status.st_size
         if size != manifest["memory"]["size"]:
             raise HostError("saved_damaged", f"{directory}/memory is damaged", AGAIN)
         memory = new_memory("base", size)
         try:
             copy_memory(file.fileno(), memory)
-            if _digest(memory) != manifest["memory"]["sha256"]:
+            if digest_of_memory(memory) != manifest["memory"]["sha256"]:
                 raise HostError("saved_damaged", f"{directory}/memory is damaged", AGAIN)
             sealed(memory)
         except BaseException:
             os.close(memory)
             raise
-    return Saved(memory, size, state)
+    return Saved(memory, size, state, manifest["memory"]["sha256"], (status.st_dev, status.st_ino))
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -229,24 +229,20 @@ async def start_sandbox(call: Call, query: CreateQuery) -> Sandbox | Reply:
     return json_reply(operation, 202, [(b"location", f"/v1/operations/{operation.id}".encode())])
 
 
-def _not_yet(verb: str) -> InvalidRequest:
-    return InvalidRequest(
-        "not_supported_yet", f"this daemon cannot {verb} sandboxes yet", "freeze stops the CPUs, stop keeps the disk"
-    )
-
-
-@routes.post("/v1/sandboxes/{sandbox}/pause", answers={200: Sandbox}, errors=SANDBOX)
+@routes.post("/v1/sandboxes/{sandbox}/pause", answers={200: Sandbox}, errors=(*SANDBOX, 429, 502, 503, 504))
 async def pause_sandbox(call: Call) -> Sandbox:
-    """Put the memory away. Not there yet: always refused."""
-    await call.engine.get(call.principal, call.sandbox)
-    raise _not_yet("pause")
+    """Put the machine away.
+
+    Memory, devices and processes go into files and come back at the resume; until then the sandbox takes nothing but disk. Answers
+    when they are on the host's disk. `operation` says how long each part took.
+    """
+    return await call.engine.pause(call.principal, call.sandbox)
 
 
-@routes.post("/v1/sandboxes/{sandbox}/resume", answers={200: Sandbox}, errors=SANDBOX)
+@routes.post("/v1/sandboxes/{sandbox}/resume", answers={200: Sandbox}, errors=(403, *SANDBOX, 429, 502, 503, 504))
 async def resume_sandbox(call: Call) -> Sandbox:
-    """Take the memory back. Not there yet: always refused."""
-    await call.engine.get(call.principal, call.sandbox)
-    raise _not_yet("resume")
+    """Take a paused machine up again where it was. Whatever uses processes or files of one does so, too."""
+    return await call.engine.resume(call.principal, call.sandbox)
 
 
 @routes.get("/v1/sandboxes/{sandbox}/console", answers={200: ConsoleLog}, errors=SANDBOX)

@@ -16,6 +16,7 @@ import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from stoker.errors import Conflict, GuestError, HostError
 from stoker.host.binaries import shim_path
@@ -32,6 +33,7 @@ from stoker.vmm.qemu.command import command
 from stoker.vmm.qemu.facts import qemu_facts
 from stoker.vmm.qemu.handles import open_handles
 from stoker.vmm.qemu.qmp import Qmp
+from stoker.vmm.saved import portable
 
 __all__ = ["QemuMachine", "adopt", "launch"]
 
@@ -133,6 +135,9 @@ class QemuMachine:
     async def device_state(self) -> bytes:
         """Everything of the machine but its memory and its disks, some KiB. Its vCPUs must be stopped; it goes on as it was."""
         return await device_state(await self.qmp())
+
+    def made_by(self) -> dict[str, Any]:
+        return dict(json.loads((self.directory / "machine.json").read_bytes()).get("made_by", {}))
 
     def memory(self) -> int:
         if self._memory is None:
@@ -237,7 +242,8 @@ async def launch(spec: MachineSpec, settings: Settings) -> QemuMachine:
             opened = open_handles(spec, close, keep)
             argv = command(spec, qemu, opened.handles)
             memory = _mapped(spec)
-            (directory / "machine.json").write_text(json.dumps({"name": spec.name, "memory": memory}))
+            record = {"name": spec.name, "memory": memory, "made_by": portable(spec, qemu)}
+            (directory / "machine.json").write_text(json.dumps(record))
             pair = await shim.start(shim_path(), opened.options, argv, ENVIRONMENT)
         machine = QemuMachine(spec.name, directory, pair, opened.owner, opened.state, child=True, memory=memory)
         keep.pop_all()
