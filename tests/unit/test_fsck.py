@@ -39,7 +39,7 @@ async def test_a_host_in_order(settings: Settings) -> None:
         await entry(settings, "images", "one", "name")
         report = await engine.upkeep.fsck(repair=True)
         assert report.clean and report.differences == [] and report.busy == []
-        assert report.checked["sandbox"] == 2 and report.checked["ledger"] == 5 and report.checked["clone"] == 2
+        assert report.checked["sandbox"] == 2 and report.checked["ledger"] == 6 and report.checked["clone"] == 2
         assert report.checked["image"] == report.checked["image-name"] == report.checked["database"] == 1
         await engine.freeze(ADMIN, "runs")
         assert (await engine.upkeep.fsck(repair=False)).clean

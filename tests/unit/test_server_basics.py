@@ -33,7 +33,7 @@ async def test_a_sandbox_from_create_to_destroy(daemon: Running) -> None:
     assert (await daemon.http.get("/v1/sandboxes/web")).json()["id"] == box["id"]
     assert (await daemon.http.post("/v1/sandboxes/web/ping")).json() == {"ms": 0.1}
     timeout = {"timeout": {"seconds": 60, "mode": "idle"}}
-    assert (await daemon.http.put("/v1/sandboxes/web/timeout", json=timeout)).json()["timeout"]["action"] == "destroy"
+    assert (await daemon.http.put("/v1/sandboxes/web/timeout", json=timeout)).json()["timeout"]["mode"] == "idle"
     assert (await daemon.http.post("/v1/sandboxes/web/freeze")).json()["state"] == "frozen"
     wrong = await daemon.http.post("/v1/sandboxes/web/freeze")
     assert wrong.status_code == 409 and wrong.json()["code"] == "wrong_state"

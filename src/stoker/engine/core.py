@@ -29,6 +29,7 @@ from stoker.engine.filling import Filling
 from stoker.engine.ledger import Entry, Kind, Ledger
 from stoker.engine.metrics import Rings
 from stoker.engine.operations import Operations
+from stoker.engine.places import Places
 from stoker.engine.pools import MakeDisk, Pools
 from stoker.engine.release import release
 from stoker.engine.state import ASLEEP, WITH_MACHINE, Mounted, Record, VolumeRecord, require, to_sandbox
@@ -115,37 +116,6 @@ class Booter(Protocol):
     async def aclose(self) -> None:
         """Ends what it does in the background. Machines live on."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where the things of one sandbox are. The names are the ledger's."""
-
-    directory: Path
-    clone: Path
-    """The directory of its disk in the pool."""
-    unit: str | None
-    cgroup: Path | None
-    """Where machines are no units."""
-    memory: Path
-    """Its own name for the file of its memory's base."""
-    disk: Callable[[], Iterable[tuple[Kind, str]]]
-    """What its disk consists of."""
-    app: Path | None = None
-    """The overlay over its app's file system."""
-
-    def things(self, *, lease: bool, sandbox: str) -> list[tuple[Kind, str]]:
-        found = [(Kind.PROCESS, str(self.directory)), (Kind.DIRECTORY, str(self.directory)), *self.disk()]
-        if self.app is not None:
-            found.append((Kind.APP_DISK, str(self.app)))
-        found.append((Kind.MEMORY, str(self.memory)))
-        if self.unit is not None:
-            found.append((Kind.UNIT, self.unit))
-        if self.cgroup is not None:
-            found.append((Kind.CGROUP, str(self.cgroup)))
-        if lease:
-            found.append((Kind.LEASE, sandbox))
-        return found
 
 
 @dataclass(slots=True)
