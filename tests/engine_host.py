@@ -76,6 +76,15 @@ class HostMachine:
         """A process of this host has no memory that could be put away."""
         raise GuestError("memory_unknown", "there are no guests here")
 
+    def made_by(self) -> dict[str, Any]:
+        return {}
+
+    def memory(self) -> int:
+        raise GuestError("memory_unknown", "there are no guests here")
+
+    async def flatten_disk(self, index: int) -> None:
+        """An agent on the host has no disk of its own."""
+
     async def resize_disk(self, index: int, size: int) -> None:
         """An agent on the host has no disk of its own."""
 

@@ -148,6 +148,27 @@ class Pools:
 
         return make
 
+    def copier(self, pool: str, source: str, name: str) -> MakeDisk:
+        """Makes a disk with what another one stands on: a frozen layer."""
+
+        async def make(base: Base, size: int) -> Clone:
+            return await asyncio.to_thread(lambda: self.open(pool).beside(source, name))
+
+        return make
+
+    async def freeze(self, pool: str, name: str) -> Clone:
+        """What a disk has so far becomes a layer, see :meth:`stoker.storage.pool.Pool.freeze`."""
+        return await asyncio.to_thread(lambda: self.open(pool).freeze(name))
+
+    def sync_layers(self, pool: str, name: str) -> None:
+        """Puts the layers that a disk stands on onto the host's disk."""
+        for path in self.open(pool).open_clone(name).backing[:-1]:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+
     def opener(self, pool: str, name: str) -> MakeDisk:
         async def find(base: Base, size: int) -> Clone:
             return await asyncio.to_thread(lambda: self.open(pool).open_clone(name))

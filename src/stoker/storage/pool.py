@@ -204,6 +204,28 @@ class Pool:
     def clone_of(self, name: str, new: str) -> Clone:
         return self._of(name).clone_of(name, new)
 
+    def _layered(self, name: str) -> Qcow2:
+        found = self._of(name)
+        if not isinstance(found, Qcow2):
+            raise InvalidRequest(
+                "layers_unsupported",
+                f"the disk {name} is made by {self._layout.record(name).strategy}: it has no layers that others could share",
+                "make the sandbox anew in a pool with pool_strategy = qcow2",
+            )
+        return found
+
+    def freeze(self, name: str) -> Clone:
+        """See :meth:`stoker.storage.qcow2.Qcow2.freeze`; other strategies: ``layers_unsupported`` (InvalidRequest)."""
+        return self._layered(name).freeze(name)
+
+    def beside(self, name: str, new: str) -> Clone:
+        """See :meth:`stoker.storage.qcow2.Qcow2.beside`."""
+        return self._layered(name).beside(name, new)
+
+    def streamed(self, name: str) -> None:
+        """See :meth:`stoker.storage.qcow2.Qcow2.streamed`."""
+        self._layered(name).streamed(name)
+
     def open_clone(self, name: str) -> Clone:
         return self._of(name).open(name)
 

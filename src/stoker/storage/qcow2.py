@@ -55,6 +55,34 @@ class Qcow2:
                 write_overlay(disk, size)
         return self._clone(new, replace(after, disk="disk.0"))
 
+    def freeze(self, name: str) -> Clone:
+        """What the clone has so far becomes a layer that others may stand on; the clone goes on in the empty overlay that is
+        returned. A virtual machine that has it open is to be switched there; until it is, nobody else may use the layer."""
+        self._layout.check()
+        with self._lock:
+            before = self._layout.record(name)
+            with no_space():
+                after = self._freeze(name, before, self._header(name, before))
+        return self._clone(name, after)
+
+    def beside(self, name: str, new: str) -> Clone:
+        """A new clone with what the clone stands on, and nothing of what it wrote since."""
+        self._layout.check()
+        with self._lock:
+            record = replace(self._layout.record(name), disk="disk.0")
+            with self._layout.new(new, record) as disk:
+                write_overlay(disk, self._header(name, self._layout.record(name)))
+        return self._clone(new, record)
+
+    def streamed(self, name: str) -> None:
+        """The clone has in its own overlay by now whatever it had in layers: it stands on its base alone."""
+        self._layout.check()
+        with self._lock:
+            before = self._layout.record(name)
+            if before.parent:
+                write(self._layout.place(name), replace(before, parent=""))
+                self._layout.leave(before.parent, name)
+
     def _header(self, name: str, record: Record) -> int:
         path = self._layout.disk(name, record)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -78,6 +78,11 @@ class Machine(Protocol):
         when it ran before; a failure lets it go on in any case. The content is in ``scratch``."""
         ...
 
+    async def flatten_disk(self, index: int) -> None:
+        """Copies what lies in the layers of a disk into its own overlay, so that it stands on its base alone; the guest goes on
+        meanwhile, and is slower. Returns when it is done."""
+        ...
+
     async def resize_disk(self, index: int, size: int) -> None:
         """The disk at this place in the specification has so many bytes from now on; the guest is told. Never fewer."""
         ...

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
+from stoker.errors import GuestError
 from stoker.vmm.driver import Captured, NextDisk
 from stoker.vmm.memory import Delta, Scratch, capture, changed_bytes
 from stoker.vmm.qemu.qmp import Qmp
 
 __all__ = ["capture_machine", "device_state", "top_nodes"]
 
+LOOK = 0.05
 SPARE = 16 << 20
 """What a guest may change between the look at how much there is and the stop, before the copy gets slower."""
 
@@ -61,6 +63,23 @@ async def top_nodes(qmp: Qmp) -> list[str]:
     nodes: list[dict[str, Any]] = [one["inserted"] for one in await qmp.execute("query-block") if "inserted" in one]
     names = [str(node["node-name"]) for node in nodes]
     return sorted(names, key=lambda name: int(name.removeprefix("disk").partition("-")[0]))
+
+
+async def stream(qmp: Qmp, index: int) -> None:
+    """See :meth:`stoker.vmm.driver.Machine.flatten_disk`. A job that goes on when this is cancelled harms nobody."""
+    top = (await top_nodes(qmp))[index]
+    job = f"stream-{top}"
+    base = f"disk{index}-base"
+    await qmp.execute("block-stream", job_id=job, device=top, base_node=base, auto_finalize=True, auto_dismiss=False)
+    while True:
+        found = next((one for one in await qmp.execute("query-jobs") if one["id"] == job), None)
+        if found is None or found["status"] == "concluded":
+            break
+        await asyncio.sleep(LOOK)  # noqa: ASYNC110 - the monitor tells it to who asks
+    if found is not None:
+        await qmp.execute("job-dismiss", id=job)
+        if "error" in found:
+            raise GuestError("vmm_refused", f"a disk's layers could not be joined: {found['error']}")
 
 
 async def _add(qmp: Qmp, disk: NextDisk, number: int) -> str:

@@ -28,7 +28,7 @@ from stoker.vmm.driver import Captured, NextDisk
 from stoker.vmm.elf import check_memory
 from stoker.vmm.machine import MachineExit, MachineSpec
 from stoker.vmm.memory import Delta, Scratch, inject
-from stoker.vmm.qemu.capture import capture_machine, device_state, top_nodes
+from stoker.vmm.qemu.capture import capture_machine, device_state, stream, top_nodes
 from stoker.vmm.qemu.command import command
 from stoker.vmm.qemu.facts import qemu_facts
 from stoker.vmm.qemu.handles import open_handles
@@ -123,6 +123,9 @@ class QemuMachine:
 
     async def thaw(self) -> None:
         await (await self.qmp()).execute("cont")
+
+    async def flatten_disk(self, index: int) -> None:
+        await stream(await self.qmp(), index)
 
     async def resize_disk(self, index: int, size: int) -> None:
         qmp = await self.qmp()
