@@ -74,9 +74,9 @@ static uint64_t free_bytes(void)
 static uint64_t fill_free_memory(uint64_t *left)
 {
 	char text[32];
-	uint64_t taken = 0, reserve = 8 << 20;
+	uint64_t taken = 0, reserve = 4 << 20;
 	if (read_small("/proc/sys/vm/min_free_kbytes", text, sizeof text))
-		reserve += 3 * 1024 * text_number(text, NULL);
+		reserve += 3 * 1024 / 2 * text_number(text, NULL); /* kswapd rests above this */
 	put("/proc/self/oom_score_adj", "1000");
 	for (int pieces = 0, settled = 0; pieces < PIECES && settled < SETTLE; pieces++) {
 		uint64_t before = free_bytes();

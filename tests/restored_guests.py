@@ -75,15 +75,17 @@ async def started(spec: MachineSpec, settings: Settings) -> AsyncIterator[QemuMa
 
 
 @asynccontextmanager
-async def made_base(settings: Settings, short_dir: Path, network: UserNetwork | None = None) -> AsyncIterator[Base]:
-    """A base of Debian, with this network."""
+async def made_base(
+    settings: Settings, short_dir: Path, network: UserNetwork | None = None, size: int = MEMORY
+) -> AsyncIterator[Base]:
+    """A base of Debian, with this network and so many bytes of memory."""
     kernel = await resolve_kernel("debian:12", settings, NullProgress())
     rootfs = await resolve_image("debian:12", settings, NullProgress())
     initrd = await build_initramfs(kernel, agent_path(), settings, network=network is not None)
     accel = await verdict(settings, kernel.vmlinux, initrd)
     directory = short_dir / "base"
     directory.mkdir(mode=0o700)
-    memory = new_memory("base", MEMORY)
+    memory = new_memory("base", size)
     spec = MachineSpec(
         name="base",
         directory=directory,
@@ -91,7 +93,7 @@ async def made_base(settings: Settings, short_dir: Path, network: UserNetwork | 
         initrd=initrd,
         cmdline=(),
         cpus=2,
-        memory=MEMORY,
+        memory=size,
         disks=(Disk(name="root", path=directory / "root.qcow2", format="qcow2", backing=(rootfs.path,)),),
         network=network,
         accelerator=accel.accelerator,

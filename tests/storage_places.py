@@ -68,7 +68,11 @@ def file_system(image: Path, point: Path, size: int, kind: str) -> Iterator[None
         yield
     finally:
         if mounted_at(point) is not None:
-            umount(point)
+            try:
+                umount(point)
+            except OSError:
+                umount(point, lazily=True)  # the host is not to suffer from a test that failed
+                raise
 
 
 def free(directory: Path) -> int:

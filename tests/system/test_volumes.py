@@ -168,6 +168,15 @@ def test_data_outlives_sandboxes_and_daemons(stoker: CommandLine, tmp_path: Path
     seen = sure(stoker, "exec", "box", "--", "sh", "-c", look + " | tail -1; sync; rm /d/large").splitlines()
     assert seen[:4] == [str(200 << 11), "1", "kept", "more"] and seen[4].startswith("157286400 bytes"), seen
     assert json.loads(sure(stoker, "volume", "inspect", "data"))[0]["size"] == 200 << 20
+    # What is deleted is given back to the host, as it goes and by fstrim.
+    used = next((stoker.settings.data_dir / "volumes").iterdir()).stat
+    sure(stoker, "exec", "box", "--", "sh", "-c", "sync && fstrim /d && sync")
+    empty = used().st_blocks * 512
+    fill = "head -c 60000000 /dev/urandom > /d/big && sync"
+    sure(stoker, "exec", "box", "--", "sh", "-c", fill)
+    assert used().st_blocks * 512 - empty > 56 << 20
+    sure(stoker, "exec", "box", "--", "sh", "-c", "rm /d/big && sync && fstrim /d && sync")
+    assert used().st_blocks * 512 - empty < 8 << 20
     # Where the guest has something else there, it is said; the volume has grown, and the next mount fills it.
     sure(stoker, "exec", "box", "--", "mount", "-t", "tmpfs", "none", "/d")
     refused = stoker("volume", "resize", "data", "300M")

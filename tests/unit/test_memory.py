@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from stoker.errors import GuestError, HostError
 from stoker.host import pagemap
+from stoker.vmm import memory
 from stoker.vmm.memory import PAGE, Delta, Scratch, capture, changed_bytes, empty_memory, inject, is_sealed, new_memory, sealed
 from stoker.vmm.memory_file import flatten, read_delta, write_delta
 
@@ -119,6 +121,63 @@ def test_anonymous_memory_over_the_base_is_zeros_where_nothing_is(base: int) -> 
         assert [other.page(n)[:4] for n in (0, 2, 3, 7, 8)] == [bytes(4), b"new\0", bytes(4), bytes(4), b"base"]
 
 
+def test_zeros_are_left_out_on_request(base: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of zeros become zero runs where the base has something, and nothing where it has zeros, too."""
+    monkeypatch.setattr(memory, "_BATCH", 1 << 20)
+    with holder(base) as parent, holder(base) as child:
+        # Zeros over data, over the hole behind it, zeros with one byte among them, and a run longer than a batch.
+        for statement in (
+            f"m[2*{PAGE}:40*{PAGE}] = bytes(38*{PAGE})",
+            f"m[30*{PAGE}-1:30*{PAGE}] = b'x'",
+            f"m[100*{PAGE}:900*{PAGE}] = bytes(800*{PAGE})",
+            f"m[200*{PAGE}:300*{PAGE}] = b'y' * (100*{PAGE})",
+            f"m[{SIZE}-{PAGE}:{SIZE}] = bytes({PAGE})",
+        ):
+            parent.do(statement)
+        for _ in range(2):  # what was in the way before is not seen
+            scratch = Scratch()
+            full, sparse = capture(parent.pid, base, Scratch()), capture(parent.pid, base, scratch, zeros=True)
+            assert full.bytes == 839 * PAGE and sparse.bytes == 101 * PAGE
+            assert runs(sparse)[0] == (29, 1) and sum(n for _, n in runs(sparse)) == 101
+            assert [(o // PAGE, n // PAGE) for o, n in zip(sparse.zero_offsets, sparse.zero_lengths, strict=True)] == [(2, 14)]
+        fd = os.memfd_create("delta")
+        write_delta(sparse, fd)
+        inject(child.pid, base, read_delta(fd))
+        os.close(fd)
+        wanted = parent.do("import hashlib; print(hashlib.sha256(m).hexdigest())")
+        assert child.do("import hashlib; print(hashlib.sha256(m).hexdigest())") == wanted
+
+
+@given(
+    writes=st.lists(st.tuples(st.integers(0, 63), st.integers(1, 64), st.sampled_from([b"\0", b"\0", b"z"])), max_size=8),
+    content=st.lists(st.tuples(st.integers(0, 63), st.sampled_from([b"\0", b"q"])), max_size=8),
+)
+@settings(max_examples=50, deadline=None)
+def test_a_delta_without_zeros_means_the_same(writes: list[tuple[int, int, bytes]], content: list[tuple[int, bytes]]) -> None:
+    fd = new_memory("test", 128 * PAGE)
+    try:
+        for page, byte in content:
+            os.pwrite(fd, byte * PAGE, page * PAGE)
+        sealed(fd)
+        ours = mmap.mmap(fd, 128 * PAGE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        for page, count, byte in writes:
+            ours[page * PAGE : (page + count) * PAGE] = byte * (count * PAGE)
+        wanted = bytes(ours)
+        delta = capture(os.getpid(), fd, Scratch(), zeros=True)
+        rebuilt = bytearray(os.pread(fd, 128 * PAGE, 0))
+        at = 0
+        for offset, length in zip(delta.offsets, delta.lengths, strict=True):
+            assert delta.data is not None
+            rebuilt[offset : offset + length] = delta.data[at : at + length]
+            at += length
+        for offset, length in zip(delta.zero_offsets, delta.zero_lengths, strict=True):
+            rebuilt[offset : offset + length] = bytes(length)
+        assert rebuilt == wanted
+        ours.close()
+    finally:
+        os.close(fd)
+
+
 def test_nobody_changes_a_base(base: int) -> None:
     for attempt in (lambda: os.pwrite(base, b"x", 0), lambda: os.ftruncate(base, 0), lambda: os.ftruncate(base, 2 * SIZE)):
         with pytest.raises(PermissionError):
@@ -133,8 +192,6 @@ def test_nobody_changes_a_base(base: int) -> None:
 def test_memory_that_is_still_written_is_no_base() -> None:
     fd = new_memory("test", SIZE)
     try:
-        import mmap
-
         with mmap.mmap(fd, SIZE), pytest.raises(HostError) as caught:
             sealed(fd)
         assert caught.value.code == "memory_in_use"
@@ -177,8 +234,6 @@ def test_an_empty_delta_goes_through_its_file(tmp_path: Path) -> None:
 @given(cut=st.integers(0, 3 * PAGE), flips=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=3))
 @settings(max_examples=200, deadline=None)
 def test_a_damaged_file_is_refused_or_harmless(cut: int, flips: list[tuple[int, int]]) -> None:
-    import mmap
-
     delta = Delta(SIZE, array("Q", (0, 8 * PAGE)), array("Q", (PAGE, PAGE)), array("Q", (4 * PAGE,)), array("Q", (PAGE,)))
     delta.data = mmap.mmap(-1, 2 * PAGE)
     fd = os.memfd_create("delta")
@@ -230,6 +285,8 @@ def test_over_the_empty_base_memory_goes_from_one_to_another() -> None:
         assert changed_bytes(one.pid, under, SIZE) >= 602 * PAGE
         inject(two.pid, under, capture(one.pid, under, Scratch(), SIZE))
         assert (two.page(0)[:4], two.page(5), two.page(699)) == (b"mine", bytes(8), b"x" * 8)
+        bare = capture(one.pid, under, Scratch(), SIZE, zeros=True)
+        assert bare.bytes == 601 * PAGE and not bare.zero_offsets
         with pytest.raises(ValueError, match="no size"):
             changed_bytes(one.pid, under)
     os.close(under)

@@ -115,6 +115,40 @@ async def test_one_writer_or_any_number_of_readers(settings: Settings) -> None:
         await engine.volumes.remove(ADMIN, "data")
 
 
+async def test_who_comes_after_one_that_is_going_waits(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next user of a volume does not fail because the last one is still being destroyed."""
+    async with opened(settings) as engine:
+        await volume(engine, "data", 32 * MIB)
+        for use in (
+            lambda: sandbox(engine, "data:/d", name="second"),
+            lambda: engine.volumes.resize(ADMIN, "data", 64 * MIB),
+            lambda: engine.volumes.remove(ADMIN, "data"),
+        ):
+            first = await sandbox(engine, "data:/d", name="first")
+            box = engine._core.boxes[first.id]
+            async with box.lock:  # the destroy gets as far as to say that it has begun
+                going = asyncio.create_task(engine.destroy(ADMIN, "first"))
+                while not box.record.doomed:
+                    await asyncio.sleep(0.01)
+                coming = asyncio.create_task(use())  # type: ignore[arg-type]
+                await asyncio.sleep(0.1)
+                assert not coming.done()
+            await going
+            await coming
+            await clean(engine)
+        await volume(engine, "data")
+        first = await sandbox(engine, "data:/d", name="first")
+        monkeypatch.setattr("stoker.engine.volumes.LEAVING", 0.1)
+        box = engine._core.boxes[first.id]
+        async with box.lock:
+            going = asyncio.create_task(engine.destroy(ADMIN, "first"))
+            while not box.record.doomed:
+                await asyncio.sleep(0.01)
+            with pytest.raises(Conflict, match="in use by first"):
+                await engine.volumes.remove(ADMIN, "data")
+        await going
+
+
 async def test_of_many_writers_at_once_one_wins(settings: Settings) -> None:
     async with opened(settings) as engine:
         await volume(engine, "data")

@@ -189,6 +189,7 @@ class Engine:
         core = self._core
         check_paths(request.volumes, request.app is not None)
         volumes = self.volumes.resolve(who, request.volumes)
+        await self.volumes.left({volume.id for volume in volumes})
         if request.app is not None:
             await self.apps.get(who, request.app)
         return await core.shielded(create.create(core, who, request, idempotency_key, self._keys.quota(who.owner), volumes))

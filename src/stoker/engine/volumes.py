@@ -7,9 +7,10 @@ and gets its row when it is complete: an import that is cut short leaves a ledge
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -37,6 +38,8 @@ __all__ = ["Volumes", "check_paths"]
 
 MIB: Final = 1 << 20
 PIECE: Final = 1 << 20
+LEAVING: Final = 30.0
+"""Seconds that a sandbox which is being destroyed may take to let go of its volumes."""
 KERNEL_OWN: Final = ("/proc", "/sys", "/dev", "/run/stoker")
 SEPARATE: Final = "/volume"
 """Where a helper machine mounts the volume it works on."""
@@ -102,6 +105,18 @@ class Volumes:
             raise InvalidRequest("volume_twice", "a volume can be mounted once in a sandbox", "name it once")
         return mounted
 
+    async def left(self, volumes: Collection[str]) -> None:
+        """Waits for sandboxes that are just going: whoever has ended one expects that its volumes are free."""
+
+        def going(box: Box) -> bool:
+            released = box.lease_until is not None and box.lease_until <= time.monotonic()
+            return (box.record.doomed or released) and any(one.id in volumes for one in box.record.volumes)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVING):
+                while (box := next(filter(going, self._core.boxes.values()), None)) is not None:
+                    await box.changed.wait()
+
     # -- what the API offers ------------------------------------------------------------------------------------------
 
     async def create(self, who: Principal, request: CreateVolume) -> Volume:
@@ -122,6 +137,7 @@ class Volumes:
     async def remove(self, who: Principal, volume: str) -> None:
         """``volume_in_use`` with the names of its users. Its file goes after its row."""
         record = self._find(who, volume)
+        await self.left({record.id})
 
         def work(db: sqlite3.Connection) -> None:
             if users := users_in(db, record.id):
@@ -139,6 +155,7 @@ class Volumes:
         One that is only read is refused, and one that a job is at: who reads it does not expect it to change.
         """
         record, size = self._find(who, volume), -(-size // MIB) * MIB
+        await self.left({record.id})
         box = await self._writer(record)
         if box is None:
             async with self._held(record, "a resize", "cannot be resized"):
@@ -283,6 +300,7 @@ class Volumes:
     @asynccontextmanager
     async def _held(self, record: VolumeRecord, label: str, refused: str, *, read_only: bool = False) -> AsyncIterator[None]:
         """Claimed for a job."""
+        await self.left({record.id})
         job = new_id("job")
         wanted = [Mounted(id=record.id, name=record.name, path="", read_only=read_only)]
         await self._core.database.write(lambda db: claim_in(db, job, label, wanted, refused=refused))

@@ -15,12 +15,13 @@ anonymous mapping there (a balloon's) hides the base, so its absent pages are ze
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
 import stat
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -41,7 +42,12 @@ __all__ = [
 ]
 
 KEPT: Final = 64 << 20
+_BATCH: Final = 16 << 20
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+_libc: Final = ctypes.CDLL(None)
+_zeros: Final = mmap.mmap(-1, LONGEST, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+_NOTHING: Final = ctypes.addressof(ctypes.c_char.from_buffer(_zeros))
+"""The address of `LONGEST` zeros: they are only read, so all of them are one page."""
 
 
 def new_memory(name: str, size: int) -> int:
@@ -72,6 +78,20 @@ class Scratch:
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
+
+    def keep(self, used: int, size: int) -> None:
+        """Grows to ``size`` bytes and keeps the first ``used``."""
+        if self._map is None or len(self._map) < size:
+            former = self._map
+            self._map = None
+            self.reserve(size if former is None else max(size, 2 * len(former)))
+            if former is not None:
+                self.put(0, address_of(former), used)
+
+    def put(self, at: int, address: int, size: int) -> None:
+        """Copies memory of ours to the offset ``at``."""
+        assert self._map is not None and at + size <= len(self._map)
+        ctypes.memmove(address_of(self._map) + at, address, size)
 
     def reserve(self, size: int) -> tuple[mmap.mmap, int]:
         """At least ``size`` bytes: the map and its address."""
@@ -171,16 +191,102 @@ def changed_bytes(pid: int, base: int, size: int = 0) -> int:
     return _changed(pid, os.fstat(base), size)[1].bytes
 
 
-def capture(pid: int, base: int, scratch: Scratch, size: int = 0) -> Delta:
+def capture(pid: int, base: int, scratch: Scratch, size: int = 0, *, zeros: bool = False) -> Delta:
     """Everything in which the guest's memory differs from its base. The guest must be stopped.
 
     The content is in ``scratch`` and good until that is used again. ``size``: bytes of memory, where the base is the empty one.
+    With ``zeros``, changed pages that are zeros are no data: they become zero runs, and where the base has zeros as well nothing at
+    all. That takes longer (each changed byte is looked at), and pays for a guest that filled its free memory with zeros before
+    (``drop_caches`` of :class:`stoker.guest.copies.BeforeSnapshot`).
     """
     origin, delta = _changed(pid, os.fstat(base), size)
+    if zeros:
+        return _without_zeros(pid, base, origin, delta, scratch)
     delta.data, address = scratch.reserve(delta.bytes)
     starts = array("Q", (origin + offset for offset in delta.offsets))
     read_runs(pid, starts, delta.lengths, address)
     return delta
+
+
+def _zero_ranges(address: int, length: int, found: list[tuple[int, int]], origin: int = 0, step: int = LONGEST) -> None:
+    """Adds the ranges of whole pages of zeros in our memory (its offset is ``origin``) to ``found``; neighbours become one."""
+    for at in range(0, length, step):
+        size = min(step, length - at)
+        if not _libc.memcmp(ctypes.c_void_p(address + at), ctypes.c_void_p(_NOTHING), ctypes.c_size_t(size)):
+            start = origin + at
+            if found and found[-1][1] == start:
+                start = found.pop()[0]
+            found.append((start, origin + at + size))
+        elif size > PAGE:
+            _zero_ranges(address + at, size, found, origin + at, max(PAGE, step // 16))
+
+
+def _batches(offsets: array[int], lengths: array[int]) -> Iterator[tuple[int, int]]:
+    """The runs in groups of at most `_BATCH` bytes: the numbers of the first and behind the last."""
+    first = size = 0
+    for number, length in enumerate(lengths):
+        if size + length > _BATCH:
+            yield first, number
+            first, size = number, 0
+        size += length
+    if first < len(offsets):
+        yield first, len(offsets)
+
+
+def _without_zeros(pid: int, base: int, origin: int, delta: Delta, scratch: Scratch) -> Delta:
+    kept, zeros, used = Delta(delta.size), list(zip(delta.zero_offsets, delta.zero_lengths, strict=True)), 0
+    zeros = [(offset, offset + length) for offset, length in zeros]
+    with mmap.mmap(-1, _BATCH, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as stage:
+        source = address_of(stage)
+        for first, last in _batches(delta.offsets, delta.lengths):
+            lengths = delta.lengths[first:last]
+            read_runs(pid, array("Q", (origin + offset for offset in delta.offsets[first:last])), lengths, source)
+            scratch.keep(used, used + sum(lengths))
+            at = 0
+            for offset, length in zip(delta.offsets[first:last], lengths, strict=True):
+                blank: list[tuple[int, int]] = []
+                _zero_ranges(source + at, length, blank)
+                data = 0
+                for start, end in [*blank, (length, length)]:
+                    if start > data:
+                        kept.offsets.append(offset + data)
+                        kept.lengths.append(start - data)
+                        scratch.put(used, source + at + data, start - data)
+                        used += start - data
+                    data = end
+                zeros += ((offset + start, offset + end) for start, end in blank)
+                at += length
+        differing = [part for start, end in sorted(zeros) for part in _not_zero(base, start, end, source)]
+    _append(kept.zero_offsets, kept.zero_lengths, (start for start, _ in differing), (end for _, end in differing), 0)
+    kept.data, _ = scratch.reserve(used)
+    return kept
+
+
+def _not_zero(base: int, start: int, end: int, stage: int) -> Iterator[tuple[int, int]]:
+    """Where the base has anything but zeros between two offsets. ``stage`` is memory of ours, of `_BATCH` bytes."""
+    if not stat.S_ISREG(os.fstat(base).st_mode):
+        return  # the empty base
+    while start < end:
+        try:
+            start = os.lseek(base, start, os.SEEK_DATA) // PAGE * PAGE
+        except OSError as e:
+            if e.errno != errno.ENXIO:
+                raise
+            return  # nothing but a hole up to the end
+        size = min(end - start, _BATCH)
+        if size <= 0:
+            return
+        view = (ctypes.c_char * size).from_address(stage)
+        if os.preadv(base, [view], start) != size:
+            raise HostError("memory_unreachable", "the base of a machine's memory is shorter than it was")
+        blank: list[tuple[int, int]] = []
+        _zero_ranges(stage, size, blank, start)
+        data = start
+        for first, last in [*blank, (start + size, start + size)]:
+            if first > data:
+                yield data, first
+            data = last
+        start += size
 
 
 def inject(pid: int, base: int, delta: Delta) -> None:

@@ -75,7 +75,7 @@ async def stream(qmp: Qmp, index: int) -> None:
         found = next((one for one in await qmp.execute("query-jobs") if one["id"] == job), None)
         if found is None or found["status"] == "concluded":
             break
-        await asyncio.sleep(LOOK)  # noqa: ASYNC110 - the monitor tells it to who asks
+        await asyncio.sleep(LOOK)
     if found is not None:
         await qmp.execute("job-dismiss", id=job)
         if "error" in found:
