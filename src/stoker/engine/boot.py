@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from stoker.engine.golden import Goldens
     from stoker.engine.pools import MakeDisk
     from stoker.guest.agent import Agent
+    from stoker.guest.copies import Report
     from stoker.images.kernel import Kernel
     from stoker.images.rootfs import RootFilesystem
     from stoker.settings import Settings
@@ -89,6 +90,8 @@ class LiveMachine:
     golden: bool = False
     base: str = ""
     """The digest of what ``base_file`` is a name of."""
+    report: Report | None = None
+    """What the guest did when it came back from memory."""
     held: ExitStack = field(default_factory=ExitStack)
     """Keeps its image and kernel from being removed until it is closed: by then a row names them, or the machine is gone."""
 

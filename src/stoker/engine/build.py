@@ -12,6 +12,7 @@ import errno
 import logging
 import sqlite3
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -55,7 +56,10 @@ __all__ = [
     "machine_request",
     "make_hub",
     "make_places",
+    "running",
     "serve",
+    "undo",
+    "why",
 ]
 
 log = logging.getLogger(__name__)
@@ -91,7 +95,7 @@ async def cancel(core: Core, box: Box) -> None:
         await asyncio.wait({work})
     async with box.lock:
         if not box.gone and box.record.state is SandboxState.CREATING and box.work is None and not box.record.doomed:
-            await _undo(core, box, _cancelled(box))
+            await undo(core, box, _cancelled(box))
 
 
 async def _build(core: Core, box: Box, operation: Running) -> None:
@@ -102,17 +106,17 @@ async def _build(core: Core, box: Box, operation: Running) -> None:
             async with core.queue.turn(box.record.owner):
                 booted = await _make(core, box, operation)
             with booted.held:
-                await _running(core, box, booted)
+                await running(core, box, booted)
         except BaseException as cause:
-            error = _why(cause, core, box)
+            error = why(cause, core, box)
             with anyio.CancelScope(shield=True):
-                await _undo(core, box, error)
+                await undo(core, box, error)
             if isinstance(cause, asyncio.CancelledError):
                 raise
     operation.end(error)
 
 
-def _why(cause: BaseException, core: Core, box: Box) -> StokerError:
+def why(cause: BaseException, core: Core, box: Box) -> StokerError:
     if isinstance(cause, StokerError):
         return cause
     if isinstance(cause, asyncio.CancelledError):
@@ -180,12 +184,13 @@ def limits(record: Record) -> Limits:
     return Limits(memory=record.resources.memory + 4 * VMM_OVERHEAD, pids=512, cpus=record.resources.cpus)
 
 
-def machine_request(core: Core, record: Record, places: Places) -> MachineRequest:
-    """What to boot. A sandbox that ran before boots from its own disk, over the same root file system."""
+def machine_request(core: Core, record: Record, places: Places, *, copied: bool = False) -> MachineRequest:
+    """What to boot. A sandbox that ran before, or is ``copied`` from one that did, has a disk of its own, over the same root file
+    system."""
     from stoker.engine.boot import MachineRequest
 
     request = record.request
-    again = record.boots > 0
+    again = record.boots > 0 or copied
     return MachineRequest(
         name=record.id,
         # The image may have been built anew since: the disk stands on the root file system it was made over.
@@ -216,11 +221,12 @@ def attached(core: Core, record: Record, places: Places) -> tuple[Attached, ...]
     return tuple(disks)
 
 
-async def _running(core: Core, box: Box, booted: Booted) -> None:
-    """The machine answers: its row says so, and from now on it is watched."""
+async def running(core: Core, box: Box, booted: Booted, hub: Hub | None = None, rows: Mapping[int, Started] | None = None) -> None:
+    """The machine answers: its row says so, and from now on it is watched. ``rows``: the background processes it has already."""
     places = core.places(box.id)
-    hub = make_hub(core, box)
+    hub = hub or make_hub(core, box)
     identity = booted.machine.vmm
+    values = [(box.id, number, msgspec.json.encode(started).decode()) for number, started in (rows or {}).items()]
 
     def also(db: sqlite3.Connection) -> None:
         Ledger.live_in(db, box.id, Kind.PROCESS, str(places.directory), {"pid": identity.pid, "start": identity.start})
@@ -228,6 +234,7 @@ async def _running(core: Core, box: Box, booted: Booted) -> None:
             if kind is not Kind.PROCESS:
                 Ledger.live_in(db, box.id, kind, name)
         db.execute("DELETE FROM processes WHERE sandbox = ?", (box.id,))
+        db.executemany("INSERT INTO processes (sandbox, number, started) VALUES (?, ?, ?)", values)
 
     record = box.record
     welcome = booted.agent.welcome
@@ -337,7 +344,7 @@ def make_hub(core: Core, box: Box) -> Hub:
     return Hub(box.record.label, tell, keep)
 
 
-async def _undo(core: Core, box: Box, error: StokerError) -> None:
+async def undo(core: Core, box: Box, error: StokerError) -> None:
     """Whatever was made goes; the row stays, with the reason."""
     try:
         if box.record.boots:

@@ -42,7 +42,9 @@ from stoker.vmm.memory import Scratch
 if TYPE_CHECKING:
     from stoker.engine.boot import MachineRequest
     from stoker.engine.hub import Hub
+    from stoker.engine.wake import Identity, TakeMemory
     from stoker.guest.agent import Agent
+    from stoker.guest.copies import Report
     from stoker.images.progress import Progress
     from stoker.settings import Settings
     from stoker.vmm.driver import Machine
@@ -74,6 +76,7 @@ class Booted:
     origin: Origin = Origin.BOOT
     base: str = ""
     """The digest of its memory's base, where a file of it is linked to ``MachineRequest.base_file``."""
+    report: Report | None = None
     timings: dict[str, float] = field(default_factory=dict)
     held: ExitStack = field(default_factory=ExitStack)
     """What must not be removed until the sandbox's row names it."""
@@ -99,10 +102,11 @@ class Booter(Protocol):
         disk: MakeDisk,
         cgroup: Path | None,
         progress: Progress,
-        saved: Path,
+        memory: Path | TakeMemory,
+        identity: Identity,
         ready: Callable[[Machine], Awaitable[None]],
     ) -> Booted:
-        """Takes a machine up where it was put away. ``ready`` is awaited when it is whole and has not gone on yet."""
+        """Takes a machine up where it was put away, or copied. ``ready`` is awaited when it is whole and has not gone on yet."""
         ...
 
     async def adopt(self, directory: Path) -> Machine | None: ...

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stoker.engine.boot import LiveMachine, MachineRequest
     from stoker.engine.golden import Goldens
     from stoker.engine.pools import MakeDisk
+    from stoker.engine.wake import Identity, TakeMemory
     from stoker.guest.agent import Agent
     from stoker.images.progress import Progress
     from stoker.settings import Settings
@@ -67,16 +68,17 @@ class RealBooter:
         disk: MakeDisk,
         cgroup: Path | None,
         progress: Progress,
-        saved: Path,
+        memory: Path | TakeMemory,
+        identity: Identity,
         ready: Callable[[Machine], Awaitable[None]],
     ) -> Booted:
-        from stoker.engine.wake import wake
+        from stoker.engine.wake import kept_memory, wake
         from stoker.vmm.qemu.facts import qemu_facts
 
-        live = await wake(
-            request, self._settings, directory, disk, saved, self._bases, ready=ready, progress=progress, cgroup=cgroup
-        )
-        return _booted(live, await qemu_facts(self._settings), Origin.BOOT)
+        take = kept_memory(memory, self._bases, alone=not identity.copy) if isinstance(memory, Path) else memory
+        live = await wake(request, self._settings, directory, disk, take, identity, ready=ready, progress=progress, cgroup=cgroup)
+        origin = Origin.BOOT if not identity.copy else Origin.SNAPSHOT if isinstance(memory, Path) else Origin.FORK
+        return _booted(live, await qemu_facts(self._settings), origin)
 
     async def helper(self, name: str, directory: Path, mounted: Mounted, file: Path) -> tuple[Machine, Agent]:
         from stoker.engine.boot import boot_helper
@@ -118,6 +120,7 @@ def _booted(live: LiveMachine, facts: QemuFacts, origin: Origin) -> Booted:
         vmm="qemu " + ".".join(map(str, facts.version)),
         origin=origin,
         base=live.base,
+        report=live.report,
         timings=live.timings,
         held=live.held,
     )

@@ -37,6 +37,7 @@ from stoker.engine.ledger import OF_A_MACHINE, Entry, Kind, Ledger
 from stoker.engine.release import clear_directory
 from stoker.engine.state import Record, require, to_body
 from stoker.engine.trace import trace
+from stoker.engine.wake import Identity
 from stoker.errors import GuestError, HostError, StokerError
 from stoker.vmm.kept import Base, keep
 from stoker.vmm.qemu.capture import Laps
@@ -303,7 +304,8 @@ async def _make(core: Core, box: Box, operation: Running) -> Booted:
 
     disk = core.pools.opener(box.record.pool, box.id)
     saved = saved_place(core, box.record.saved)
-    return await core.booter.resume(request, places.directory, disk, places.cgroup, operation, saved, ready)
+    identity = Identity(box.record.generation + 1)
+    return await core.booter.resume(request, places.directory, disk, places.cgroup, operation, saved, identity, ready)
 
 
 async def _resumed(core: Core, box: Box, booted: Booted, operation: Running) -> None:
@@ -336,6 +338,7 @@ async def _resumed(core: Core, box: Box, booted: Booted, operation: Running) -> 
             base=booted.base,
             saved="",
             woken=False,
+            generation=box.record.generation + 1,
             timings=booted.milliseconds(),
             expires_at=expiry(timeout) if again else box.record.expires_at,
         )

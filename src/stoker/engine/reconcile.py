@@ -183,6 +183,10 @@ async def _adopt(core: Core, box: Box) -> bool:
     except (GuestError, TimeoutError) as error:
         log.warning("%s: its VMM does not answer: %s", box.id, error or "out of time")
         frozen = state is S.FROZEN
+    if frozen and state is S.RUNNING:
+        # It was stopped for a moment only: its memory was being taken.
+        await machine.thaw()
+        frozen = False
     actual = S.FROZEN if frozen else S.LOST if state is S.LOST else S.RUNNING
     if actual is S.RUNNING:
         await drop_saved(core, box)

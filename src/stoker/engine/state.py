@@ -162,6 +162,12 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     woken: bool = False
     """What it is paused in is its past: the guest goes on, or has."""
     pauses: int = 0
+    generation: int = 0
+    """How many times a memory was taken up since the first boot that it stems from."""
+    parent: str = ""
+    """The sandbox or snapshot whose copy it is."""
+    ancestor: str = ""
+    """The snapshot that was last made of it, or that it was made from."""
     doomed: bool = False
     """A destroy has begun; nothing but finishing it is left."""
 

@@ -55,8 +55,19 @@ RESUME = (
     "resume.after_running",
     "resume.after_saved_gone",
 )
+FORK = ("fork.after_mark", "fork.after_layer", "fork.after_taken", "fork.after_first", "fork.after_all")
+SNAPSHOT = (
+    "snapshot.after_mark",
+    "snapshot.after_layer",
+    "snapshot.after_taken",
+    "snapshot.after_disk",
+    "snapshot.after_saved",
+    "snapshot.after_ready",
+    "snapshot.after_unmark",
+    "snapshot.after_gone",
+)
 POINTS = declare(*CREATE, *DESTROY, *STOP, *START)
-MEMORY = declare(*PAUSE, *RESUME)
+MEMORY = declare(*PAUSE, *RESUME, *FORK, *SNAPSHOT)
 """Only where machines have memory: real ones."""
 UNIT = declare("unit.after_enter")
 """Only where machines are units of systemd's."""

@@ -1,4 +1,4 @@
-"""Taking up a machine where it was put away: what :mod:`.boot` is for one that begins."""
+"""Taking up a machine where it was put away, or copied: what :mod:`.boot` is for one that begins."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from stoker.engine.boot import LiveMachine, plan
 from stoker.engine.start import Watch, explained, first_word, launched
 from stoker.engine.trace import trace
+from stoker.errors import GuestError, StokerError
+from stoker.guest.copies import AfterRestore
 from stoker.vmm.kept import load
 from stoker.vmm.machine import GuestMemory
 from stoker.vmm.qemu.facts import qemu_facts
@@ -23,14 +25,54 @@ if TYPE_CHECKING:
     from stoker.engine.boot import MachineRequest
     from stoker.engine.pools import MakeDisk
     from stoker.guest.agent import Agent
+    from stoker.guest.copies import Report
     from stoker.images.progress import Progress
     from stoker.settings import Settings
     from stoker.vmm.driver import Machine
+    from stoker.vmm.memory import Delta
 
-__all__ = ["wake"]
+__all__ = ["Identity", "Memory", "TakeMemory", "kept_memory", "wake"]
 
 TIMEOUT: Final = 60.0
 """Seconds that a machine has to answer after it was taken up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Memory and devices of a machine: a base (a descriptor; whoever takes this closes it), what differs from it, the devices.
+
+    ``file`` has the base's content, with ``digest``, and may be linked to; ``None``: no file has.
+    """
+
+    base: int
+    delta: Delta | None
+    state: bytes
+    digest: str = ""
+    file: Path | None = None
+
+
+TakeMemory = Callable[[dict[str, Any]], Awaitable[Memory]]
+"""Gives the memory to a machine that is made like this (:func:`stoker.vmm.saved.portable`), or says why it does not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who the machine is from now on. ``copy``: another than the one whose memory it has."""
+
+    generation: int
+    copy: bool = False
+    hostname: str | None = None
+
+
+def kept_memory(place: Path, bases: Bases, *, alone: bool) -> TakeMemory:
+    """What was put away in a directory. ``alone``: nobody else will ever take it up from there."""
+
+    async def take(made_by: dict[str, Any]) -> Memory:
+        kept = await asyncio.to_thread(load, place, made_by)
+        kept = replace(kept, alone=kept.alone and alone)
+        return Memory(await bases.open(kept), kept.delta, kept.state, kept.digest, kept.memory)
+
+    return take
 
 
 async def wake(
@@ -38,14 +80,14 @@ async def wake(
     settings: Settings,
     directory: Path,
     disk: MakeDisk,
-    saved: Path,
-    bases: Bases,
+    take: TakeMemory,
+    identity: Identity,
     *,
     ready: Callable[[Machine], Awaitable[None]],
     progress: Progress,
     cgroup: Path | None,
 ) -> LiveMachine:
-    """A machine with the memory, devices and disk of one that was put away in ``saved``; it outlives this process.
+    """A machine with the memory, devices and disk of another, or of itself; it outlives this process.
 
     ``ready`` is awaited when it is whole; from then on the guest runs. A failure ends the machine. Errors: those of
     :func:`stoker.vmm.kept.load` besides those of a boot.
@@ -54,29 +96,32 @@ async def wake(
     with ExitStack() as held:
         made = await plan(request, settings, directory, disk, watch, held, progress, detached=True, cgroup=cgroup)
         spec = replace(made.spec, guest_memory=GuestMemory(0), restore=True)
-        kept = await asyncio.to_thread(load, saved, portable(spec, await qemu_facts(settings)))
-        base = await bases.open(kept)
-        held.callback(os.close, base)
+        memory = await take(portable(spec, await qemu_facts(settings)))
         watch.lap("check")
         async with AsyncExitStack() as undo:
-            machine = await launched(replace(spec, guest_memory=GuestMemory(base)), settings, watch, undo)
-            trace("resume.after_launch")
+            try:
+                machine = await launched(replace(spec, guest_memory=GuestMemory(memory.base)), settings, watch, undo)
+                trace("resume.after_launch")
+                async with explained(machine, settings), asyncio.timeout(TIMEOUT):
+                    await machine.restore(memory.base, memory.delta, memory.state)
+            finally:
+                os.close(memory.base)
+            watch.lap("restore")
+            trace("resume.after_restore")
+            linked = request.base_file is not None and _linked(memory.file, request.base_file)
+            await ready(machine)
+            watch.lap("ready")
             async with explained(machine, settings), asyncio.timeout(TIMEOUT):
-                await machine.restore(base, kept.delta, kept.state)
-                watch.lap("restore")
-                trace("resume.after_restore")
-                if request.base_file is not None:
-                    request.base_file.unlink(missing_ok=True)
-                    os.link(kept.memory, request.base_file)
-                await ready(machine)
-                watch.lap("ready")
                 await machine.thaw()
                 trace("resume.after_thaw")
                 agent = await first_word(machine, TIMEOUT, fresh=False)
                 undo.push_async_callback(agent.aclose)
                 watch.lap("guest")
                 trace("resume.after_hello")
-                await _tell(agent)
+                report = await _tell(agent, request, identity)
+                if identity.copy and report is not None and report.unhandled:
+                    names = ", ".join(f"{one.name} ({one.detail})" for one in report.unhandled)
+                    raise GuestError("copy_unsafe", f"the copy would be a twin: {names}", "see its console: stoker logs")
                 watch.lap("configure")
             undo.pop_all()
         live = LiveMachine(
@@ -88,12 +133,39 @@ async def wake(
             made.clone,
             watch.laps,
             made.spec.accelerator.value,
-            base=kept.digest,
+            base=memory.digest if linked else "",
+            report=report,
         )
         live.held = held.pop_all()
         return live
 
 
-async def _tell(agent: Agent) -> None:
-    """Its clock stood still, and what its random generator would have said next is in a file."""
+def _linked(file: Path | None, name: Path) -> bool:
+    name.unlink(missing_ok=True)
+    if file is None:
+        return False
+    try:
+        os.link(file, name)
+    except OSError:
+        return False  # its next pause writes a base of its own
+    return True
+
+
+async def _tell(agent: Agent, request: MachineRequest, identity: Identity) -> Report | None:
+    """Before anything else is asked of it: who it is now, and what time. An older agent is told what it understands."""
+    words = AfterRestore(
+        entropy=os.urandom(64),
+        generation=identity.generation,
+        copy=identity.copy,
+        hostname=identity.hostname,
+        machine_id=os.urandom(16).hex() if identity.copy else None,
+        drop_connections=identity.copy,
+        env=dict(request.env) if identity.copy else None,
+    )
+    try:
+        return await agent.after_restore(words)
+    except StokerError as error:
+        if error.code != "unsupported":
+            raise
     await asyncio.gather(agent.set_time(), agent.reseed(os.urandom(64)))
+    return None
