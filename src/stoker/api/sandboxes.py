@@ -37,9 +37,13 @@ from stoker.api.volumes import Digest, VolumeMount
 
 __all__ = [
     "ConsoleLog",
+    "CopySandbox",
     "CreateSandbox",
     "Event",
     "EventPage",
+    "ForkResult",
+    "ForkSandbox",
+    "Forked",
     "Metrics",
     "MetricsSample",
     "PingResult",
@@ -110,6 +114,25 @@ class CreateSandbox(Model, frozen=True):
     """Run the image's own command as a background process tagged ``main``."""
 
 
+class CopySandbox(Model, frozen=True):
+    """What a copy has of its own; the rest is its original's."""
+
+    name: Name | None = None
+    hostname: Hostname | None = None
+    """Its name's, or its id, where none is given: never the original's."""
+    labels: Labels | None = None
+    timeout: Timeout | None = None
+
+
+class ForkSandbox(Model, frozen=True):
+    """How many copies of the running machine. With a name they are NAME, or NAME-1, NAME-2 and so on where there are several."""
+
+    count: Annotated[int, Meta(ge=1, le=100)] = 1
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}" + END, max_length=60)] | None = None
+    labels: Labels | None = None
+    timeout: Timeout | None = None
+
+
 class Versions(Model, frozen=True):
     """What a sandbox was made by and runs on."""
 
@@ -170,6 +193,21 @@ class Sandbox(Model, frozen=True):
     timings: dict[str, float] = field(default_factory=dict)
     """Milliseconds each part of the start took."""
     actions: list[str] = field(default_factory=list)
+
+
+class Forked(Model, frozen=True):
+    """One copy, or why there is none."""
+
+    sandbox: Sandbox | None = None
+    error: ErrorBody | None = None
+
+
+class ForkResult(Model, frozen=True):
+    """The copies in their order. ``steps`` are milliseconds; ``stopped`` among them is how long the original stood."""
+
+    items: list[Forked]
+    operation: OperationId
+    steps: dict[str, float] = field(default_factory=dict)
 
 
 class SandboxPage(Model, frozen=True):

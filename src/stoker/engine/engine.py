@@ -34,6 +34,8 @@ from stoker.api.models import (
     CreateKey,
     CreateSandbox,
     Event,
+    ForkResult,
+    ForkSandbox,
     Health,
     Metrics,
     Operation,
@@ -45,7 +47,7 @@ from stoker.api.models import (
     SandboxState,
     Timeout,
 )
-from stoker.engine import build, create, ending, pause, verbs
+from stoker.engine import build, create, ending, fork, pause, verbs
 from stoker.engine.apps import Apps
 from stoker.engine.core import Booter, Box, Core
 from stoker.engine.database import Database, lock_data
@@ -254,6 +256,13 @@ class Engine:
         box = self._find(who, sandbox)
         await self._core.shielded(pause.resume(self._core, box, self._keys.quota(box.record.owner)))
         return box.value
+
+    async def fork(self, who: Principal, sandbox: str, request: ForkSandbox) -> ForkResult:
+        box = self._find(who, sandbox)
+        await self._core.awake(box)
+        quota = self._keys.quota(box.record.owner)
+        operation, items = await self._core.shielded(fork.fork(self._core, box, request, quota))
+        return ForkResult(items=items, operation=operation.id, steps=operation.steps)
 
     async def _wake(self, box: Box) -> None:
         await self._core.shielded(pause.wake_up(self._core, box, self._keys.quota(box.record.owner)))

@@ -56,6 +56,7 @@ ALLOWED: Final[dict[str, frozenset[SandboxState]]] = {
     "thaw": frozenset({S.FROZEN}),
     "pause": frozenset({S.RUNNING, S.FROZEN}),
     "resume": frozenset({S.PAUSED}),
+    "fork": frozenset({S.RUNNING}),
     "exec": frozenset({S.RUNNING}),
     "ping": frozenset({S.RUNNING}),
     "resize": frozenset({S.RUNNING, S.STOPPED}),

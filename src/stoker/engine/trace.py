@@ -55,7 +55,7 @@ RESUME = (
     "resume.after_running",
     "resume.after_saved_gone",
 )
-FORK = ("fork.after_mark", "fork.after_layer", "fork.after_taken", "fork.after_first", "fork.after_all")
+FORK = ("fork.after_mark", "fork.after_layer", "fork.after_taken", "fork.after_all")
 SNAPSHOT = (
     "snapshot.after_mark",
     "snapshot.after_layer",
