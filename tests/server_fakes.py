@@ -31,6 +31,9 @@ from stoker.api.models import (
     Event,
     FileInfo,
     FileType,
+    Forked,
+    ForkResult,
+    ForkSandbox,
     Freed,
     FsckReport,
     GcReport,
@@ -762,6 +765,14 @@ class FakeEngine:
 
     async def resume(self, who: Principal, sandbox: str) -> Sandbox:
         return await self._move(who, sandbox, SandboxState.PAUSED, SandboxState.RUNNING)
+
+    async def fork(self, who: Principal, sandbox: str, request: ForkSandbox) -> ForkResult:
+        original = self.require(self.find(who, sandbox), SandboxState.RUNNING)
+        copies = [
+            await self.put(replace(original, id=new_id("sb"), name=f"{request.name}-{n}" if request.name else None))
+            for n in range(1, request.count + 1)
+        ]
+        return ForkResult(items=[Forked(sandbox=copy) for copy in copies], operation=new_id("op"), steps={"stopped": 1.0})
 
     async def thaw(self, who: Principal, sandbox: str) -> Sandbox:
         return await self._move(who, sandbox, SandboxState.FROZEN, SandboxState.RUNNING)

@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "freeze": ("stoker.cli.sandboxes:freeze", "Stop the CPUs of sandboxes."),
     "thaw": ("stoker.cli.sandboxes:thaw", "Let the CPUs go on."),
     "pause": ("stoker.cli.sandboxes:pause", "Put sandboxes away, memory and all."),
+    "fork": ("stoker.cli.sandboxes:fork", "Copy a running sandbox as it is."),
     "resume": ("stoker.cli.sandboxes:resume", "Take paused sandboxes up again."),
     "timeout": ("stoker.cli.sandboxes:timeout", "Say when a sandbox ends by itself."),
     "wait": ("stoker.cli.sandboxes:wait", "Wait for a sandbox or one of its processes."),

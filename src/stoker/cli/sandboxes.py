@@ -19,7 +19,22 @@ if TYPE_CHECKING:
     from stoker.client.client import AsyncClient
     from stoker.client.sandbox import AsyncSandbox
 
-__all__ = ["create", "freeze", "inspect", "ls", "pause", "resize", "resume", "rm", "start", "stop", "thaw", "timeout", "wait"]
+__all__ = [
+    "create",
+    "fork",
+    "freeze",
+    "inspect",
+    "ls",
+    "pause",
+    "resize",
+    "resume",
+    "rm",
+    "start",
+    "stop",
+    "thaw",
+    "timeout",
+    "wait",
+]
 
 STATES = ("creating", "running", "frozen", "pausing", "paused", "resuming", "stopping", "stopped", "failed", "lost")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress.")
@@ -256,6 +271,29 @@ def pause(*, sandboxes: tuple[str, ...]) -> int:
 def resume(*, sandboxes: tuple[str, ...]) -> int:
     """Take paused sandboxes up again where they were."""
     return _on_each(sandboxes, lambda box: box.resume(), doing="resuming")
+
+
+@click.command()
+@click.option("--count", "-n", type=click.IntRange(1, 100), default=1, show_default=True, help="How many.")
+@click.option("--name", metavar="NAME", help="Their name; with several NAME-1, NAME-2...")
+@click.option("--label", "-l", metavar="K=V", multiple=True, help="Labels of theirs, instead of the original's.")
+@json_option
+@click.argument("sandbox", type=SANDBOX)
+def fork(*, count: int, name: str | None, label: tuple[str, ...], as_json: bool, sandbox: str) -> None:
+    """Copy a running sandbox as it is: memory, disk, processes; print the copies' names."""
+
+    async def work(client: AsyncClient) -> list[Sandbox]:
+        from stoker.client.sandbox import AsyncSandbox
+
+        box = await AsyncSandbox.connect(sandbox, client=client)
+        copies = await box.fork(count, name=name, labels=labels_of(label) if label else None)
+        return [copy.info for copy in copies]
+
+    made = with_client(work)
+    if as_json:
+        show_json(made)
+    else:
+        click.echo("".join(f"{info.name or info.id}\n" for info in made), nl=False)
 
 
 @click.command()

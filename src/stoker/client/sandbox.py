@@ -8,11 +8,15 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from stoker.api.codec import decode_answer
 from stoker.api.models import (
     ConsoleLog,
     CreateSandbox,
     Event,
+    ForkResult,
+    ForkSandbox,
     InitMode,
     Metrics,
     NetworkMode,
@@ -34,7 +38,7 @@ from stoker.client.commands import AsyncCommands, AsyncPty
 from stoker.client.feed import AsyncFeed, events_feed
 from stoker.client.files import AsyncFiles
 from stoker.client.operations import OnProgress, begin_create, destroy_made, finish_operation, wait_for_state
-from stoker.errors import InvalidRequest, NotFound
+from stoker.errors import InvalidRequest, NotFound, error_from_wire
 
 if TYPE_CHECKING:
     from stoker.client.lease import Lease
@@ -216,6 +220,24 @@ class AsyncSandbox:
     async def resume(self) -> SandboxInfo:
         """Takes it up again where it was paused."""
         return await self._change("resume", timeout=LONG)
+
+    async def fork(
+        self, count: int = 1, *, name: str | None = None, labels: Mapping[str, str] | None = None
+    ) -> builtins.list[AsyncSandbox]:
+        """Copies of it as it is now, which go on from here; it goes on, too. With a name and several they are NAME-1, NAME-2...
+
+        Where only some could be made, those are destroyed and what went wrong with the first of the others is raised.
+        """
+        body = ForkSandbox(count=count, name=name, labels=dict(labels) if labels is not None else None)
+        result = await self._api.call("POST", self._path("fork"), ForkResult, body=body, timeout=LONG)
+        made = [
+            await AsyncSandbox.connect(item.sandbox.id, client=self._client) for item in result.items if item.sandbox is not None
+        ]
+        failed = next((item.error for item in result.items if item.error is not None), None)
+        if failed is not None:
+            await asyncio.gather(*(box.kill() for box in made))
+            raise error_from_wire(500, msgspec.to_builtins(failed))
+        return made
 
     async def stop(self, *, grace: float = 10.0) -> SandboxInfo:
         """Shuts it down and keeps its disk. ``grace``: seconds its processes get to end by themselves."""

@@ -761,6 +761,13 @@ class Sandbox:
         """Takes it up again where it was paused."""
         return call(self._async.resume())
 
+    def fork(self, count: int = 1, *, name: str | None = None, labels: Mapping[str, str] | None = None) -> builtins.list[Sandbox]:
+        """Copies of it as it is now, which go on from here; it goes on, too. With a name and several they are NAME-1, NAME-2...
+
+        Where only some could be made, those are destroyed and what went wrong with the first of the others is raised.
+        """
+        return [Sandbox._wrap(item) for item in call(self._async.fork(count, name=name, labels=labels))]
+
     def stop(self, *, grace: float = 10.0) -> SandboxInfo:
         """Shuts it down and keeps its disk. ``grace``: seconds its processes get to end by themselves."""
         return call(self._async.stop(grace=grace))

@@ -30,6 +30,8 @@ from stoker.api.models import (
     CreateVolume,
     Event,
     FileInfo,
+    ForkResult,
+    ForkSandbox,
     FsckReport,
     GcReport,
     Health,
@@ -330,6 +332,10 @@ class EngineProtocol(Protocol):
 
     async def pause(self, who: Principal, sandbox: str) -> Sandbox:
         """Returns when memory and devices are on disk and the machine is gone. Whoever uses it then resumes it."""
+        ...
+
+    async def fork(self, who: Principal, sandbox: str, request: ForkSandbox) -> ForkResult:
+        """Copies of a running machine. Errors: ``volume_writable``, ``layers_unsupported``, ``capacity_exhausted``."""
         ...
 
     async def resume(self, who: Principal, sandbox: str) -> Sandbox:

@@ -14,6 +14,8 @@ from stoker.api.models import (
     ConsoleLog,
     CreateSandbox,
     Event,
+    ForkResult,
+    ForkSandbox,
     Metrics,
     Operation,
     OperationState,
@@ -243,6 +245,16 @@ async def pause_sandbox(call: Call) -> Sandbox:
 async def resume_sandbox(call: Call) -> Sandbox:
     """Take a paused machine up again where it was. Whatever uses processes or files of one does so, too."""
     return await call.engine.resume(call.principal, call.sandbox)
+
+
+@routes.post("/v1/sandboxes/{sandbox}/fork", answers={200: ForkResult}, errors=(403, *SANDBOX, 429, 502, 503, 504))
+async def fork_sandbox(call: Call, body: ForkSandbox) -> ForkResult:
+    """Copy a running machine.
+
+    Memory, disk, processes and open files go on in each copy; the original stands for milliseconds. Each copy is another machine:
+    name, ids, keys, random numbers and clock are its own before it answers. Refused where a copy would share what both write to.
+    """
+    return await call.engine.fork(call.principal, call.sandbox, body)
 
 
 @routes.get("/v1/sandboxes/{sandbox}/console", answers={200: ConsoleLog}, errors=SANDBOX)
