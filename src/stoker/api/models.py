@@ -57,6 +57,7 @@ from stoker.api.sandboxes import (
     TimeoutMode,
     Versions,
 )
+from stoker.api.snapshots import CreateSnapshot, Snapshot, SnapshotId, SnapshotList, SnapshotState
 from stoker.api.system import (
     ApiKey,
     ApiKeyPage,
@@ -88,6 +89,11 @@ __all__ = [
     "CreateKey",
     "CopySandbox",
     "CreateSandbox",
+    "CreateSnapshot",
+    "Snapshot",
+    "SnapshotId",
+    "SnapshotList",
+    "SnapshotState",
     "ForkResult",
     "ForkSandbox",
     "Forked",

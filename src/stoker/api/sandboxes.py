@@ -122,6 +122,8 @@ class CopySandbox(Model, frozen=True):
     """Its name's, or its id, where none is given: never the original's."""
     labels: Labels | None = None
     timeout: Timeout | None = None
+    cold: bool = False
+    """Boot from the disk, and leave memory and processes alone."""
 
 
 class ForkSandbox(Model, frozen=True):

@@ -134,10 +134,16 @@ async def _make(core: Core, box: Box, operation: Running) -> Booted:
     """Everything on the host, in the order of the ledger."""
     places = core.places(box.id)
     await make_places(core, box, places)
-    request = machine_request(core, box.record, places)
+    record = box.record
+    request = machine_request(core, record, places, copied=bool(record.disk_of))
     if places.unit is not None:
         request = dataclasses.replace(request, gate=partial(enter_machine, core, box))
-    disk = core.pools.opener(box.record.pool, box.id) if box.record.boots else core.pools.maker(box.record.pool, box.id)
+    if record.boots:
+        disk = core.pools.opener(record.pool, box.id)
+    elif record.disk_of:
+        disk = core.pools.copier(record.pool, record.disk_of, box.id)
+    else:
+        disk = core.pools.maker(record.pool, box.id)
     booted = await core.booter.boot(request, places.directory, disk, places.cgroup, operation)
     trace("create.after_boot")
     return booted

@@ -32,7 +32,7 @@ from stoker.engine.operations import Operations
 from stoker.engine.places import Places
 from stoker.engine.pools import MakeDisk, Pools
 from stoker.engine.release import release
-from stoker.engine.state import ASLEEP, WITH_MACHINE, Mounted, Record, VolumeRecord, require, to_sandbox
+from stoker.engine.state import ASLEEP, WITH_MACHINE, Mounted, Record, SnapshotRecord, VolumeRecord, require, to_sandbox
 from stoker.engine.units import Units, unit_name
 from stoker.errors import GuestError, HostError, NotFound
 from stoker.storage.app import app_image
@@ -210,6 +210,7 @@ class Core:
         self.volumes: dict[str, VolumeRecord] = {}
         self.apps: set[str] = set()
         """What app archives hold of their owners' quotas (:mod:`.apps`)."""
+        self.snapshots: dict[str, SnapshotRecord] = {}
         self.jobs: set[str] = set()
         """Helper machines that run."""
         self.cgroups: Path | None = None
@@ -267,7 +268,7 @@ class Core:
 
     def owns(self, owner: str) -> bool:
         """Whether what the ledger, or the book of reservations, says of an owner is right to be there."""
-        return owner in self.boxes or owner in self.volumes or owner in self.jobs or owner in self.apps
+        return owner in self.boxes or owner in self.volumes or owner in self.jobs or owner in self.snapshots or owner in self.apps
 
     def disk_of(self, record: Record) -> int:
         """Bytes that a sandbox's disks may come to take: its own, and its layer over its app."""

@@ -30,9 +30,11 @@ from typing import TYPE_CHECKING, Final
 from stoker.api.models import (
     ApiKey,
     ApiKeyPage,
+    CopySandbox,
     CreatedKey,
     CreateKey,
     CreateSandbox,
+    CreateSnapshot,
     Event,
     ForkResult,
     ForkSandbox,
@@ -45,6 +47,7 @@ from stoker.api.models import (
     Sandbox,
     SandboxPage,
     SandboxState,
+    Snapshot,
     Timeout,
 )
 from stoker.engine import build, create, ending, fork, pause, verbs
@@ -60,6 +63,7 @@ from stoker.engine.pooling import Pooling
 from stoker.engine.processes import Processes
 from stoker.engine.reconcile import load_all, private_directory, reconcile
 from stoker.engine.resize import resize
+from stoker.engine.snapshots import Snapshots
 from stoker.engine.timers import hold_lease, reap
 from stoker.engine.trace import arm
 from stoker.engine.units import Units
@@ -91,6 +95,7 @@ class Engine:
         self.upkeep = Upkeep(core)
         self.volumes = Volumes(core, keys.quota)
         self.pools = Pooling(core)
+        self.snapshots = Snapshots(core)
         self.apps = Apps(core, keys.quota)
 
     @classmethod
@@ -153,6 +158,7 @@ class Engine:
         await load_all(core)
         await self.pools.begin()
         await self.volumes.begin()
+        await self.snapshots.begin()
         await self.apps.begin()
         await reconcile(core)
         await asyncio.to_thread(sweep_apps, core.settings.data_dir)
@@ -263,6 +269,14 @@ class Engine:
         quota = self._keys.quota(box.record.owner)
         operation, items = await self._core.shielded(fork.fork(self._core, box, request, quota))
         return ForkResult(items=items, operation=operation.id, steps=operation.steps)
+
+    async def snapshot(self, who: Principal, sandbox: str, request: CreateSnapshot) -> Snapshot:
+        box = self._find(who, sandbox)
+        return await self._core.shielded(self.snapshots.create(who, box, request))
+
+    async def start_snapshot(self, who: Principal, snapshot: str, request: CopySandbox) -> Operation:
+        quota = self._keys.quota(who.owner)
+        return await self._core.shielded(self.snapshots.start(who, snapshot, request, quota))
 
     async def _wake(self, box: Box) -> None:
         await self._core.shielded(pause.wake_up(self._core, box, self._keys.quota(box.record.owner)))

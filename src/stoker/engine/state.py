@@ -19,6 +19,7 @@ from stoker.api.models import (
     Resources,
     Sandbox,
     SandboxState,
+    SnapshotState,
     Timeout,
     Versions,
     VolumeMount,
@@ -33,6 +34,7 @@ __all__ = [
     "Attached",
     "Mounted",
     "Record",
+    "SnapshotRecord",
     "VolumeRecord",
     "actions",
     "new_id",
@@ -57,6 +59,7 @@ ALLOWED: Final[dict[str, frozenset[SandboxState]]] = {
     "pause": frozenset({S.RUNNING, S.FROZEN}),
     "resume": frozenset({S.PAUSED}),
     "fork": frozenset({S.RUNNING}),
+    "snapshot": frozenset({S.RUNNING, S.FROZEN, S.PAUSED}),
     "exec": frozenset({S.RUNNING}),
     "ping": frozenset({S.RUNNING}),
     "resize": frozenset({S.RUNNING, S.STOPPED}),
@@ -119,6 +122,26 @@ class VolumeRecord(Struct, frozen=True, kw_only=True):
     created_at: float
 
 
+class SnapshotRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A snapshot as the database has it. ``box``: its sandbox's row at that moment."""
+
+    id: str
+    owner: str
+    state: SnapshotState
+    created_at: float
+    box: Record
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+    parent: str = ""
+    memory: bool = True
+    operation: str | None = None
+    steps: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return self.name or self.id
+
+
 class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A sandbox as the database has it. Values are replaced, never changed."""
 
@@ -167,6 +190,8 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How many times a memory was taken up since the first boot that it stems from."""
     parent: str = ""
     """The sandbox or snapshot whose copy it is."""
+    disk_of: str = ""
+    """The snapshot whose disk it boots from the first time."""
     ancestor: str = ""
     """The snapshot that was last made of it, or that it was made from."""
     doomed: bool = False

@@ -31,7 +31,7 @@ from stoker.vmm.memory import Delta, new_memory, sealed
 from stoker.vmm.memory_file import copy_memory, flatten, read_delta, write_delta
 from stoker.vmm.saved import digest_of_memory
 
-__all__ = ["Base", "Kept", "differs", "keep", "load", "sealed_copy", "staging"]
+__all__ = ["Base", "Kept", "again", "differs", "keep", "load", "sealed_copy", "staging"]
 
 FORMAT: Final = 1
 MOST_DELTA: Final = 16 << 20
@@ -87,6 +87,28 @@ def keep(directory: Path, base: Base, taken: Captured, made_by: Mapping[str, Any
         else:
             parts["memory"] = _new_base(place / "memory", base.fd, taken.delta)
         manifest = {"format": FORMAT, "made_by": dict(made_by), **about, "files": parts, "memory_as": _as(place / "memory")}
+        _write(place / "manifest.json", json.dumps(manifest, indent=1).encode())
+        sync_directory(place)
+        os.rename(place, directory)
+        sync_directory(directory.parent)
+        return manifest
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def again(source: Path, directory: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The same once more, under another name: the base is linked to, the rest copied."""
+    place = staging(directory)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(mode=0o700)
+    try:
+        manifest = {**read_manifest(source), **about}
+        if not _linked(source / "memory", place / "memory"):
+            raise HostError("host_failed", f"{source}/memory cannot be linked to", "see the daemon's log")
+        for name in manifest["files"]:
+            if name != "memory":
+                _write(place / name, (source / name).read_bytes())
         _write(place / "manifest.json", json.dumps(manifest, indent=1).encode())
         sync_directory(place)
         os.rename(place, directory)

@@ -104,7 +104,7 @@ async def _add(qmp: Qmp, disk: NextDisk, number: int) -> str:
 
 
 async def capture_machine(
-    qmp: Qmp, pid: int, base: int, size: int, scratch: Scratch, disks: Sequence[NextDisk], *, go_on: bool
+    qmp: Qmp, pid: int, base: int, size: int, scratch: Scratch, disks: Sequence[NextDisk], *, go_on: bool, zeros: bool = False
 ) -> Captured:
     """See :meth:`stoker.vmm.driver.Machine.capture`. ``size``: bytes of guest memory."""
     laps = Laps()
@@ -128,7 +128,7 @@ async def capture_machine(
                     await qmp.execute("transaction", actions=actions)
             with laps.lap("take"):
                 delta, _ = await asyncio.gather(
-                    asyncio.to_thread(capture, pid, base, scratch, size),
+                    asyncio.to_thread(capture, pid, base, scratch, size, zeros=zeros),
                     qmp.execute("xen-save-devices-state", filename=name, live=False),
                 )
         except BaseException:

@@ -160,11 +160,12 @@ class QemuMachine:
             raise GuestError("memory_unknown", f"machine {self.spec_name} does not have the memory it was started from any more")
         return fd
 
-    async def capture(self, scratch: Scratch, *, disks: Sequence[NextDisk] = (), go_on: bool) -> Captured:
+    async def capture(self, scratch: Scratch, *, disks: Sequence[NextDisk] = (), go_on: bool, zeros: bool = False) -> Captured:
         base = self.memory()
         try:
             assert self._memory is not None
-            return await capture_machine(await self.qmp(), self.vmm.pid, base, self._memory[1], scratch, disks, go_on=go_on)
+            qmp, (_, size) = await self.qmp(), self._memory
+            return await capture_machine(qmp, self.vmm.pid, base, size, scratch, disks, go_on=go_on, zeros=zeros)
         finally:
             os.close(base)
 

@@ -1,0 +1,335 @@
+"""Snapshots: what a sandbox was at one moment, kept whole, and any number of sandboxes out of it.
+
+A snapshot has a disk in the pool, an overlay that nobody writes to above the layer that the sandbox's disk was frozen into, and
+(unless it is of the disk alone) a directory with memory and devices (:mod:`stoker.vmm.kept`). Both are in the ledger under the
+snapshot's id before they are made. Its row says ``making`` until all of it is on the host's disk; what a crash leaves of one that
+is not whole is removed by the next start. Layers and bases are shared by links, so snapshots and sandboxes go in any order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import anyio
+import msgspec
+from msgspec.structs import replace
+
+from stoker.api.models import CopySandbox, CreateSnapshot, Operation, Principal, Quota, SandboxState, Snapshot, SnapshotState
+from stoker.engine.build import begin
+from stoker.engine.copies import begin_copy, check_copyable, intend, planned
+from stoker.engine.core import Box, Core, Live
+from stoker.engine.layers import flatten_in_time, flatten_now
+from stoker.engine.ledger import Kind, Ledger
+from stoker.engine.pause import about, saved_place
+from stoker.engine.state import SnapshotRecord, new_id, require
+from stoker.engine.trace import trace
+from stoker.errors import Conflict, HostError, NotFound, StokerError
+from stoker.guest.copies import BeforeSnapshot
+from stoker.vmm.driver import NextDisk
+from stoker.vmm.kept import Base, again, keep
+from stoker.vmm.memory import is_sealed
+from stoker.vmm.qemu.capture import Laps
+
+if TYPE_CHECKING:
+    from stoker.engine.operations import Running
+    from stoker.vmm.driver import Captured
+
+__all__ = ["Snapshots"]
+
+log = logging.getLogger(__name__)
+S = SandboxState
+ROOT: Final = 0
+
+
+def _put(db: sqlite3.Connection, record: SnapshotRecord) -> None:
+    db.execute(
+        "INSERT INTO snapshots (id, owner, name, created, record) VALUES (?, ?, ?, ?, ?)"
+        " ON CONFLICT (id) DO UPDATE SET record = excluded.record",
+        (record.id, record.owner, record.name, record.created_at, msgspec.json.encode(record).decode()),
+    )
+
+
+class Snapshots:
+    """Fits :class:`stoker.server.ports.Snapshots`."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def begin(self) -> None:
+        """Rows into memory; what was only being made when the daemon ended goes."""
+        core = self._core
+        rows = await core.database.read(lambda db: db.execute("SELECT record FROM snapshots ORDER BY created").fetchall())
+        for (text,) in rows:
+            record = msgspec.json.decode(text.encode(), type=SnapshotRecord)
+            core.snapshots[record.id] = record
+            if record.state is SnapshotState.MAKING:
+                log.warning("removing the snapshot %s, which was not finished", record.id)
+                await self._remove(record)
+
+    # -- finding ------------------------------------------------------------------------------------------------------
+
+    def find(self, who: Principal, reference: str) -> SnapshotRecord:
+        """By id or name; what belongs to others does not exist."""
+        found = self._core.snapshots.get(reference)
+        if found is None:
+            mine = [one for one in self._core.snapshots.values() if one.name == reference]
+            found = next((one for one in mine if one.owner == who.owner), mine[0] if mine and who.admin else None)
+        if found is None or not (who.admin or found.owner == who.owner):
+            raise NotFound("snapshot_unknown", f"there is no snapshot {reference}", "stoker snapshot ls")
+        return found
+
+    async def get(self, who: Principal, snapshot: str) -> Snapshot:
+        return await asyncio.to_thread(self._value, self.find(who, snapshot))
+
+    async def list(self, who: Principal) -> Sequence[Snapshot]:
+        found = [one for one in self._core.snapshots.values() if who.admin or one.owner == who.owner]
+        found.sort(key=lambda one: one.created_at, reverse=True)
+        return await asyncio.to_thread(lambda: [self._value(one) for one in found])
+
+    def _value(self, record: SnapshotRecord) -> Snapshot:
+        own = shared = 0
+        with suppress(StokerError, OSError):
+            # Each layer is shared with the sandbox that goes on above it.
+            usage = self._core.pools.open(record.box.pool).usage(record.id)
+            own, shared = usage.own, usage.shared
+        with suppress(OSError):
+            for entry in os.scandir(saved_place(self._core, record.id)):
+                status = entry.stat(follow_symlinks=False)
+                if status.st_nlink == 1:
+                    own += status.st_blocks * 512
+                else:
+                    shared += status.st_blocks * 512
+        box = record.box
+        return Snapshot(
+            id=record.id,
+            state=record.state,
+            created_at=record.created_at,
+            name=record.name,
+            tags=record.tags,
+            owner=record.owner,
+            parent=record.parent or None,
+            sandbox=box.id,
+            image=box.request.image,
+            image_digest=box.image_digest,
+            kernel=box.kernel,
+            memory=record.memory,
+            resources=box.resources,
+            own=own,
+            shared=shared,
+            operation=record.operation,
+            steps=record.steps,
+        )
+
+    # -- making -------------------------------------------------------------------------------------------------------
+
+    async def create(self, who: Principal, box: Box, request: CreateSnapshot) -> Snapshot:
+        """Of a running, frozen or paused sandbox, which goes on as it was."""
+        core = self._core
+        require(box.record, "snapshot")
+        async with box.lock:
+            require(box.record, "snapshot")
+            check_copyable(box.record)
+            core.filling.check(box.record.pool)
+            operation = core.operations.begin("snapshot", box.record.owner, box.id)
+            error: StokerError | None = None
+            try:
+                record = await self._create(box, request, operation)
+            except StokerError as problem:
+                error = problem
+                raise
+            except OSError as problem:
+                error = HostError(
+                    "host_failed", f"{problem.strerror}: {problem.filename or 'the host refused it'}", "stoker doctor"
+                )
+                raise error from None
+            finally:
+                operation.end(error)
+        flatten_in_time(core, box)
+        return await asyncio.to_thread(self._value, record)
+
+    def _things(self, record: SnapshotRecord) -> Sequence[tuple[Kind, str]]:
+        things = [*self._core.pools.things(record.box.pool, record.id)]
+        if record.memory:
+            things.append((Kind.SAVED, str(saved_place(self._core, record.id))))
+        return things
+
+    async def _create(self, box: Box, request: CreateSnapshot, operation: Running) -> SnapshotRecord:
+        core, laps = self._core, Laps()
+        record = SnapshotRecord(
+            id=new_id("sn"),
+            owner=box.record.owner,
+            state=SnapshotState.MAKING,
+            created_at=time.time(),
+            box=box.record,
+            name=request.name,
+            tags=request.tags,
+            parent=box.record.ancestor,
+            memory=request.memory,
+            operation=operation.value.id,
+        )
+
+        def intend_in(db: sqlite3.Connection) -> None:
+            if record.name is not None:
+                taken = db.execute("SELECT id FROM snapshots WHERE owner = ? AND name = ?", (record.owner, record.name)).fetchone()
+                if taken is not None:
+                    raise Conflict("name_taken", f"there is a snapshot {record.name} already: {taken[0]}", "another name")
+            _put(db, record)
+            Ledger.intend_in(db, record.id, self._things(record))
+
+        with laps.lap("mark"):
+            await core.database.write(intend_in, durable=True)
+        core.snapshots[record.id] = record
+        trace("snapshot.after_mark")
+        try:
+            if box.record.state is S.PAUSED:
+                await self._of_paused(box, record)
+            else:
+                await self._of_running(box, record, request, laps)
+            trace("snapshot.after_saved")
+            steps = {name: round(seconds * 1000, 3) for name, seconds in laps.seconds.items()}
+            record = replace(record, state=SnapshotState.READY, steps=steps)
+
+            def ready_in(db: sqlite3.Connection) -> None:
+                _put(db, record)
+                for kind, name in self._things(record):
+                    Ledger.live_in(db, record.id, kind, name)
+
+            await core.save(box, event="sandbox.snapshot", also=ready_in, durable=True, ancestor=record.id)
+            core.snapshots[record.id] = record
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._remove(record)
+            raise
+        trace("snapshot.after_ready")
+        operation.laps(laps.seconds)
+        log.info("snapshot %s of %s: %s", record.id, box.id, steps)
+        return record
+
+    async def _of_paused(self, box: Box, record: SnapshotRecord) -> None:
+        core, pool = self._core, box.record.pool
+        await core.pools.freeze(pool, box.id)
+        trace("snapshot.after_layer")
+        await asyncio.to_thread(lambda: core.pools.open(pool).beside(box.id, record.id))
+        trace("snapshot.after_disk")
+        if record.memory:
+            source, place = saved_place(core, box.record.saved), saved_place(core, record.id)
+            await asyncio.to_thread(again, source, place, {**about(record.box), "snapshot": record.id})
+
+    async def _of_running(self, box: Box, record: SnapshotRecord, request: CreateSnapshot, laps: Laps) -> None:
+        core, pool, live = self._core, box.record.pool, box.live
+        if live is None:
+            raise HostError("machine_missing", f"{box.record.label} has no machine", f"stoker inspect {box.id}")
+        with laps.lap("guest"):
+            await self._prepared(live, box, request)
+        async with core.copying:
+            with laps.lap("layer"):
+                await flatten_now(core, box)
+                disk = await core.pools.freeze(pool, box.id)
+            trace("snapshot.after_layer")
+            taken = await live.machine.capture(core.scratch, disks=[NextDisk(ROOT, disk.path)], go_on=True, zeros=request.compact)
+            laps.seconds |= taken.steps
+            trace("snapshot.after_taken")
+            with laps.lap("disk"):
+                await asyncio.to_thread(self._disk, box, record)
+            trace("snapshot.after_disk")
+            if record.memory:
+                with laps.lap("save"):
+                    await asyncio.to_thread(self._keep, box, record, live, taken)
+            core.scratch.trim()
+
+    async def _prepared(self, live: Live, box: Box, request: CreateSnapshot) -> None:
+        """The guest's own part: hooks, and its files written out. One whose agent does not answer is taken as it is."""
+        if live.agent is None or box.record.state is not S.RUNNING:
+            return
+        try:
+            await live.agent.before_snapshot(BeforeSnapshot(drop_caches=request.compact))
+        except StokerError as error:
+            if error.code != "unsupported":
+                raise
+
+    def _disk(self, box: Box, record: SnapshotRecord) -> None:
+        pools, pool = self._core.pools, box.record.pool
+        pools.open(pool).beside(box.id, record.id)
+        pools.sync_layers(pool, record.id)
+
+    def _keep(self, box: Box, record: SnapshotRecord, live: Live, taken: Captured) -> None:
+        fd = live.machine.memory()
+        try:
+            # A file that a VMM could write to belongs to that machine alone.
+            file = self._core.places(box.id).memory if box.record.base and is_sealed(fd) else None
+            base = Base(fd, file, box.record.base)
+            words = {**about(box.record), "snapshot": record.id, "parent": record.parent}
+            keep(saved_place(self._core, record.id), base, taken, live.machine.made_by(), words)
+        finally:
+            os.close(fd)
+
+    # -- using --------------------------------------------------------------------------------------------------------
+
+    async def start(self, who: Principal, snapshot: str, request: CopySandbox, quota: Quota | None) -> Operation:
+        """A new sandbox out of a snapshot; the rest goes on by itself."""
+        core, record = self._core, self.find(who, snapshot)
+        if record.state is not SnapshotState.READY:
+            raise Conflict("snapshot_making", f"the snapshot {record.label} is not whole yet", "try again in a moment")
+        core.filling.check(record.box.pool)
+        source = replace(record.box, ancestor=record.id)
+        [row] = planned(core, who.owner, source, request, 1, record.id)
+        operation = core.operations.begin("create", who.owner, row.id)
+        try:
+            boots = request.cold or not record.memory
+            [box] = await intend(core, [replace(row, disk_of=record.id if boots else "")], operation, quota)
+        except BaseException:
+            core.operations.discard(operation)
+            raise
+        if boots:
+            begin(core, box, operation, "create")
+            return operation.value
+        copy = begin_copy(core, box, record.id, saved_place(core, record.id), {}, operation)
+
+        def over(done: asyncio.Future[StokerError | None]) -> None:
+            error = done.result() if not done.cancelled() else None
+            if error is not None and error.code.startswith("saved_"):
+                error.hint = f"stoker create --from {record.label} --cold boots from its disk"
+            operation.end(error)
+
+        copy.add_done_callback(over)
+        return operation.value
+
+    # -- removing -----------------------------------------------------------------------------------------------------
+
+    async def remove(self, who: Principal, snapshot: str) -> None:
+        """What was made from it, or after it, stays."""
+        await self._remove(self.find(who, snapshot))
+
+    async def prune(self, who: Principal) -> Sequence[Snapshot]:
+        """Removes those that have neither a name nor a tag."""
+        gone = [one for one in await self.list(who) if not one.name and not one.tags and one.state is SnapshotState.READY]
+        for one in gone:
+            await self.remove(who, one.id)
+        return gone
+
+    async def _remove(self, record: SnapshotRecord) -> None:
+        core = self._core
+        children = [one for one in core.snapshots.values() if one.parent == record.id]
+
+        def unmark(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM snapshots WHERE id = ?", (record.id,))
+            for child in children:
+                _put(db, replace(child, parent=record.parent))
+
+        await core.database.write(unmark)
+        core.snapshots.pop(record.id, None)
+        for child in children:
+            core.snapshots[child.id] = replace(child, parent=record.parent)
+        trace("snapshot.after_unmark")
+        # From here on its things are nobody's: a start of the daemon removes what is left of them.
+        for entry in await core.ledger.of(record.id):
+            await core.release(entry)
+        await core.database.write(lambda db: Ledger.released_in(db, record.id))
+        trace("snapshot.after_gone")
