@@ -14,6 +14,7 @@ from typing import Any
 
 from stoker.api.models import Principal, SandboxState
 from stoker.engine.engine import Engine
+from stoker.storage.layout import LAYER
 
 ADMIN = Principal()
 DAEMON = Path(__file__).parent / "engine_daemon.py"
@@ -78,12 +79,17 @@ async def whole(engine: Engine, data: Path, run: Path) -> dict[str, SandboxState
     living = {box.id for box in boxes if box.state in (SandboxState.RUNNING, SandboxState.FROZEN, SandboxState.LOST)}
     with_disk = living | {box.id for box in boxes if box.started_at is not None}
     assert not [box for box in boxes if box.state in (SandboxState.CREATING, SandboxState.STOPPING)], boxes
-    assert {entry.name for entry in os.scandir(data / "pool" / "clones")} == with_disk
-    assert {path.name for path in (data / "pool" / "bases").glob("*/refs/*")} == with_disk
+    snapshots = {one.id for one in await engine.snapshots.list(ADMIN)}
+    with_memory = {one.id for one in await engine.snapshots.list(ADMIN) if one.memory}
+    assert {entry.name for entry in os.scandir(data / "pool" / "clones")} == with_disk | snapshots
+    stands = {path.name for path in (data / "pool" / "bases").glob("*/refs/*")}
+    assert {name for name in stands if not name.startswith(LAYER)} == with_disk | snapshots
+    for layer in (data / "pool" / "layers").iterdir():
+        assert list((layer / "refs").iterdir()), "a layer that nothing stands on"
     assert {entry.name for entry in os.scandir(run / "sandboxes")} == with_disk
     paused = {box.id for box in boxes if box.state is SandboxState.PAUSED}
     await quiet(engine)
-    assert {entry.name.partition(".")[0] for entry in os.scandir(data / "snapshots")} == paused
+    assert {entry.name.partition(".")[0] for entry in os.scandir(data / "snapshots")} == paused | with_memory
     assert {entry.name for entry in os.scandir(data / "memory")} <= living
     assert machines(run) == living
     owned = await engine._core.ledger.all()

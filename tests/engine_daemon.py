@@ -17,7 +17,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from engine_host import HostBooter
-from stoker.api.models import AppInfo, CreatePool, CreateSandbox, CreateVolume, ForkSandbox, Principal, SandboxState, StartProcess
+from stoker.api.models import (
+    AppInfo,
+    CreatePool,
+    CreateSandbox,
+    CreateSnapshot,
+    CreateVolume,
+    ForkSandbox,
+    Principal,
+    SandboxState,
+    StartProcess,
+)
 from stoker.api.volumes import parse_mount
 from stoker.engine.engine import Engine
 from stoker.engine.trace import arm
@@ -78,6 +88,10 @@ async def command(engine: Engine, words: dict[str, Any]) -> Any:
             return {"process": (await engine.processes.start(ADMIN, words["name"], request)).id}
         case "pause":
             return {"state": (await engine.pause(ADMIN, words["name"])).state}
+        case "snapshot":
+            return {"id": (await engine.snapshot(ADMIN, words["name"], CreateSnapshot())).id}
+        case "remove_snapshots":
+            return {"removed": len(await engine.snapshots.prune(ADMIN))}
         case "fork":
             return {"copies": len((await engine.fork(ADMIN, words["name"], ForkSandbox())).items)}
         case "resume":

@@ -134,10 +134,11 @@ def read_header(fd: int, path: Path) -> Header:
     length = os.fstat(fd).st_size
     if len(data) < _HEADER.size:
         raise _corrupt(path, "it is too short")
-    magic, version, name, _, bits, size, crypt, entries, l1, _, _, _, _, incompatible, _, _, order, _ = _HEADER.unpack(data)
+    magic, version, _, _, bits, size, crypt, entries, l1, _, _, _, _, incompatible, _, _, order, _ = _HEADER.unpack(data)
     if magic != b"QFI\xfb" or version != 3:
         raise _corrupt(path, "it is no qcow2 file of version 3")
-    if name or crypt or incompatible or bits != CLUSTER_BITS or order != 4:
+    # A backing file's name may have got into it: the virtual machine writes one when it joins layers. Nobody ever follows it.
+    if crypt or incompatible or bits != CLUSTER_BITS or order != 4:
         raise _corrupt(path, "it is not one of this program's, or was found damaged by the virtual machine")
     if not 0 < size <= MAX_SIZE or size % 512 or entries * L2_COVERS < size or entries * 8 > MAX_SIZE // L2_COVERS * 8:
         raise _corrupt(path, f"it says to have {size} bytes in {entries} tables")

@@ -91,14 +91,10 @@ async def _add(qmp: Qmp, disk: NextDisk, number: int) -> str:
         os.close(fd)
     name = f"disk{disk.index}-next{number}"
     cache = {"direct": False, "no-flush": True}
-    file = {
-        "driver": "file",
-        "filename": f"/dev/fdset/{added['fdset-id']}",
-        "aio": "threads",
-        "cache": cache,
-        "discard": "unmap",
-    }
-    rest: dict[str, Any] = {"driver": "qcow2", "cache": cache, "discard": "unmap", "file": file, "backing": None}
+    # Said outright, or giving up the right to write to it when it has become a layer fails: the file cannot be opened anew.
+    rest: dict[str, Any] = {"cache": cache, "discard": "unmap", "read-only": False}
+    file = {"driver": "file", "filename": f"/dev/fdset/{added['fdset-id']}", "aio": "threads", **rest}
+    rest |= {"driver": "qcow2", "file": file, "backing": None}
     await qmp.execute("blockdev-add", node_name=name, **rest)
     return name
 
