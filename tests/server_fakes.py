@@ -22,10 +22,12 @@ from stoker.api.models import (
     ApiKey,
     ApiKeyPage,
     AppInfo,
+    CopySandbox,
     CreatedKey,
     CreateKey,
     CreatePool,
     CreateSandbox,
+    CreateSnapshot,
     CreateVolume,
     Difference,
     Event,
@@ -54,6 +56,8 @@ from stoker.api.models import (
     Sandbox,
     SandboxPage,
     SandboxState,
+    Snapshot,
+    SnapshotState,
     StartProcess,
     Timeout,
     Volume,
@@ -604,6 +608,31 @@ class FakeApps:
         return AppInfo(digest=digest)
 
 
+class FakeSnapshots:
+    """Snapshots in memory."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Snapshot] = {}
+
+    async def get(self, who: Principal, snapshot: str) -> Snapshot:
+        found = next((one for one in self.kept.values() if snapshot in (one.id, one.name)), None)
+        if found is None:
+            raise NotFound("snapshot_unknown", f"there is no snapshot {snapshot}")
+        return found
+
+    async def list(self, who: Principal) -> Sequence[Snapshot]:
+        return list(self.kept.values())[::-1]
+
+    async def remove(self, who: Principal, snapshot: str) -> None:
+        del self.kept[(await self.get(who, snapshot)).id]
+
+    async def prune(self, who: Principal) -> Sequence[Snapshot]:
+        gone = [one for one in self.kept.values() if not one.name and not one.tags]
+        for one in gone:
+            del self.kept[one.id]
+        return gone
+
+
 class FakeEngine:
     def __init__(self, root: Path, *, harmless: bool = False) -> None:
         """``harmless``: whatever command is asked for, ``true`` or ``cat`` runs; for commands made up at random."""
@@ -624,6 +653,7 @@ class FakeEngine:
         self.upkeep = FakeUpkeep()
         self.volumes = FakeVolumes()
         self.pools = FakePools()
+        self.snapshots = FakeSnapshots()
         self.apps = FakeApps()
         self.boot_seconds = 0.0
         self.retired = False
@@ -773,6 +803,29 @@ class FakeEngine:
             for n in range(1, request.count + 1)
         ]
         return ForkResult(items=[Forked(sandbox=copy) for copy in copies], operation=new_id("op"), steps={"stopped": 1.0})
+
+    async def snapshot(self, who: Principal, sandbox: str, request: CreateSnapshot) -> Snapshot:
+        box = self.find(who, sandbox)
+        parent = next(reversed(self.snapshots.kept), None)
+        made = Snapshot(
+            id=new_id("sn"),
+            state=SnapshotState.READY,
+            created_at=time.time(),
+            name=request.name,
+            tags=request.tags,
+            parent=parent,
+            sandbox=box.id,
+            image=box.image,
+            memory=request.memory,
+            own=4096,
+            shared=1 << 20,
+        )
+        self.snapshots.kept[made.id] = made
+        return made
+
+    async def start_snapshot(self, who: Principal, snapshot: str, request: CopySandbox) -> Operation:
+        await self.snapshots.get(who, snapshot)
+        return await self.create(who, CreateSandbox(image="debian:12", name=request.name))
 
     async def thaw(self, who: Principal, sandbox: str) -> Sandbox:
         return await self._move(who, sandbox, SandboxState.FROZEN, SandboxState.RUNNING)

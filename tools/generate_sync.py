@@ -56,6 +56,7 @@ from stoker.api.models import (
     SignedUrl,
     StartProcess,
     Version,
+    Snapshot,
     Volume,
     VolumeMount,
     WatchEvent,

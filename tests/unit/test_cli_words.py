@@ -298,3 +298,26 @@ def test_places() -> None:
 def test_a_console_cannot_take_over_the_terminal() -> None:
     assert tame("a\x1b[31mred\x1b[0m\r\nb") == "a\x1b[31mred\x1b[0m\nb"
     assert tame("\x1b]0;title\x07\x1b[2J\x1b[6n\x1bcx\x00") == "x"
+
+
+async def test_pause_fork_and_snapshots(server: Running, stoker: Words) -> None:
+    await server.sandbox(name="box")
+    assert (await stoker("pause", "box")).out == "box\n"
+    assert (await stoker("resume", "box")).out == "box\n"
+    assert (await stoker("fork", "-n", "2", "--name", "copy", "box")).out == "copy-1\ncopy-2\n"
+    assert (await stoker("snapshot", "create", "box", "--name", "one", "--tag", "good")).out == "one\n"
+    unnamed = (await stoker("snapshot", "create", "--disk-only", "box")).out.strip()
+    assert unnamed.startswith("sn-")
+    listed = json.loads((await stoker("snapshot", "ls", "--json")).out)
+    assert [(one["name"], one["memory"]) for one in listed] == [(None, False), ("one", True)]
+    tree = (await stoker("snapshot", "tree")).out.splitlines()
+    assert tree[0].startswith("one  own ") and tree[1].startswith(f"└ {unnamed}  own ")
+    assert json.loads((await stoker("snapshot", "inspect", "one")).out)[0]["tags"] == ["good"]
+    assert (await stoker("create", "-q", "--from", "one", "--name", "again")).out == "again\n"
+    for words in (("create",), ("create", "debian:12", "--from", "one"), ("create", "--from", "one", "--memory", "1G")):
+        assert (await stoker(*words)).code == 2
+    assert (await stoker("create", "-q", "--from", "nosuch")).code == 1
+    assert (await stoker("snapshot", "prune")).out == f"{unnamed}\n"
+    assert (await stoker("snapshot", "rm", "one")).out == "one\n"
+    assert (await stoker("snapshot", "rm", "one")).code == 1
+    assert (await stoker("snapshot", "rm", "--force", "one")).code == 0

@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("stoker.cli.sandboxes:inspect", "Print all that is known of sandboxes."),
     "rm": ("stoker.cli.sandboxes:rm", "Destroy sandboxes."),
     "pool": ("stoker.cli.pool:pool", "Make, list and remove pools: where disks are."),
+    "snapshot": ("stoker.cli.snapshot:snapshot", "Keep what sandboxes are, and start others from it."),
     "volume": ("stoker.cli.volume:volume", "Make, list, copy and remove volumes."),
     "events": ("stoker.cli.events:events", "Print what happens, as it happens."),
     "image": ("stoker.cli.images:image", "List, look at and remove images."),

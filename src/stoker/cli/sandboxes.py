@@ -61,28 +61,41 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--app", metavar="FILE|DIR", help="A zip, tar, tar.gz or directory whose content goes into /app.")
 @click.option("--start", is_flag=True, help="Run the image's own command, as the process 'main'.")
 @click.option("--cold", is_flag=True, help="Boot, even where a put-away machine could be used.")
+@click.option("--from", "snapshot", metavar="SNAPSHOT", help="Go on where a snapshot was taken, instead of an image.")
 @quiet_option
 @json_option
-@click.argument("image")
+@click.argument("image", required=False)
 def create(
     *,
     label: tuple[str, ...],
     env: tuple[str, ...],
     env_file: tuple[str, ...],
     initrd: str | None,
-    image: str,
+    image: str | None,
     kernel: str,
     quiet: bool,
     as_json: bool,
+    snapshot: str | None,
     **options: Any,
 ) -> None:
     """Create a sandbox and print its name, or its id where it has none."""
+    if (image is None) == (snapshot is None):
+        raise click.UsageError("name an image, or --from a snapshot")
+    if snapshot is not None:
+        _refuse_with_snapshot()
     variables, initial = dict(environment(env, env_file)), existing_file("--initrd", initrd)
 
     async def work(client: AsyncClient) -> Sandbox:
         from stoker.client.sandbox import AsyncSandbox
 
         with Following(quiet) as following:
+            if image is None:
+                taken = {name: options[name] for name in ("name", "hostname", "timeout", "idle_timeout", "cold")}
+                labels = labels_of(label) if label else None
+                box = await AsyncSandbox.from_snapshot(
+                    str(snapshot), client=client, labels=labels, on_progress=following.step, **taken
+                )
+                return box.info
             box = await AsyncSandbox.create(
                 absolute_image(image),
                 client=client,
@@ -100,6 +113,18 @@ def create(
         show_json(info)
     else:
         click.echo(info.name or info.id)
+
+
+_OF_A_SNAPSHOT = ("snapshot", "name", "hostname", "label", "timeout", "idle_timeout", "cold", "quiet", "as_json", "image")
+
+
+def _refuse_with_snapshot() -> None:
+    """What a snapshot has already cannot be chosen."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
+        if given and parameter.name not in _OF_A_SNAPSHOT:
+            raise click.UsageError(f"{parameter.opts[-1]} cannot be chosen with --from: it is as in the snapshot")
 
 
 def _limit(info: Sandbox) -> str:

@@ -33,6 +33,8 @@ from stoker.api.models import (
     PoolList,
     Quota,
     SandboxPage,
+    Snapshot,
+    SnapshotList,
     StartProcess,
     Version,
 )
@@ -173,6 +175,22 @@ class AsyncClient:
         """A pool with a file system of its own. ``size``: bytes, or such as ``50G``. For administrators, as all about pools."""
         body = CreatePool(name=name, size=parse_size(size))
         return await self.api.call("POST", path("pools"), Pool, body=body, timeout=UPKEEP_TIMEOUT)
+
+    async def snapshots(self) -> list[Snapshot]:
+        """All snapshots, newest first."""
+        return (await self.api.call("GET", path("snapshots"), SnapshotList)).items
+
+    async def snapshot(self, name: str) -> Snapshot:
+        """One snapshot, by id or name."""
+        return await self.api.call("GET", path("snapshots", name), Snapshot)
+
+    async def remove_snapshot(self, name: str) -> None:
+        """Removes a snapshot. What was started from it stays."""
+        await self.api.send("DELETE", path("snapshots", name), timeout=UPKEEP_TIMEOUT)
+
+    async def prune_snapshots(self) -> list[Snapshot]:
+        """Removes those that have neither a name nor a tag; which they were."""
+        return (await self.api.call("DELETE", path("snapshots"), SnapshotList, timeout=UPKEEP_TIMEOUT)).items
 
     async def pools(self) -> list[Pool]:
         """All pools; the one with an empty name is the data directory."""

@@ -13,7 +13,9 @@ import msgspec
 from stoker.api.codec import decode_answer
 from stoker.api.models import (
     ConsoleLog,
+    CopySandbox,
     CreateSandbox,
+    CreateSnapshot,
     Event,
     ForkResult,
     ForkSandbox,
@@ -24,6 +26,7 @@ from stoker.api.models import (
     PingResult,
     ResizeSandbox,
     SetTimeout,
+    Snapshot,
     StopSandbox,
     Timeout,
     TimeoutMode,
@@ -238,6 +241,44 @@ class AsyncSandbox:
             await asyncio.gather(*(box.kill() for box in made))
             raise error_from_wire(500, msgspec.to_builtins(failed))
         return made
+
+    async def snapshot(
+        self, name: str | None = None, *, tags: Sequence[str] = (), memory: bool = True, compact: bool = False
+    ) -> Snapshot:
+        """Keeps what it is now: disk, memory and processes, or with ``memory=False`` the disk alone. It goes on.
+
+        ``compact`` leaves out memory that the guest does not use, which takes it a moment. See :meth:`from_snapshot`.
+        """
+        body = CreateSnapshot(name=name, tags=list(tags), memory=memory, compact=compact)
+        return await self._api.call("POST", self._path("snapshots"), Snapshot, body=body, timeout=LONG)
+
+    @classmethod
+    async def from_snapshot(
+        cls,
+        snapshot: str,
+        *,
+        name: str | None = None,
+        hostname: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout: float | str | None = None,
+        idle_timeout: float | str | None = None,
+        cold: bool = False,
+        ready_timeout: float = 900.0,
+        on_progress: OnProgress | None = None,
+        client: AsyncClient | None = None,
+    ) -> AsyncSandbox:
+        """A sandbox that goes on where a snapshot was taken, as another machine. ``cold``: it boots from its disk."""
+        client = client or await default_client()
+        body = CopySandbox(
+            name=name,
+            hostname=hostname,
+            labels=dict(labels) if labels is not None else None,
+            timeout=_timeout(timeout, idle_timeout),
+            cold=cold,
+        )
+        target = path("snapshots", snapshot, "sandboxes")
+        operation = await client.api.call("POST", target, Operation, body=body, query={"wait": False})
+        return await created(client, operation, ready_timeout=ready_timeout, on_progress=on_progress)
 
     async def stop(self, *, grace: float = 10.0) -> SandboxInfo:
         """Shuts it down and keeps its disk. ``grace``: seconds its processes get to end by themselves."""

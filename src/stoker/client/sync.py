@@ -25,6 +25,7 @@ from stoker.api.models import (
     Quota,
     SignedOperation,
     SignedUrl,
+    Snapshot,
     StartProcess,
     Version,
     Volume,
@@ -553,6 +554,22 @@ class Client:
         """A pool with a file system of its own. ``size``: bytes, or such as ``50G``. For administrators, as all about pools."""
         return call(self._async.create_pool(name, size=size))
 
+    def snapshots(self) -> list[Snapshot]:
+        """All snapshots, newest first."""
+        return call(self._async.snapshots())
+
+    def snapshot(self, name: str) -> Snapshot:
+        """One snapshot, by id or name."""
+        return call(self._async.snapshot(name))
+
+    def remove_snapshot(self, name: str) -> None:
+        """Removes a snapshot. What was started from it stays."""
+        call(self._async.remove_snapshot(name))
+
+    def prune_snapshots(self) -> list[Snapshot]:
+        """Removes those that have neither a name nor a tag; which they were."""
+        return call(self._async.prune_snapshots())
+
     def pools(self) -> list[Pool]:
         """All pools; the one with an empty name is the data directory."""
         return call(self._async.pools())
@@ -767,6 +784,47 @@ class Sandbox:
         Where only some could be made, those are destroyed and what went wrong with the first of the others is raised.
         """
         return [Sandbox._wrap(item) for item in call(self._async.fork(count, name=name, labels=labels))]
+
+    def snapshot(
+        self, name: str | None = None, *, tags: Sequence[str] = (), memory: bool = True, compact: bool = False
+    ) -> Snapshot:
+        """Keeps what it is now: disk, memory and processes, or with ``memory=False`` the disk alone. It goes on.
+
+        ``compact`` leaves out memory that the guest does not use, which takes it a moment. See :meth:`from_snapshot`.
+        """
+        return call(self._async.snapshot(name, tags=tags, memory=memory, compact=compact))
+
+    @classmethod
+    def from_snapshot(
+        cls,
+        snapshot: str,
+        *,
+        name: str | None = None,
+        hostname: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        timeout: float | str | None = None,
+        idle_timeout: float | str | None = None,
+        cold: bool = False,
+        ready_timeout: float = 900.0,
+        on_progress: OnProgress | None = None,
+        client: Client | None = None,
+    ) -> Sandbox:
+        """A sandbox that goes on where a snapshot was taken, as another machine. ``cold``: it boots from its disk."""
+        return Sandbox._wrap(
+            calling_back(
+                AsyncSandbox.from_snapshot,
+                {"on_progress": on_progress},
+                snapshot,
+                name=name,
+                hostname=hostname,
+                labels=labels,
+                timeout=timeout,
+                idle_timeout=idle_timeout,
+                cold=cold,
+                ready_timeout=ready_timeout,
+                client=client._async if client is not None else None,
+            )
+        )
 
     def stop(self, *, grace: float = 10.0) -> SandboxInfo:
         """Shuts it down and keeps its disk. ``grace``: seconds its processes get to end by themselves."""

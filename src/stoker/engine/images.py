@@ -36,6 +36,8 @@ def is_used(core: Core, kind: str, digest: str) -> bool:
     """Whether an entry must stay: for a sandbox's sake, or for a frozen disk in a pool."""
     if users(core, kind, digest):
         return True
+    if kind == "kernels" and any(one.box.kernel_path == digest for one in core.snapshots.values()):
+        return True
     path = core.settings.data_dir.absolute() / kind / digest / "rootfs.ext4"
     return kind == "images" and any(pool.needs(path) for pool in core.pools.opened().values())
 

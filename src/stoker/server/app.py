@@ -25,7 +25,21 @@ from stoker.server.lease import hold_lease
 from stoker.server.openapi import build_document
 from stoker.server.ports import EngineProtocol
 from stoker.server.replies import Reply, error_reply
-from stoker.server.routes import apps, files, images, keys, operations, pools, processes, sandboxes, signed, system, upkeep, volumes
+from stoker.server.routes import (
+    apps,
+    files,
+    images,
+    keys,
+    operations,
+    pools,
+    processes,
+    sandboxes,
+    signed,
+    snapshots,
+    system,
+    upkeep,
+    volumes,
+)
 from stoker.server.services import Services
 from stoker.server.signing import Signer
 
@@ -36,7 +50,7 @@ SocketHandler = Callable[[Channel, Principal, dict[str, str]], Awaitable[None]]
 
 
 def all_endpoints() -> list[Endpoint]:
-    modules = (sandboxes, processes, files, signed, operations, images, upkeep, keys, system, volumes, apps, pools)
+    modules = (sandboxes, processes, files, signed, operations, images, upkeep, keys, system, volumes, apps, pools, snapshots)
     return [endpoint for module in modules for endpoint in module.routes.endpoints]
 
 

@@ -23,10 +23,12 @@ from stoker.api.models import (
     AppInfo,
     ChangeMode,
     ChangeOwner,
+    CopySandbox,
     CreatedKey,
     CreateKey,
     CreatePool,
     CreateSandbox,
+    CreateSnapshot,
     CreateVolume,
     Event,
     FileInfo,
@@ -51,6 +53,7 @@ from stoker.api.models import (
     Sandbox,
     SandboxPage,
     SandboxState,
+    Snapshot,
     StartProcess,
     Timeout,
     Volume,
@@ -251,6 +254,20 @@ class Volumes(Protocol):
     def export_raw(self, who: Principal, volume: str) -> AbstractAsyncContextManager[tuple[int, AsyncIterator[bytes]]]: ...
 
 
+class Snapshots(Protocol):
+    """What sandboxes were at a moment. ``snapshot`` is a name or an id."""
+
+    async def get(self, who: Principal, snapshot: str) -> Snapshot: ...
+
+    async def list(self, who: Principal) -> Sequence[Snapshot]:
+        """Newest first."""
+
+    async def remove(self, who: Principal, snapshot: str) -> None: ...
+
+    async def prune(self, who: Principal) -> Sequence[Snapshot]:
+        """Removes those with neither name nor tag, and tells which."""
+
+
 class Pools(Protocol):
     """Where disks are. ``pool`` is a name; ``directory`` is the data directory itself. For administrators."""
 
@@ -289,6 +306,9 @@ class EngineProtocol(Protocol):
 
     @property
     def pools(self) -> Pools: ...
+
+    @property
+    def snapshots(self) -> Snapshots: ...
 
     @property
     def apps(self) -> Apps: ...
@@ -336,6 +356,14 @@ class EngineProtocol(Protocol):
 
     async def fork(self, who: Principal, sandbox: str, request: ForkSandbox) -> ForkResult:
         """Copies of a running machine. Errors: ``volume_writable``, ``layers_unsupported``, ``capacity_exhausted``."""
+        ...
+
+    async def snapshot(self, who: Principal, sandbox: str, request: CreateSnapshot) -> Snapshot:
+        """Returns when it is on disk. Errors as those of a fork."""
+        ...
+
+    async def start_snapshot(self, who: Principal, snapshot: str, request: CopySandbox) -> Operation:
+        """A sandbox out of a snapshot. The operation may fail with ``saved_unusable`` or ``saved_damaged``."""
         ...
 
     async def resume(self, who: Principal, sandbox: str) -> Sandbox:

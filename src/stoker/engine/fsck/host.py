@@ -120,6 +120,8 @@ async def clones(scene: Scene) -> list[Finding]:
         scene.count("clone", len(names))
         for sandbox in names:
             path = place / "clones" / sandbox
+            if sandbox in scene.core.snapshots:
+                continue  # its disk: an overlay that nobody writes to
             if not SANDBOX.fullmatch(sandbox):
                 found.append(Finding("clone", str(path), "disks of sandboxes only", "it is none of ours"))
             elif _still(scene, sandbox, path):

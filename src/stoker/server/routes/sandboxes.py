@@ -35,7 +35,7 @@ from stoker.server.endpoint import SANDBOX, Call, Content, Routes
 from stoker.server.query import Query
 from stoker.server.replies import EventStream, Reply, ServerEvent, error_reply, json_reply
 
-__all__ = ["routes"]
+__all__ = ["CreateQuery", "finished", "routes"]
 
 routes: Routes[Any] = Routes("sandboxes")
 
@@ -103,7 +103,7 @@ def _idempotency_key(call: Call) -> str | None:
         raise InvalidRequest("bad_idempotency_key", "Idempotency-Key must be 1 to 128 printable ASCII characters") from None
 
 
-async def _finished(call: Call, operation: Operation) -> Sandbox:
+async def finished(call: Call, operation: Operation) -> Sandbox:
     """The sandbox at the end of its operation; what went wrong is raised."""
     done = await call.engine.wait_operation(call.principal, operation.id, CREATE_WAIT)
     if done.error is not None:
@@ -129,7 +129,7 @@ async def create_sandbox(call: Call, query: CreateQuery, body: CreateSandbox) ->
     operation = await call.engine.create(call.principal, body, idempotency_key=_idempotency_key(call))
     if not query.wait:
         return json_reply(operation, 202, [(b"location", f"/v1/operations/{operation.id}".encode())])
-    sandbox = await _finished(call, operation)
+    sandbox = await finished(call, operation)
     return json_reply(sandbox, 201, [(b"location", f"/v1/sandboxes/{sandbox.id}".encode())])
 
 
@@ -227,7 +227,7 @@ async def start_sandbox(call: Call, query: CreateQuery) -> Sandbox | Reply:
     """Boot a stopped sandbox from its disk again."""
     operation = await call.engine.start(call.principal, call.sandbox)
     if query.wait:
-        return await _finished(call, operation)
+        return await finished(call, operation)
     return json_reply(operation, 202, [(b"location", f"/v1/operations/{operation.id}".encode())])
 
 
