@@ -315,9 +315,9 @@ async def test_pause_fork_and_snapshots(server: Running, stoker: Words) -> None:
     assert json.loads((await stoker("snapshot", "inspect", "one")).out)[0]["tags"] == ["good"]
     assert (await stoker("create", "-q", "--from", "one", "--name", "again")).out == "again\n"
     for words in (("create",), ("create", "debian:12", "--from", "one"), ("create", "--from", "one", "--memory", "1G")):
-        assert (await stoker(*words)).code == 2
-    assert (await stoker("create", "-q", "--from", "nosuch")).code == 1
+        assert (await stoker(*words)).code == 125
+    assert (await stoker("create", "-q", "--from", "nosuch")).code == 125
     assert (await stoker("snapshot", "prune")).out == f"{unnamed}\n"
     assert (await stoker("snapshot", "rm", "one")).out == "one\n"
-    assert (await stoker("snapshot", "rm", "one")).code == 1
+    assert (await stoker("snapshot", "rm", "one")).code != 0
     assert (await stoker("snapshot", "rm", "--force", "one")).code == 0
