@@ -17,7 +17,6 @@ import pytest
 
 from lab_inside import Inside, inside
 from lab_plugin import FLAVOURS, HostLab, of_flavour
-from lab_plugin import HERE as LAB
 from leaks import HostObjects, assert_gone
 
 ROOT_VARIABLE = "STOKER_TEST_ROOT"
@@ -25,7 +24,6 @@ ROOT_VARIABLE = "STOKER_TEST_ROOT"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the long tests too")
-    parser.addoption("--lab", action="store_true", help="run the tests in the lab VM too")
     parser.addoption("--whole", action="store_true", help="fail when a whole suite ran no test")
 
 
@@ -46,19 +44,7 @@ _ROOT: pytest.StashKey[Path] = pytest.StashKey()
 _BEFORE: pytest.StashKey[HostObjects] = pytest.StashKey()
 
 
-def with_lab(config: pytest.Config) -> bool:
-    """The lab takes a quarter of an hour of two cores: when it is asked for, by option, mark or path; and inside it."""
-    asked = config.getoption("--lab") or config.getoption("--full") or "lab" in config.getoption("markexpr", "")
-    paths = [(config.invocation_params.dir / str(word).partition("::")[0]).resolve() for word in config.args]
-    named = any(path == LAB or LAB in path.parents for path in paths)
-    return bool(asked or named or isinstance(config.pluginmanager.get_plugin("lab"), Inside))
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not with_lab(config):
-        lab = {item for item in items if LAB in item.path.parents}
-        items[:] = [item for item in items if item not in lab]
-        config.hook.pytest_deselected(items=list(lab))
     if config.getoption("--full"):
         return
     skip = pytest.mark.skip(reason="a long test: ./test --full")
@@ -79,11 +65,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         passed = [report.nodeid for report in reporter.stats.get("passed", [])]
         problems += [
             f"the suite tests/{suite} ran no test"
-            for suite in ("unit", "system", "conformance", *(["lab"] if with_lab(config) else []))
+            for suite in ("unit", "system", "conformance", "lab")
             if not any(node.startswith(f"tests/{suite}/") for node in passed)
         ]
-        flavours = FLAVOURS if with_lab(config) else ()
-        problems += [f"no test ran in the lab {name}" for name in flavours if not any(of_flavour(node, name) for node in passed)]
+        problems += [f"no test ran in the lab {name}" for name in FLAVOURS if not any(of_flavour(node, name) for node in passed)]
     lab = config.pluginmanager.get_plugin("lab")
     if isinstance(lab, Inside):
         lab.left(problems)

@@ -1,11 +1,13 @@
 """pytest on the host: the tests of ``tests/lab`` are collected here and run inside the lab, each shown as a test of this run.
 
 A test there runs in the flavours its mark names (``@pytest.mark.lab("stable", "next")``; without one: stable), each a parameter of
-its name. A flavour is booted by the first of its tests and ended after the last: with xdist one worker gets all of a flavour's.
+its name. A flavour is booted by the first of its tests and ended after the last. They are the first of a run: with xdist each
+worker boots a lab of its own and takes the flavour's files one by one.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,8 @@ class HostLab:
                     item.add_marker(pytest.mark.lab)
                 # Inside, the test's own limit holds; here the first one may build and boot.
                 item.add_marker(pytest.mark.timeout(0), append=False)
-        items.sort(key=lambda item: list(FLAVOURS).index(flavour(item)) + 1 if flavour(item) else 0)
+        order = [*FLAVOURS, ""]
+        items.sort(key=lambda item: order.index(flavour(item)))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
@@ -99,7 +102,8 @@ class HostLab:
         if self.lab is None or self.name != name:
             self._close()
             # Kept before it starts: what a start that fails leaves is ended like any other.
-            self.lab, self.name = Lab(name, self.root / f"lab-{name}"), name
+            worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+            self.lab, self.name = Lab(name, self.root / f"lab-{name}-{worker}"), name
             self.lab.start("--full" if config.getoption("--full") else "")
         return self.lab
 
@@ -117,16 +121,14 @@ class HostLab:
             return None
         from xdist.scheduler import LoadFileScheduling
 
-        class OneLabEach(LoadFileScheduling):
-            """By file; but all tests of a flavour go to one worker, wherever they are."""
+        class FilesOfTheLab(LoadFileScheduling):
+            """By file and, in the lab, by flavour: a worker boots each at most once, for those that are next to each other."""
 
             def _split_scope(self, nodeid: str) -> str:
-                for name in FLAVOURS:
-                    if of_flavour(nodeid, name):
-                        return f"lab {name}"
-                return nodeid.partition("::")[0]
+                file = nodeid.partition("::")[0]
+                return next((f"{file} in {name}" for name in FLAVOURS if of_flavour(nodeid, name)), file)
 
-        return OneLabEach(config, log)
+        return FilesOfTheLab(config, log)
 
 
 def _report(item: pytest.Item, data: dict[str, Any]) -> pytest.TestReport:

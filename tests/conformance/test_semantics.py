@@ -167,6 +167,29 @@ def test_usage_counts_blocks(place: Place) -> None:
         assert used.own - fresh.own == pytest.approx(3 * MIB, abs=512 * KIB)
 
 
+def test_usage_of_clones_of_clones(place: Place) -> None:
+    """What two of them have in common is nobody's own, where the strategy shares it; and it becomes the last one's."""
+    data = place.base.path.stat().st_blocks * 512
+    with place.pool() as pool:
+        write(pool.clone(place.base, "a", 64 * MIB), 16 * MIB, 8 * MIB, 1)
+        pool.clone_of("a", "b")
+        write(pool.clone_of("b", "c"), 32 * MIB, 2 * MIB, 2)
+        os.sync()
+        a, b, c = (pool.usage(name) for name in "abc")
+        assert {a.apparent, b.apparent, c.apparent} == {64 * MIB}
+        assert c.own - b.own == pytest.approx(2 * MIB, abs=512 * KIB)
+        assert b.own + b.shared == pytest.approx(data + 8 * MIB, abs=512 * KIB)
+        if place.strategy in (Strategy.QCOW2, Strategy.REFLINK):
+            assert a.own <= 512 * KIB and b.own <= 512 * KIB
+        before = sum(usage.own for usage in (a, b, c))
+        pool.remove("a")
+        pool.remove("b")
+        os.sync()
+        left = pool.usage("c")
+        assert left.own + left.shared == pytest.approx(data + 10 * MIB, abs=512 * KIB)
+        assert left.own <= before or place.strategy is Strategy.REFLINK
+
+
 def test_bases_are_forgotten_while_clones_are_made(place: Place) -> None:
     """By a clean-up at any moment: what stands on a base, or is about to, is never left without it. What is freed is counted."""
     ended = threading.Event()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,26 @@ def test_the_kernel_says_who_a_peer_is() -> None:
         assert set(os.getgroups()) <= set(found.groups) | {os.getegid()}
     with socket.socket() as tcp:
         assert peer_of(tcp) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may take groups")
+@pytest.mark.parametrize("count", [1, 256, 257, 5000])
+def test_the_kernel_says_which_groups_a_peer_has(count: int) -> None:
+    """Also those that Python's own getsockopt has no room for."""
+    address = f"\0stoker-test-{os.getpid()}-{count}"
+    program = (
+        f"import os, socket, sys; os.setgroups(range(1000, {1000 + count})); "
+        f"peer = socket.socket(socket.AF_UNIX); peer.connect({address!r}); sys.stdin.read()"
+    )
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        listener.settimeout(30)
+        with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE):
+            accepted, _ = listener.accept()
+            with accepted:
+                found = peer_of(accepted)
+    assert found is not None and found.groups == frozenset(range(1000, 1000 + count))
 
 
 def claim(**changes: object) -> Claim:

@@ -8,6 +8,7 @@ import io
 import os
 import tarfile
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from engine_host import HostBooter
 from stoker.api.models import CreateSandbox, CreateVolume
 from stoker.engine.engine import Engine
-from stoker.errors import NotFound
+from stoker.errors import Conflict, NotFound
 from stoker.settings import Settings
 from upkeep_host import ADMIN, STRANGER, S, make, mends, opened, shim, told
 
@@ -73,6 +74,22 @@ async def test_names_that_are_none_of_ours_are_told_and_left(settings: Settings)
         for paths in strange.values():
             for path in paths:
                 assert (path / "in it" if path.is_dir() else path).read_text() == "mine"
+
+
+async def test_two_daemons_on_one_pool(settings: Settings, short_dir: Path) -> None:
+    """Another data directory whose pool is the first one's: its daemon does not start, and says who is there."""
+    second = replace(settings, data_dir=short_dir / "second", run_dir=short_dir / "other")
+    second.data_dir.mkdir()
+    async with opened(settings) as engine:
+        await make(engine, "box")
+        (second.data_dir / "pool").symlink_to(settings.data_dir / "pool")
+        with pytest.raises(Conflict, match=f"process {os.getpid()}") as caught:
+            async with Engine.open(second, booter=HostBooter(), trace_kill=""):
+                pass
+        assert caught.value.code == "pool_in_use"
+        assert (await engine.get(ADMIN, "box")).state is S.RUNNING
+    async with Engine.open(second, booter=HostBooter(), trace_kill="") as engine:
+        assert (await engine.list(ADMIN)).items == []
 
 
 async def test_what_a_crash_left_of_pools_and_helpers_goes(settings: Settings) -> None:

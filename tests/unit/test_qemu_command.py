@@ -105,6 +105,10 @@ def test_processors_by_accelerator_and_version() -> None:
 
     kvm = replace(PLAIN, accelerator=Accelerator.KVM)
     assert cpu(PLAIN, QEMU10) == ("max,-erms", "tcg,thread=multi,tb-size=128")
+    # What TCG translated is kept within bounds that grow with the guest.
+    bounds = {512: 128, 1024: 128, 1032: 129, 4096: 512, 65536: 1024}
+    for memory, bound in bounds.items():
+        assert cpu(replace(PLAIN, memory=memory << 20), QEMU10)[1] == f"tcg,thread=multi,tb-size={bound}"
     assert cpu(kvm, QEMU7) == ("max", "kvm")
     assert cpu(replace(kvm, cpu="max,-arch-capabilities"), QEMU7) == ("max,-arch-capabilities", "kvm")
     assert "tsc" not in kernel_cmdline(kvm, QEMU7)

@@ -26,7 +26,6 @@ from stoker.api.models import (
     SandboxState,
     Versions,
 )
-from stoker.engine.admission import VMM_OVERHEAD
 from stoker.engine.core import Booted, Box, Core, Live, Places, released_in
 from stoker.engine.ending import ended, release_all
 from stoker.engine.hub import Hub, Started, decode_started
@@ -41,6 +40,7 @@ from stoker.errors import Conflict, HostError, InternalError, StokerError
 from stoker.host import cgroups
 from stoker.host.cgroups import Limits
 from stoker.storage.app import app_image
+from stoker.vmm.machine import translated_code
 
 if TYPE_CHECKING:
     from stoker.engine.boot import MachineRequest
@@ -64,6 +64,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 FAILED_KEPT: Final = 64
+VMM_MOST: Final = 256 << 20
+"""Bytes that a VMM may take besides the guest's memory and what it translates. (It is reckoned with much less.)"""
 """Failed rows kept of one owner."""
 
 
@@ -187,7 +189,8 @@ async def enter_machine(core: Core, box: Box, pid: int) -> None:
 
 def limits(record: Record) -> Limits:
     """The guest's memory and what its VMM takes besides: generous, or the host's killer ends a healthy machine."""
-    return Limits(memory=record.resources.memory + 4 * VMM_OVERHEAD, pids=512, cpus=record.resources.cpus)
+    memory = record.resources.memory
+    return Limits(memory=memory + translated_code(memory) + VMM_MOST, pids=512, cpus=record.resources.cpus)
 
 
 def machine_request(core: Core, record: Record, places: Places, *, copied: bool = False) -> MachineRequest:

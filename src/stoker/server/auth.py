@@ -6,7 +6,8 @@ into the connection's state). Everyone else shows an API key; so may a Unix peer
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
+import errno
 import grp
 import hashlib
 import os
@@ -23,6 +24,8 @@ __all__ = ["GROUP", "Peer", "api_key", "group_id", "identify", "peer_of"]
 
 GROUP = "stoker"
 SO_PEERGROUPS = 59
+MAX_GROUPS = 65536
+"""The kernel's own limit (NGROUPS_MAX)."""
 MAX_KEY = 256
 _UCRED = struct.Struct("iII")
 
@@ -45,11 +48,22 @@ def peer_of(sock: socket.socket) -> Peer | None:
         pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     except OSError:
         return None
-    groups: frozenset[int] = frozenset()
-    with contextlib.suppress(OSError):  # before Linux 4.13 there is none; the primary group still counts
-        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 65536 * 4)
-        groups = frozenset(struct.unpack(f"{len(raw) // 4}I", raw))
-    return Peer(pid, uid, gid, groups)
+    return Peer(pid, uid, gid, _groups(sock))
+
+
+def _groups(sock: socket.socket) -> frozenset[int]:
+    """A peer's supplementary groups."""
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024)  # Python takes no longer answer
+    except OSError as e:
+        if e.errno != errno.ERANGE:
+            return frozenset()  # before Linux 4.13 there is none; the primary group still counts
+        buffer = (ctypes.c_uint * MAX_GROUPS)()
+        size = ctypes.c_uint(ctypes.sizeof(buffer))
+        if ctypes.CDLL(None).getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, buffer, ctypes.byref(size)):
+            return frozenset()
+        raw = bytes(buffer)[: size.value]
+    return frozenset(struct.unpack(f"{len(raw) // 4}I", raw))
 
 
 def group_id(name: str = GROUP) -> int | None:

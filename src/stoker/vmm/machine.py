@@ -11,7 +11,17 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["Accelerator", "Channel", "Disk", "Gate", "GuestMemory", "MachineExit", "MachineSpec", "UserNetwork"]
+__all__ = [
+    "Accelerator",
+    "Channel",
+    "Disk",
+    "Gate",
+    "GuestMemory",
+    "MachineExit",
+    "MachineSpec",
+    "UserNetwork",
+    "translated_code",
+]
 
 
 Gate = Callable[[int], Awaitable[None]]
@@ -121,3 +131,12 @@ class MachineExit:
     signal: int | None
     requested: bool = False
     out_of_memory: bool = False
+
+
+def translated_code(memory: int) -> int:
+    """Bytes of the host's memory that software emulation may fill with translated code, for a guest with so many bytes.
+
+    A full buffer is thrown away as a whole and everything is translated again: a large guest with systemd and Python in it
+    overflows 128 MiB within a minute, and then spends more than half of its time there. A stock kernel's boot fills 20 MiB.
+    """
+    return min(max(128 << 20, memory // 8 & -(1 << 20)), 1 << 30)

@@ -61,7 +61,7 @@ async def remove_volume(call: Call) -> None:
     await call.engine.volumes.remove(call.principal, call.path["volume"])
 
 
-@routes.post("/v1/volumes/{volume}/resize", answers={200: Volume}, errors=(404, 409, 429))
+@routes.post("/v1/volumes/{volume}/resize", answers={200: Volume}, errors=(404, 409, 429, 502, 503, 504))
 async def resize_volume(call: Call, body: ResizeVolume) -> Volume:
     """Make a volume larger, also under a running sandbox that writes to it. One that is only read is refused (`volume_in_use`)."""
     return await call.engine.volumes.resize(call.principal, call.path["volume"], body.size)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stoker.errors import InvalidRequest
-from stoker.vmm.machine import Accelerator, Channel, Disk, MachineSpec
+from stoker.vmm.machine import Accelerator, Channel, Disk, MachineSpec, translated_code
 from stoker.vmm.qemu.facts import QemuFacts
 
 __all__ = ["DiskHandles", "Handles", "command", "kernel_cmdline"]
@@ -32,9 +32,6 @@ WORDS = ("console=ttyS0", "quiet", "loglevel=1", "panic=-1", "reboot=t", "crypto
 kernel's ciphers, which take a fifth of a stock kernel's boot under TCG. Measured and left out, being lost in the noise:
 no_timer_check, noreplace-smp, i8042.*, pci=off, rcupdate.rcu_expedited, random.trust_cpu, nowatchdog, audit=0. The guest's
 mitigations stay."""
-
-TRANSLATION_MIB = 128
-"""Bound of TCG's translated code, which is 1 GiB unless said. A stock kernel's boot fills about 20 MiB; at 16 it gets slower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +159,7 @@ def _machine(spec: MachineSpec, qemu: QemuFacts) -> list[str]:
     cpu = spec.cpu or (software if tcg else "max")
     return [
         "-M", "microvm,acpi=on,ioapic2=on,pcie=off,usb=off,rtc=on" + (",memory-backend=memory" if spec.guest_memory else ""),
-        "-accel", f"tcg,thread=multi,tb-size={TRANSLATION_MIB}" if tcg else "kvm",
+        "-accel", f"tcg,thread=multi,tb-size={translated_code(spec.memory) // MIB}" if tcg else "kvm",
         "-cpu", cpu,
         "-smp", str(spec.cpus),
         "-m", f"{spec.memory // MIB}M",
