@@ -22,6 +22,7 @@ from stoker.api.models import (
     ApiKey,
     ApiKeyPage,
     AppInfo,
+    Certificate,
     CopySandbox,
     CreatedKey,
     CreateKey,
@@ -39,6 +40,7 @@ from stoker.api.models import (
     Freed,
     FsckReport,
     GcReport,
+    Hazard,
     Health,
     Image,
     ImageList,
@@ -803,6 +805,10 @@ class FakeEngine:
             for n in range(1, request.count + 1)
         ]
         return ForkResult(items=[Forked(sandbox=copy) for copy in copies], operation=new_id("op"), steps={"stopped": 1.0})
+
+    async def identity(self, who: Principal, sandbox: str) -> Certificate:
+        self.find(who, sandbox)
+        return Certificate(generation=1, restored_at=1.0, hazards=[Hazard(name="entropy", handled=True, at=1.0)])
 
     async def snapshot(self, who: Principal, sandbox: str, request: CreateSnapshot) -> Snapshot:
         box = self.find(who, sandbox)

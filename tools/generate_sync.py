@@ -38,6 +38,7 @@ from typing import Any, Generic, TypeVar
 
 from stoker.api.models import (
     ApiKey,
+    Certificate,
     ConsoleLog,
     CreatedKey,
     Event,

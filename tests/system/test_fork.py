@@ -62,6 +62,10 @@ async def test_copies_have_all_and_are_no_twins(settings: Settings, short_dir: P
             answers = [await said(engine, name, script) for name in names]
             assert len(set(answers)) == len(names), (script, answers)
         assert [await said(engine, name, "cat /run/stoker/generation") for name in names[1:]] == ["1\n"] * 3
+        certificate = await engine.identity(ADMIN, names[1])
+        assert certificate.generation == 1 and certificate.restored_at and certificate.steps
+        assert {"random", "clock", "boot_id"} <= {hazard.name for hazard in certificate.hazards if hazard.handled}, certificate
+        assert all(hazard.handled or hazard.beyond for hazard in certificate.hazards)
         # What they write is theirs.
         for name in names:
             await said(engine, name, f"echo {name} > /root/own; echo {name} > /dev/shm/own; sync")

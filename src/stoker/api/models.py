@@ -35,6 +35,7 @@ from stoker.api.processes import (
     WriteStdin,
 )
 from stoker.api.sandboxes import (
+    Certificate,
     ConsoleLog,
     CopySandbox,
     CreateSandbox,
@@ -43,6 +44,7 @@ from stoker.api.sandboxes import (
     Forked,
     ForkResult,
     ForkSandbox,
+    Hazard,
     Metrics,
     MetricsSample,
     PingResult,
@@ -87,7 +89,9 @@ __all__ = [
     "ChangeOwner",
     "ConsoleLog",
     "CreateKey",
+    "Certificate",
     "CopySandbox",
+    "Hazard",
     "CreateSandbox",
     "CreateSnapshot",
     "Snapshot",

@@ -36,6 +36,7 @@ from stoker.api.types import (
 from stoker.api.volumes import Digest, VolumeMount
 
 __all__ = [
+    "Certificate",
     "ConsoleLog",
     "CopySandbox",
     "CreateSandbox",
@@ -44,6 +45,7 @@ __all__ = [
     "ForkResult",
     "ForkSandbox",
     "Forked",
+    "Hazard",
     "Metrics",
     "MetricsSample",
     "PingResult",
@@ -124,6 +126,30 @@ class CopySandbox(Model, frozen=True):
     timeout: Timeout | None = None
     cold: bool = False
     """Boot from the disk, and leave memory and processes alone."""
+
+
+class Hazard(Model, frozen=True):
+    """One thing that would make a machine that came back from memory another's twin, and what became of it.
+
+    ``beyond``: only the guest's own programs can handle it (the random state inside a process); hooks are there for them.
+    """
+
+    name: str
+    handled: bool
+    beyond: bool = False
+    detail: str = ""
+    at: UnixTime = 0.0
+    """By the guest's clock."""
+
+
+class Certificate(Model, frozen=True):
+    """What was done when the machine last came back from memory. ``generation``: how often it, or what it is a copy of, did."""
+
+    generation: int = 0
+    restored_at: UnixTime | None = None
+    hazards: list[Hazard] = field(default_factory=list)
+    steps: dict[str, float] = field(default_factory=dict)
+    """Milliseconds that each part took inside the guest."""
 
 
 class ForkSandbox(Model, frozen=True):

@@ -12,6 +12,7 @@ import msgspec
 
 from stoker.api.codec import decode_answer
 from stoker.api.models import (
+    Certificate,
     ConsoleLog,
     CopySandbox,
     CreateSandbox,
@@ -241,6 +242,10 @@ class AsyncSandbox:
             await asyncio.gather(*(box.kill() for box in made))
             raise error_from_wire(500, msgspec.to_builtins(failed))
         return made
+
+    async def identity(self) -> Certificate:
+        """What was done when it last came back from memory, so that it is nobody's twin."""
+        return await self._api.call("GET", self._path("identity"), Certificate)
 
     async def snapshot(
         self, name: str | None = None, *, tags: Sequence[str] = (), memory: bool = True, compact: bool = False

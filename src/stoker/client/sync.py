@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from stoker.api.models import (
     ApiKey,
+    Certificate,
     ConsoleLog,
     CreatedKey,
     Event,
@@ -784,6 +785,10 @@ class Sandbox:
         Where only some could be made, those are destroyed and what went wrong with the first of the others is raised.
         """
         return [Sandbox._wrap(item) for item in call(self._async.fork(count, name=name, labels=labels))]
+
+    def identity(self) -> Certificate:
+        """What was done when it last came back from memory, so that it is nobody's twin."""
+        return call(self._async.identity())
 
     def snapshot(
         self, name: str | None = None, *, tags: Sequence[str] = (), memory: bool = True, compact: bool = False

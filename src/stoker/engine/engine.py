@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Final
 from stoker.api.models import (
     ApiKey,
     ApiKeyPage,
+    Certificate,
     CopySandbox,
     CreatedKey,
     CreateKey,
@@ -269,6 +270,10 @@ class Engine:
         quota = self._keys.quota(box.record.owner)
         operation, items = await self._core.shielded(fork.fork(self._core, box, request, quota))
         return ForkResult(items=items, operation=operation.id, steps=operation.steps)
+
+    async def identity(self, who: Principal, sandbox: str) -> Certificate:
+        record = self._find(who, sandbox).record
+        return record.certificate or Certificate(generation=record.generation)
 
     async def snapshot(self, who: Principal, sandbox: str, request: CreateSnapshot) -> Snapshot:
         box = self._find(who, sandbox)

@@ -37,7 +37,7 @@ from stoker.engine.ledger import OF_A_MACHINE, Entry, Kind, Ledger
 from stoker.engine.release import clear_directory
 from stoker.engine.state import Record, require, to_body
 from stoker.engine.trace import trace
-from stoker.engine.wake import Identity
+from stoker.engine.wake import Identity, certificate
 from stoker.errors import GuestError, HostError, StokerError
 from stoker.vmm.kept import Base, keep
 from stoker.vmm.qemu.capture import Laps
@@ -339,6 +339,7 @@ async def _resumed(core: Core, box: Box, booted: Booted, operation: Running) -> 
             saved="",
             woken=False,
             generation=box.record.generation + 1,
+            certificate=certificate(booted.report, box.record.generation + 1),
             timings=booted.milliseconds(),
             expires_at=expiry(timeout) if again else box.record.expires_at,
         )

@@ -13,6 +13,7 @@ from typing import Final
 from msgspec import Struct, field
 
 from stoker.api.models import (
+    Certificate,
     CreateSandbox,
     ErrorBody,
     Origin,
@@ -188,6 +189,7 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     pauses: int = 0
     generation: int = 0
     """How many times a memory was taken up since the first boot that it stems from."""
+    certificate: Certificate | None = None
     parent: str = ""
     """The sandbox or snapshot whose copy it is."""
     disk_of: str = ""

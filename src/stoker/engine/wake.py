@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from stoker.api.models import Certificate, Hazard
 from stoker.engine.boot import LiveMachine, plan
 from stoker.engine.start import Watch, explained, first_word, launched
 from stoker.engine.trace import trace
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from stoker.vmm.driver import Machine
     from stoker.vmm.memory import Delta
 
-__all__ = ["Identity", "Memory", "TakeMemory", "kept_memory", "wake"]
+__all__ = ["Identity", "Memory", "TakeMemory", "certificate", "kept_memory", "wake"]
 
 TIMEOUT: Final = 60.0
 """Seconds that a machine has to answer after it was taken up."""
@@ -62,6 +64,15 @@ class Identity:
     generation: int
     copy: bool = False
     hostname: str | None = None
+
+
+def certificate(report: Report | None, generation: int) -> Certificate:
+    """What the guest reported, in the words of the API."""
+    if report is None:
+        return Certificate(generation=generation, restored_at=time.time())
+    hazards = [Hazard(name=h.name, handled=h.handled, beyond=h.beyond, detail=h.detail, at=h.at / 1e9) for h in report.hazards]
+    steps = {name: round(seconds * 1000, 3) for name, seconds in report.seconds.items()}
+    return Certificate(generation=generation, restored_at=time.time(), hazards=hazards, steps=steps)
 
 
 def kept_memory(place: Path, bases: Bases, *, alone: bool) -> TakeMemory:

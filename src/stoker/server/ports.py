@@ -21,6 +21,7 @@ from stoker.api.models import (
     ApiKey,
     ApiKeyPage,
     AppInfo,
+    Certificate,
     ChangeMode,
     ChangeOwner,
     CopySandbox,
@@ -356,6 +357,10 @@ class EngineProtocol(Protocol):
 
     async def fork(self, who: Principal, sandbox: str, request: ForkSandbox) -> ForkResult:
         """Copies of a running machine. Errors: ``volume_writable``, ``layers_unsupported``, ``capacity_exhausted``."""
+        ...
+
+    async def identity(self, who: Principal, sandbox: str) -> Certificate:
+        """What was done so that a machine that came back from memory is nobody's twin."""
         ...
 
     async def snapshot(self, who: Principal, sandbox: str, request: CreateSnapshot) -> Snapshot:

@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from stoker.api.codec import encode
 from stoker.api.models import (
+    Certificate,
     ConsoleLog,
     CreateSandbox,
     Event,
@@ -255,6 +256,16 @@ async def fork_sandbox(call: Call, body: ForkSandbox) -> ForkResult:
     name, ids, keys, random numbers and clock are its own before it answers. Refused where a copy would share what both write to.
     """
     return await call.engine.fork(call.principal, call.sandbox, body)
+
+
+@routes.get("/v1/sandboxes/{sandbox}/identity", answers={200: Certificate}, errors=(404,))
+async def get_identity(call: Call) -> Certificate:
+    """What was done when the machine last came back from memory.
+
+    Each thing that would have made it a twin of another (random state, clock, ids, keys, connections), whether it was handled, and
+    when. A copy with one that should have been handled and was not is never made.
+    """
+    return await call.engine.identity(call.principal, call.sandbox)
 
 
 @routes.get("/v1/sandboxes/{sandbox}/console", answers={200: ConsoleLog}, errors=SANDBOX)
