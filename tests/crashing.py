@@ -93,7 +93,7 @@ async def whole(engine: Engine, data: Path, run: Path) -> dict[str, SandboxState
     assert {entry.name for entry in os.scandir(data / "memory")} <= living
     assert machines(run) == living
     owned = await engine._core.ledger.all()
-    assert {entry.owner for entry in owned if entry.kind != "volume"} == with_disk
+    assert {entry.owner for entry in owned if entry.kind != "volume"} == with_disk | snapshots
     assert {entry.owner for entry in owned if entry.kind == "process"} == living
     return {box.name or box.id: box.state for box in boxes}
 

@@ -45,14 +45,14 @@ ROOT: Final = 0
 
 async def fork(core: Core, box: Box, request: ForkSandbox, quota: Quota | None) -> tuple[Operation, list[Forked]]:
     """Copies a machine ``request.count`` times. What went wrong with single copies is in their places."""
-    require(box.record, "fork")
+    await core.agent(box, "fork")  # a machine that was just found again may still be being reached
     async with box.lock:
         require(box.record, "fork")
         check_copyable(box.record)
         core.filling.check(box.record.pool)
         live = box.live
-        if live is None or live.agent is None:
-            raise HostError("machine_missing", f"the guest of {box.record.label} does not answer", f"stoker inspect {box.id}")
+        if live is None:
+            raise HostError("machine_missing", f"{box.record.label} has no machine", f"stoker inspect {box.id}")
         operation = core.operations.begin("fork", box.record.owner, box.id)
         error: StokerError | None = None
         try:

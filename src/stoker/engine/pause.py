@@ -39,6 +39,7 @@ from stoker.engine.state import Record, require, to_body
 from stoker.engine.trace import trace
 from stoker.engine.wake import Identity, certificate
 from stoker.errors import GuestError, HostError, StokerError
+from stoker.guest.copies import BeforeSnapshot
 from stoker.vmm.kept import Base, keep
 from stoker.vmm.qemu.capture import Laps
 
@@ -47,10 +48,12 @@ if TYPE_CHECKING:
     from stoker.engine.operations import Running
     from stoker.vmm.driver import Captured, Machine
 
-__all__ = ["drop_saved", "laid_away", "pause", "resume", "saved_place", "wake_up"]
+__all__ = ["drop_saved", "laid_away", "pause", "prepare_guest", "resume", "saved_place", "wake_up"]
 
 log = logging.getLogger(__name__)
 S = SandboxState
+PREPARE: Final = 60.0
+"""Seconds that a guest has for writing its files out and for its hooks."""
 COLD: Final = "stoker stop {0} gives its memory up, then stoker start {0} boots it from its disk"
 
 
@@ -114,6 +117,8 @@ async def _pause(core: Core, box: Box, live: Live, operation: Running) -> None:
             operation=operation.value.id,
         )
     trace("pause.after_mark")
+    with laps.lap("guest"):
+        await prepare_guest(live, before, BeforeSnapshot())
     try:
         async with core.copying:
             taken = await live.machine.capture(core.scratch, go_on=False)
@@ -140,6 +145,18 @@ async def _pause(core: Core, box: Box, live: Live, operation: Running) -> None:
     await laid_away(core, box)
     trace("pause.after_paused")
     operation.laps(laps.seconds)
+
+
+async def prepare_guest(live: Live, record: Record, words: BeforeSnapshot) -> None:
+    """The guest's own part: hooks, and its files written out, so that its disk alone is worth something, too. One that does not
+    answer is taken as it is: memory and disk agree all the same."""
+    if live.agent is None or record.state is not S.RUNNING:
+        return
+    try:
+        await live.agent.before_snapshot(words, timeout=PREPARE)
+    except StokerError as problem:
+        if problem.code != "unsupported":
+            log.warning("%s was not prepared by its guest: %s", record.id, problem)
 
 
 def _keep(core: Core, box: Box, machine: Machine, place: Path, taken: Captured) -> None:

@@ -27,7 +27,7 @@ from stoker.engine.copies import begin_copy, check_copyable, intend, planned
 from stoker.engine.core import Box, Core, Live
 from stoker.engine.layers import flatten_in_time, flatten_now
 from stoker.engine.ledger import Kind, Ledger
-from stoker.engine.pause import about, saved_place
+from stoker.engine.pause import about, prepare_guest, saved_place
 from stoker.engine.state import SnapshotRecord, new_id, require
 from stoker.engine.trace import trace
 from stoker.errors import Conflict, HostError, NotFound, StokerError
@@ -227,7 +227,7 @@ class Snapshots:
         if live is None:
             raise HostError("machine_missing", f"{box.record.label} has no machine", f"stoker inspect {box.id}")
         with laps.lap("guest"):
-            await self._prepared(live, box, request)
+            await prepare_guest(live, box.record, BeforeSnapshot(drop_caches=request.compact))
         async with core.copying:
             with laps.lap("layer"):
                 await flatten_now(core, box)
@@ -243,16 +243,6 @@ class Snapshots:
                 with laps.lap("save"):
                     await asyncio.to_thread(self._keep, box, record, live, taken)
             core.scratch.trim()
-
-    async def _prepared(self, live: Live, box: Box, request: CreateSnapshot) -> None:
-        """The guest's own part: hooks, and its files written out. One whose agent does not answer is taken as it is."""
-        if live.agent is None or box.record.state is not S.RUNNING:
-            return
-        try:
-            await live.agent.before_snapshot(BeforeSnapshot(drop_caches=request.compact))
-        except StokerError as error:
-            if error.code != "unsupported":
-                raise
 
     def _disk(self, box: Box, record: SnapshotRecord) -> None:
         pools, pool = self._core.pools, box.record.pool
