@@ -24,6 +24,7 @@ from stoker.api.models import (
     Metrics,
     NetworkMode,
     Operation,
+    OperationPage,
     PingResult,
     ResizeSandbox,
     SetTimeout,
@@ -242,6 +243,14 @@ class AsyncSandbox:
             await asyncio.gather(*(box.kill() for box in made))
             raise error_from_wire(500, msgspec.to_builtins(failed))
         return made
+
+    async def operation(self, kind: str) -> Operation:
+        """The last operation of a kind (``pause``, ``resume``, ``fork``, ``snapshot``): its steps say how long each part took."""
+        page = await self._api.call("GET", path("operations"), OperationPage, query={"sandbox": self.id, "limit": 100})
+        found = next((one for one in page.items if one.kind == kind), None)
+        if found is None:
+            raise NotFound("operation_unknown", f"{self.id} had no {kind} that is remembered")
+        return found
 
     async def identity(self) -> Certificate:
         """What was done when it last came back from memory, so that it is nobody's twin."""

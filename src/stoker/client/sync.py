@@ -786,6 +786,10 @@ class Sandbox:
         """
         return [Sandbox._wrap(item) for item in call(self._async.fork(count, name=name, labels=labels))]
 
+    def operation(self, kind: str) -> Operation:
+        """The last operation of a kind (``pause``, ``resume``, ``fork``, ``snapshot``): its steps say how long each part took."""
+        return call(self._async.operation(kind))
+
     def identity(self) -> Certificate:
         """What was done when it last came back from memory, so that it is nobody's twin."""
         return call(self._async.identity())

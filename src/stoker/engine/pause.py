@@ -117,9 +117,9 @@ async def _pause(core: Core, box: Box, live: Live, operation: Running) -> None:
             operation=operation.value.id,
         )
     trace("pause.after_mark")
-    with laps.lap("guest"):
-        await prepare_guest(live, before, BeforeSnapshot())
     try:
+        with laps.lap("guest"):
+            await prepare_guest(live, before, BeforeSnapshot())
         async with core.copying:
             taken = await live.machine.capture(core.scratch, go_on=False)
             laps.seconds |= taken.steps

@@ -14,6 +14,8 @@ bench = LazyGroup(
         "clone": ("stoker.cli.bench.clone:clone", "Disks by each strategy: to make, to use, to keep many of, to flatten."),
         "create": ("stoker.cli.bench.create:create", "Creates, one by one and many at once."),
         "restore": ("stoker.cli.bench.restore:restore", "Creates from golden memory, against cold ones."),
+        "fork": ("stoker.cli.bench.memory:fork", "Copies of a running machine."),
+        "pause": ("stoker.cli.bench.memory:pause", "Machines put away, and taken up again."),
         "api": ("stoker.cli.bench.api:api", "Lists, `stoker ls`, and the daemon at rest."),
         "files": ("stoker.cli.bench.files:files", "A big file in and out, and small ones."),
         "exec": ("stoker.cli.bench.exec:exec_bench", "A command in a running sandbox, against the agent's own work and SSH."),
