@@ -143,7 +143,10 @@ def _check(db: sqlite3.Connection, path: Path, steps: dict[int, str]) -> int:
             f"{path} has version {version}; this Stoker knows versions up to {max(steps)}",
             "install the newer Stoker again, or restore the copy it made before its migration (stoker.db.v*.bak)",
         )
+    # What it says of a damaged page may quote it.
+    db.text_factory = lambda data: data.decode("utf-8", "replace")
     problems = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)")]
+    db.text_factory = str
     if problems != ["ok"]:
         raise _corrupt(path, "; ".join(problems)[:500])
     return int(version)
