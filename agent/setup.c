@@ -13,6 +13,27 @@
 struct mp configured_env = {.type = MP_MISSING};
 char configured_user[2 * NAME_ROOM], configured_workdir[PATH_ROOM];
 
+/* What `prepare` did already, as it was asked for: the same words again in `configure` ask for nothing. */
+struct told {
+	uint8_t bytes[1024];
+	size_t length;
+};
+
+static struct told told_root, told_network;
+
+static void remember_told(struct told *t, const struct mp *v)
+{
+	size_t n = v->type == MP_MAP ? mp_size(v) : 0;
+	t->length = n <= sizeof t->bytes ? n : 0;
+	if (t->length)
+		memcpy(t->bytes, v->body, t->length);
+}
+
+static bool was_told(const struct told *t, const struct mp *v)
+{
+	return v->type == MP_MAP && t->length && t->length == mp_size(v) && !memcmp(t->bytes, v->body, t->length);
+}
+
 /* ---- the root ----------------------------------------------------------------------------------------------------------------- */
 
 /* What switch_root does, but PID 1 stays: the new root moves over /, and the initramfs, now out of sight, is emptied. */
@@ -88,10 +109,7 @@ static bool load_named(const struct mp *names, struct failure *f)
 /* The map is kept as it came; the parser checked it as a whole. */
 bool environment_keep(const struct mp *env)
 {
-	const uint8_t *at = env->body;
-	for (uint32_t i = 0; i < 2 * env->count; i++)
-		mp_next(env, &at);
-	size_t n = (size_t)(at - env->body);
+	size_t n = mp_size(env);
 	uint8_t *next = malloc(n + 1);
 	if (!next)
 		return false;
@@ -117,7 +135,7 @@ static bool remember(const struct mp *m, struct failure *f)
 }
 
 /* The part that is the same for every machine of one root file system, and may so be done before its memory is put away. */
-static bool prepare_machine(const struct mp *m, bool network, bool read_only, struct failure *f)
+static bool prepare_machine(const struct mp *m, bool network, bool read_only, bool own_files, struct failure *f)
 {
 	struct mp root = mp_get(m, "root");
 	if (network)
@@ -125,50 +143,79 @@ static bool prepare_machine(const struct mp *m, bool network, bool read_only, st
 	if (root.type == MP_MAP && !mount_root(&root, read_only, f))
 		return false;
 	mount_rest(mp_bool_or(m, "tmpfs_tmp", false));
+	if (own_files && root.type == MP_MAP)
+		names_prepare();
 	network_loopback();
 	agent.prepared = true;
 	return true;
 }
 
-static bool configure_machine(const struct mp *m, struct failure *f)
+static bool configure_machine(const struct mp *m, struct laps *l, struct failure *f)
 {
 	struct mp root = mp_get(m, "root"), network = mp_get(m, "network"), entropy = mp_get(m, "entropy"), realtime = mp_get(m, "realtime"),
 		  modules = mp_get(m, "modules"), mounts = mp_get(m, "mounts");
-	bool copy = agent.prepared;
+	struct mp init = mp_get(m, "init"), id = mp_get(m, "boot_id");
+	char boot_id[64];
+	bool copy = agent.prepared, beside = mp_text_is(&init, "image");
 	/* Before anything that might want random numbers or look at the clock. */
 	if (mp_is_text(&entropy) && !add_entropy(&entropy))
 		return fail(f, "io", errno, "cannot add entropy: %s", strerror(errno));
 	if (realtime.type == MP_UINT && !set_realtime(&realtime))
 		return fail(f, "io", errno, "cannot set the clock: %s", strerror(errno));
-	if (copy && !boot_id_set(NULL))
+	lap(l, "random_clock");
+	if (copy && !boot_id_set(mp_is_text(&id) && mp_copy(&id, boot_id, sizeof boot_id) ? boot_id : NULL))
 		return fail(f, "io", errno, "cannot give this copy a boot id of its own: %s", strerror(errno));
 	if (!load_named(&modules, f))
 		return false;
-	if (!copy ? !prepare_machine(m, network.type == MP_MAP, false, f) : root.type == MP_MAP && !unlock_root(&root, f))
+	lap(l, "boot_id");
+	if (!copy && !prepare_machine(m, network.type == MP_MAP, false, !beside, f))
 		return false;
+	if (copy && root.type == MP_MAP && !was_told(&told_root, &root) && !unlock_root(&root, f))
+		return false;
+	lap(l, "root");
 	if (!mount_all(&mounts, f))
 		return false;
-	return names_set(m, false, f) && machine_id_and_keys(m, f) && (network.type != MP_MAP || network_configure(&network, f));
+	lap(l, "mounts");
+	if (!names_set(m, false, f) || !machine_id_and_keys(m, f))
+		return false;
+	lap(l, "names");
+	bool ok = network.type != MP_MAP || was_told(&told_network, &network) ||
+		  (told_network.length ? network_change(&network, f) : network_configure(&network, f));
+	lap(l, "network");
+	return ok;
 }
 
 void call_prepare(uint32_t request, const struct mp *m)
 {
 	struct failure f = {0};
-	if (agent.mode != MODE_INIT)
+	struct mp network = mp_get(m, "network"), root = mp_get(m, "root");
+	bool writable = mp_bool_or(m, "writable", false), with = network.type == MP_MAP || mp_bool_or(m, "network", false);
+	if (agent.mode != MODE_INIT) {
 		reply_error(request, "unsupported", ENOSYS, "only a machine of its own can be prepared");
-	else if (agent.prepared || agent.configured)
+		return;
+	}
+	if (agent.prepared || agent.configured) {
 		reply_error(request, "already_configured", EALREADY, "this machine is prepared");
-	else if (!prepare_machine(m, mp_bool_or(m, "network", false), true, &f))
+		return;
+	}
+	if (!prepare_machine(m, with, !writable, writable, &f) || (network.type == MP_MAP && !network_configure(&network, &f))) {
 		reply_error(request, f.code, f.error, "%s", f.message);
-	else
-		reply_empty(request);
+		return;
+	}
+	if (writable)
+		remember_told(&told_root, &root);
+	remember_told(&told_network, &network);
+	boot_id_prepare();
+	reply_empty(request);
 }
 
 void call_configure(uint32_t request, const struct mp *m)
 {
 	struct failure f = {0};
-	uint8_t buffer[16];
+	struct laps laps;
+	uint8_t buffer[256];
 	struct mp_writer w;
+	laps_begin(&laps);
 	if (agent.configured) {
 		reply_error(request, "already_configured", EALREADY, "this machine is configured");
 		return;
@@ -179,13 +226,14 @@ void call_configure(uint32_t request, const struct mp *m)
 		reply_error(request, "bad_request", EINVAL, "init is agent or image");
 		return;
 	}
-	if (!remember(m, &f) || (agent.mode == MODE_INIT && (!configure_machine(m, &f) || (beside && !hand_over(&f))))) {
+	if (!remember(m, &f) || (agent.mode == MODE_INIT && (!configure_machine(m, &laps, &f) || (beside && !hand_over(&f))))) {
 		reply_error(request, f.code, f.error, "%s", f.message);
 		return;
 	}
 	agent.configured = true;
 	mpw_init(&w, buffer, sizeof buffer);
-	mpw_map(&w, 1);
+	mpw_map(&w, 2);
+	laps_write(&w, &laps);
 	mpw_key_bool(&w, "pid1", agent.mode == MODE_INIT && !agent.beside);
 	reply(request, &w);
 }

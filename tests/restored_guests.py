@@ -76,9 +76,9 @@ async def started(spec: MachineSpec, settings: Settings) -> AsyncIterator[QemuMa
 
 @asynccontextmanager
 async def made_base(
-    settings: Settings, short_dir: Path, network: UserNetwork | None = None, size: int = MEMORY
+    settings: Settings, short_dir: Path, network: UserNetwork | None = None, size: int = MEMORY, cpus: int = 2
 ) -> AsyncIterator[Base]:
-    """A base of Debian, with this network and so many bytes of memory."""
+    """A base of Debian, with this network so many bytes of memory and CPUs."""
     kernel = await resolve_kernel("debian:12", settings, NullProgress())
     rootfs = await resolve_image("debian:12", settings, NullProgress())
     initrd = await build_initramfs(kernel, agent_path(), settings, network=network is not None)
@@ -92,7 +92,7 @@ async def made_base(
         kernel=kernel.vmlinux,
         initrd=initrd,
         cmdline=(),
-        cpus=2,
+        cpus=cpus,
         memory=size,
         disks=(Disk(name="root", path=directory / "root.qcow2", format="qcow2", backing=(rootfs.path,)),),
         network=network,
