@@ -54,8 +54,7 @@ static bool switch_root(struct failure *f)
 	return true;
 }
 
-/* `read_only`: nothing at all may be written yet, as the disk will be another one. */
-static bool mount_root(const struct mp *root, bool read_only, struct failure *f)
+static bool mount_root(const struct mp *root, struct failure *f)
 {
 	char device[256], type[32] = "ext4", options[512] = "";
 	struct mp d = mp_get(root, "device"), t = mp_get(root, "fstype"), flags = mp_get(root, "flags"), o = mp_get(root, "options");
@@ -66,25 +65,11 @@ static bool mount_root(const struct mp *root, bool read_only, struct failure *f)
 		return fail(f, "mount_failed", ENODEV, "no device %s", device);
 	mkdir("/newroot", 0755);
 	/* The image's own devices and set-uid programs work: the machine is the boundary. */
-	if (mount(device, "/newroot", type, mount_flags(&flags) | (read_only ? MS_RDONLY : 0), options))
+	if (mount(device, "/newroot", type, mount_flags(&flags), options))
 		return fail(f, "mount_failed", errno, "cannot mount %s as %s: %s", device, type, strerror(errno));
-	if (!read_only && mp_bool_or(root, "grow", false))
+	if (mp_bool_or(root, "grow", false))
 		mount_grow(device, "/newroot");
 	return switch_root(f);
-}
-
-/* The root that `prepare` mounted becomes what `configure` wants it to be. */
-static bool unlock_root(const struct mp *root, struct failure *f)
-{
-	char device[256], options[512] = "";
-	struct mp d = mp_get(root, "device"), flags = mp_get(root, "flags"), o = mp_get(root, "options");
-	if (!mp_copy(&d, device, sizeof device) || (mp_is_text(&o) && !mp_copy(&o, options, sizeof options)))
-		return fail(f, "bad_request", EINVAL, "root: device or options");
-	if (mount(NULL, "/", NULL, MS_REMOUNT | mount_flags(&flags), options))
-		return fail(f, "mount_failed", errno, "cannot make the root file system writable: %s", strerror(errno));
-	if (mp_bool_or(root, "grow", false))
-		mount_grow(device, "/");
-	return true;
 }
 
 /* ---- the call ------------------------------------------------------------------------------------------------------------------ */
@@ -135,12 +120,12 @@ static bool remember(const struct mp *m, struct failure *f)
 }
 
 /* The part that is the same for every machine of one root file system, and may so be done before its memory is put away. */
-static bool prepare_machine(const struct mp *m, bool network, bool read_only, bool own_files, struct failure *f)
+static bool prepare_machine(const struct mp *m, bool network, bool own_files, struct failure *f)
 {
 	struct mp root = mp_get(m, "root");
 	if (network)
 		modules_load_network();
-	if (root.type == MP_MAP && !mount_root(&root, read_only, f))
+	if (root.type == MP_MAP && !mount_root(&root, f))
 		return false;
 	mount_rest(mp_bool_or(m, "tmpfs_tmp", false));
 	if (own_files && root.type == MP_MAP)
@@ -168,10 +153,10 @@ static bool configure_machine(const struct mp *m, struct laps *l, struct failure
 	if (!load_named(&modules, f))
 		return false;
 	lap(l, "boot_id");
-	if (!copy && !prepare_machine(m, network.type == MP_MAP, false, !beside, f))
+	if (!copy && !prepare_machine(m, network.type == MP_MAP, !beside, f))
 		return false;
-	if (copy && root.type == MP_MAP && !was_told(&told_root, &root) && !unlock_root(&root, f))
-		return false;
+	if (copy && root.type == MP_MAP && !was_told(&told_root, &root))
+		return fail(f, "bad_request", EINVAL, "root: this machine was prepared with another one");
 	lap(l, "root");
 	if (!mount_all(&mounts, f))
 		return false;
@@ -189,7 +174,7 @@ void call_prepare(uint32_t request, const struct mp *m)
 {
 	struct failure f = {0};
 	struct mp network = mp_get(m, "network"), root = mp_get(m, "root");
-	bool writable = mp_bool_or(m, "writable", false), with = network.type == MP_MAP || mp_bool_or(m, "network", false);
+	bool with = network.type == MP_MAP || mp_bool_or(m, "network", false);
 	if (agent.mode != MODE_INIT) {
 		reply_error(request, "unsupported", ENOSYS, "only a machine of its own can be prepared");
 		return;
@@ -198,12 +183,11 @@ void call_prepare(uint32_t request, const struct mp *m)
 		reply_error(request, "already_configured", EALREADY, "this machine is prepared");
 		return;
 	}
-	if (!prepare_machine(m, with, !writable, writable, &f) || (network.type == MP_MAP && !network_configure(&network, &f))) {
+	if (!prepare_machine(m, with, true, &f) || (network.type == MP_MAP && !network_configure(&network, &f))) {
 		reply_error(request, f.code, f.error, "%s", f.message);
 		return;
 	}
-	if (writable)
-		remember_told(&told_root, &root);
+	remember_told(&told_root, &root);
 	remember_told(&told_network, &network);
 	boot_id_prepare();
 	reply_empty(request);

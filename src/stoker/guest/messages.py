@@ -128,8 +128,6 @@ class Preparation(Struct, frozen=True, omit_defaults=True, tag_field="m", tag="p
     """What may be done before it is known whose machine this will be; see :class:`Configuration` for what comes then."""
 
     root: RootMount | None = None
-    writable: bool = False
-    """The root is mounted as it will be used; else read-only, so that the disk stays as it is."""
     network: NetworkConfiguration | bool = False
     """Set, or only its modules loaded. Should ``configure`` want another one, it is changed."""
     tmpfs_tmp: bool = False
