@@ -24,12 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from stoker.errors import StokerError
+from stoker.errors import HostError, StokerError
 from stoker.guest.channel import connect
 from stoker.guest.copies import BeforeSnapshot
 from stoker.guest.messages import ExecRequest, NetworkConfiguration, Preparation, RootMount
 from stoker.host.lock import try_flock
-from stoker.storage.overlay import create_overlay
+from stoker.storage.overlay import allocated, create_overlay
 from stoker.vmm.machine import GuestMemory, MachineSpec
 from stoker.vmm.memory import new_memory, sealed
 from stoker.vmm.qemu.driver import launch
@@ -244,6 +244,8 @@ class Goldens:
 def begin_disk(path: Path, saved: Saved) -> bytes:
     """Gives a machine's fresh overlay, which nobody has written yet, what its memory expects; what the file was."""
     with open(path, "r+b") as file:
+        if any(True for _ in allocated(file.fileno(), path)):
+            raise HostError("disk_used", f"{path} was written to: no memory but its own agrees with it", "start it cold")
         before = file.read()
         file.truncate(saved.disk_length)
         for offset, data in saved.disk:
