@@ -97,6 +97,19 @@ void reply_empty(uint32_t request);
 void mpw_clean(struct mp_writer *w, const char *s); /* a str whatever the bytes are: what is not UTF-8 becomes '?' */
 void describe_agent(struct mp_writer *w, uint32_t version);
 
+/* How long the parts of a call took: told in its answer. */
+struct laps {
+	struct {
+		const char *name;
+		uint64_t us;
+	} list[16];
+	unsigned count;
+	uint64_t since;
+};
+void laps_begin(struct laps *l);
+void lap(struct laps *l, const char *name);
+void laps_write(struct mp_writer *w, const struct laps *l); /* key `steps` and its map */
+
 /* ---- process.c, streams.c ---------------------------------------------------------------------------------------------------------- */
 
 struct process;
@@ -243,6 +256,10 @@ uint64_t realtime_ns(void);
 bool add_entropy(const struct mp *bytes);
 /* Host name, hosts, resolv.conf. In a copy only what is named changes. */
 bool names_set(const struct mp *m, bool copy, struct failure *f);
+/* Files of ours, in memory, over those of the image: to name a machine writes no disk then, and nothing of it is in its disk. */
+void names_prepare(void);
+const char *boot_id(void);
+void boot_id_prepare(void); /* the same for the boot id, which is another one for each copy */
 bool boot_id_set(const char *given); /* NULL: one of its own */
 bool generation_write(uint64_t generation);
 bool machine_id_known(void);

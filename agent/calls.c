@@ -79,6 +79,30 @@ bool fail(struct failure *f, const char *code, int error, const char *format, ..
 	return false;
 }
 
+void laps_begin(struct laps *l)
+{
+	l->count = 0;
+	l->since = now_ns();
+}
+
+void lap(struct laps *l, const char *name)
+{
+	uint64_t now = now_ns();
+	if (l->count < sizeof l->list / sizeof *l->list) {
+		l->list[l->count].name = name;
+		l->list[l->count++].us = (now - l->since) / 1000;
+	}
+	l->since = now;
+}
+
+void laps_write(struct mp_writer *w, const struct laps *l)
+{
+	mpw_str(w, "steps");
+	mpw_map(w, l->count);
+	for (unsigned i = 0; i < l->count; i++)
+		mpw_key_uint(w, l->list[i].name, l->list[i].us);
+}
+
 /* At most PAGE_OF_PROCESSES with an id above `after`; true when there are more. */
 static bool describe_page(struct mp_writer *w, uint32_t after)
 {
@@ -96,17 +120,13 @@ static bool describe_page(struct mp_writer *w, uint32_t after)
 void describe_agent(struct mp_writer *w, uint32_t version)
 {
 	struct utsname u;
-	char boot_id[64];
-	size_t n = read_small("/proc/sys/kernel/random/boot_id", boot_id, sizeof boot_id);
-	if (n && boot_id[n - 1] == '\n')
-		boot_id[n - 1] = 0;
 	uname(&u);
 	mpw_map(w, 11);
 	mpw_key_uint(w, "version", version);
 	mpw_key_str(w, "agent", AGENT_VERSION);
 	mpw_key_str(w, "state", agent.configured ? "ready" : agent.prepared ? "prepared" : "initramfs");
 	mpw_key_str(w, "kernel", u.release);
-	mpw_key_str(w, "boot_id", boot_id);
+	mpw_key_str(w, "boot_id", boot_id());
 	mpw_key_uint(w, "pid", (uint64_t)getpid());
 	mpw_key_uint(w, "started_us", agent.started_us);
 	mpw_key_uint(w, "ready_us", agent.ready_us);

@@ -10,7 +10,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
-enum { STEPS = 16, FROZEN_MS = 10000, HOOK_MS = 10000, HOOK_MS_MAX = 600000 };
+enum { FROZEN_MS = 10000, HOOK_MS = 10000, HOOK_MS_MAX = 600000 };
 
 static const char HOOKS[] = "/etc/stoker/hooks.d";
 
@@ -31,12 +31,7 @@ static struct {
 	struct mp_writer w;
 	size_t mark;
 	uint32_t hazards;
-	struct {
-		const char *name;
-		uint64_t us;
-	} steps[STEPS];
-	unsigned count;
-	uint64_t since;
+	struct laps laps;
 } report;
 
 static void report_begin(void)
@@ -45,8 +40,8 @@ static void report_begin(void)
 	mpw_map(&report.w, 2);
 	mpw_str(&report.w, "hazards");
 	report.mark = mpw_open_array(&report.w);
-	report.hazards = report.count = 0;
-	report.since = now_ns();
+	report.hazards = 0;
+	laps_begin(&report.laps);
 	done = false;
 }
 
@@ -92,21 +87,13 @@ static void report_beyond(const char *name, const char *format, ...)
 
 static void step(const char *name)
 {
-	uint64_t now = now_ns();
-	if (report.count < STEPS) {
-		report.steps[report.count].name = name;
-		report.steps[report.count++].us = (now - report.since) / 1000;
-	}
-	report.since = now;
+	lap(&report.laps, name);
 }
 
 static void report_close(void)
 {
 	mpw_close(&report.w, report.mark, report.hazards);
-	mpw_str(&report.w, "steps");
-	mpw_map(&report.w, report.count);
-	for (unsigned i = 0; i < report.count; i++)
-		mpw_key_uint(&report.w, report.steps[i].name, report.steps[i].us);
+	laps_write(&report.w, &report.laps);
 }
 
 static void finish(void)

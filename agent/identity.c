@@ -254,24 +254,70 @@ bool names_set(const struct mp *m, bool copy, struct failure *f)
 	return true;
 }
 
+void names_prepare(void)
+{
+	static const char *const names[] = {"hostname", "hosts", "resolv.conf"};
+	for (int i = 0; i < 3; i++) {
+		char path[64], own[64];
+		struct stat st;
+		text_format(path, sizeof path, "/etc/%s", names[i]);
+		text_format(own, sizeof own, "/run/stoker/%s", names[i]);
+		int made = open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0644);
+		if (made >= 0)
+			close(made);
+		/* A link is the image's own arrangement. */
+		if (lstat(path, &st) || !S_ISREG(st.st_mode))
+			continue;
+		read_small(path, text.data, sizeof text.data);
+		if (put(open(own, O_WRONLY | O_CREAT | O_CLOEXEC, 0644), text.data))
+			mount(own, path, NULL, MS_BIND, NULL);
+	}
+}
+
 /* Two copies of one machine are not in the same boot. The kernel's own id cannot be changed: another is mounted over it. */
+static char known_boot_id[UUID + 2];
+
+const char *boot_id(void)
+{
+	if (!*known_boot_id)
+		read_small(BOOT_ID, known_boot_id, sizeof known_boot_id);
+	known_boot_id[strcspn(known_boot_id, "\n")] = 0;
+	return known_boot_id;
+}
+
+static bool boot_id_over(void)
+{
+	struct stat own, there;
+	if (stat(OWN_BOOT_ID, &own) == 0 && stat(BOOT_ID, &there) == 0 && there.st_dev == own.st_dev && there.st_ino == own.st_ino)
+		return true; /* this copy's original was one, too */
+	return mount(OWN_BOOT_ID, BOOT_ID, NULL, MS_BIND, NULL) == 0 && mount(NULL, BOOT_ID, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY, NULL) == 0;
+}
+
+static int open_boot_id(void)
+{
+	mkdir("/run/stoker", 0755);
+	return open(OWN_BOOT_ID, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0444);
+}
+
+void boot_id_prepare(void)
+{
+	char line[UUID + 2];
+	text_format(line, sizeof line, "%s\n", boot_id());
+	if (put(open_boot_id(), line))
+		boot_id_over();
+}
+
 bool boot_id_set(const char *given)
 {
 	char uuid[64];
-	struct stat own, there;
-	mkdir("/run/stoker", 0755);
 	if (given)
 		text_format(uuid, sizeof uuid, "%.36s\n", given);
 	else if (!read_small("/proc/sys/kernel/random/uuid", uuid, sizeof uuid))
 		return false;
-	if (strlen(uuid) != UUID + 1)
+	if (strlen(uuid) != UUID + 1 || !put(open_boot_id(), uuid))
 		return false;
-	int fd = open(OWN_BOOT_ID, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0444);
-	if (fd < 0 || fstat(fd, &own) || !put(fd, uuid))
-		return false;
-	if (stat(BOOT_ID, &there) == 0 && there.st_dev == own.st_dev && there.st_ino == own.st_ino)
-		return true; /* this copy's original was one, too */
-	return mount(OWN_BOOT_ID, BOOT_ID, NULL, MS_BIND, NULL) == 0 && mount(NULL, BOOT_ID, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY, NULL) == 0;
+	memcpy(known_boot_id, uuid, UUID + 2);
+	return boot_id_over();
 }
 
 bool generation_write(uint64_t generation)

@@ -335,3 +335,12 @@ void mpw_key_bool(struct mp_writer *w, const char *key, bool b)
 	mpw_str(w, key);
 	mpw_bool(w, b);
 }
+
+size_t mp_size(const struct mp *container)
+{
+	const uint8_t *at = container->body;
+	uint32_t n = container->count * (container->type == MP_MAP ? 2 : 1);
+	while (n--)
+		mp_next(container, &at);
+	return (size_t)(at - container->body);
+}

@@ -30,6 +30,8 @@ struct mp mp_get(const struct mp *map, const char *key); /* MP_MISSING when abse
 /* Iteration over an array (or the alternating keys and values of a map): start with *at = body. */
 struct mp mp_next(const struct mp *container, const uint8_t **at);
 
+size_t mp_size(const struct mp *container); /* bytes of its elements */
+
 bool mp_is_text(const struct mp *v); /* str or bin */
 bool mp_text_is(const struct mp *v, const char *s);
 bool mp_u64(const struct mp *v, uint64_t *out);

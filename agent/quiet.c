@@ -14,7 +14,7 @@
 
 enum { MOUNTS = 256, PIECE = 32 << 20, PIECES = 65536, SETTLE = 3 };
 
-static uint64_t lap(uint64_t *since)
+static uint64_t took(uint64_t *since)
 {
 	uint64_t now = now_ns(), us = (now - *since) / 1000;
 	*since = now;
@@ -110,15 +110,15 @@ void quiet_child(bool freeze, bool drop, int report)
 	close_inherited(report);
 	if (agent.mode == MODE_INIT) {
 		sync();
-		r.sync_us = lap(&since);
+		r.sync_us = took(&since);
 		if (drop) {
 			drop_caches(&r);
 			r.zeroed = fill_free_memory(&r.left);
-			r.drop_us = lap(&since);
+			r.drop_us = took(&since);
 		}
 		if (freeze) {
 			r.frozen = each_file_system(FIFREEZE, &r.freeze_error, r.where);
-			r.freeze_us = lap(&since);
+			r.freeze_us = took(&since);
 		}
 	}
 	_exit(write(report, &r, sizeof r) != sizeof r);

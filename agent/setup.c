@@ -13,6 +13,27 @@
 struct mp configured_env = {.type = MP_MISSING};
 char configured_user[2 * NAME_ROOM], configured_workdir[PATH_ROOM];
 
+/* What `prepare` did already, as it was asked for: the same words again in `configure` ask for nothing. */
+struct told {
+	uint8_t bytes[1024];
+	size_t length;
+};
+
+static struct told told_root, told_network;
+
+static void remember_told(struct told *t, const struct mp *v)
+{
+	size_t n = v->type == MP_MAP ? mp_size(v) : 0;
+	t->length = n <= sizeof t->bytes ? n : 0;
+	if (t->length)
+		memcpy(t->bytes, v->body, t->length);
+}
+
+static bool was_told(const struct told *t, const struct mp *v)
+{
+	return v->type == MP_MAP && t->length && t->length == mp_size(v) && !memcmp(t->bytes, v->body, t->length);
+}
+
 /* ---- the root ----------------------------------------------------------------------------------------------------------------- */
 
 /* What switch_root does, but PID 1 stays: the new root moves over /, and the initramfs, now out of sight, is emptied. */
@@ -33,8 +54,7 @@ static bool switch_root(struct failure *f)
 	return true;
 }
 
-/* `read_only`: nothing at all may be written yet, as the disk will be another one. */
-static bool mount_root(const struct mp *root, bool read_only, struct failure *f)
+static bool mount_root(const struct mp *root, struct failure *f)
 {
 	char device[256], type[32] = "ext4", options[512] = "";
 	struct mp d = mp_get(root, "device"), t = mp_get(root, "fstype"), flags = mp_get(root, "flags"), o = mp_get(root, "options");
@@ -45,25 +65,11 @@ static bool mount_root(const struct mp *root, bool read_only, struct failure *f)
 		return fail(f, "mount_failed", ENODEV, "no device %s", device);
 	mkdir("/newroot", 0755);
 	/* The image's own devices and set-uid programs work: the machine is the boundary. */
-	if (mount(device, "/newroot", type, mount_flags(&flags) | (read_only ? MS_RDONLY : 0), options))
+	if (mount(device, "/newroot", type, mount_flags(&flags), options))
 		return fail(f, "mount_failed", errno, "cannot mount %s as %s: %s", device, type, strerror(errno));
-	if (!read_only && mp_bool_or(root, "grow", false))
+	if (mp_bool_or(root, "grow", false))
 		mount_grow(device, "/newroot");
 	return switch_root(f);
-}
-
-/* The root that `prepare` mounted becomes what `configure` wants it to be. */
-static bool unlock_root(const struct mp *root, struct failure *f)
-{
-	char device[256], options[512] = "";
-	struct mp d = mp_get(root, "device"), flags = mp_get(root, "flags"), o = mp_get(root, "options");
-	if (!mp_copy(&d, device, sizeof device) || (mp_is_text(&o) && !mp_copy(&o, options, sizeof options)))
-		return fail(f, "bad_request", EINVAL, "root: device or options");
-	if (mount(NULL, "/", NULL, MS_REMOUNT | mount_flags(&flags), options))
-		return fail(f, "mount_failed", errno, "cannot make the root file system writable: %s", strerror(errno));
-	if (mp_bool_or(root, "grow", false))
-		mount_grow(device, "/");
-	return true;
 }
 
 /* ---- the call ------------------------------------------------------------------------------------------------------------------ */
@@ -88,10 +94,7 @@ static bool load_named(const struct mp *names, struct failure *f)
 /* The map is kept as it came; the parser checked it as a whole. */
 bool environment_keep(const struct mp *env)
 {
-	const uint8_t *at = env->body;
-	for (uint32_t i = 0; i < 2 * env->count; i++)
-		mp_next(env, &at);
-	size_t n = (size_t)(at - env->body);
+	size_t n = mp_size(env);
 	uint8_t *next = malloc(n + 1);
 	if (!next)
 		return false;
@@ -117,58 +120,86 @@ static bool remember(const struct mp *m, struct failure *f)
 }
 
 /* The part that is the same for every machine of one root file system, and may so be done before its memory is put away. */
-static bool prepare_machine(const struct mp *m, bool network, bool read_only, struct failure *f)
+static bool prepare_machine(const struct mp *m, bool network, bool own_files, struct failure *f)
 {
 	struct mp root = mp_get(m, "root");
 	if (network)
 		modules_load_network();
-	if (root.type == MP_MAP && !mount_root(&root, read_only, f))
+	if (root.type == MP_MAP && !mount_root(&root, f))
 		return false;
 	mount_rest(mp_bool_or(m, "tmpfs_tmp", false));
+	if (own_files && root.type == MP_MAP)
+		names_prepare();
 	network_loopback();
 	agent.prepared = true;
 	return true;
 }
 
-static bool configure_machine(const struct mp *m, struct failure *f)
+static bool configure_machine(const struct mp *m, struct laps *l, struct failure *f)
 {
 	struct mp root = mp_get(m, "root"), network = mp_get(m, "network"), entropy = mp_get(m, "entropy"), realtime = mp_get(m, "realtime"),
 		  modules = mp_get(m, "modules"), mounts = mp_get(m, "mounts");
-	bool copy = agent.prepared;
+	struct mp init = mp_get(m, "init"), id = mp_get(m, "boot_id");
+	char boot_id[64];
+	bool copy = agent.prepared, beside = mp_text_is(&init, "image");
 	/* Before anything that might want random numbers or look at the clock. */
 	if (mp_is_text(&entropy) && !add_entropy(&entropy))
 		return fail(f, "io", errno, "cannot add entropy: %s", strerror(errno));
 	if (realtime.type == MP_UINT && !set_realtime(&realtime))
 		return fail(f, "io", errno, "cannot set the clock: %s", strerror(errno));
-	if (copy && !boot_id_set(NULL))
+	lap(l, "random_clock");
+	if (copy && !boot_id_set(mp_is_text(&id) && mp_copy(&id, boot_id, sizeof boot_id) ? boot_id : NULL))
 		return fail(f, "io", errno, "cannot give this copy a boot id of its own: %s", strerror(errno));
 	if (!load_named(&modules, f))
 		return false;
-	if (!copy ? !prepare_machine(m, network.type == MP_MAP, false, f) : root.type == MP_MAP && !unlock_root(&root, f))
+	lap(l, "boot_id");
+	if (!copy && !prepare_machine(m, network.type == MP_MAP, !beside, f))
 		return false;
+	if (copy && root.type == MP_MAP && !was_told(&told_root, &root))
+		return fail(f, "bad_request", EINVAL, "root: this machine was prepared with another one");
+	lap(l, "root");
 	if (!mount_all(&mounts, f))
 		return false;
-	return names_set(m, false, f) && machine_id_and_keys(m, f) && (network.type != MP_MAP || network_configure(&network, f));
+	lap(l, "mounts");
+	if (!names_set(m, false, f) || !machine_id_and_keys(m, f))
+		return false;
+	lap(l, "names");
+	bool ok = network.type != MP_MAP || was_told(&told_network, &network) ||
+		  (told_network.length ? network_change(&network, f) : network_configure(&network, f));
+	lap(l, "network");
+	return ok;
 }
 
 void call_prepare(uint32_t request, const struct mp *m)
 {
 	struct failure f = {0};
-	if (agent.mode != MODE_INIT)
+	struct mp network = mp_get(m, "network"), root = mp_get(m, "root");
+	bool with = network.type == MP_MAP || mp_bool_or(m, "network", false);
+	if (agent.mode != MODE_INIT) {
 		reply_error(request, "unsupported", ENOSYS, "only a machine of its own can be prepared");
-	else if (agent.prepared || agent.configured)
+		return;
+	}
+	if (agent.prepared || agent.configured) {
 		reply_error(request, "already_configured", EALREADY, "this machine is prepared");
-	else if (!prepare_machine(m, mp_bool_or(m, "network", false), true, &f))
+		return;
+	}
+	if (!prepare_machine(m, with, true, &f) || (network.type == MP_MAP && !network_configure(&network, &f))) {
 		reply_error(request, f.code, f.error, "%s", f.message);
-	else
-		reply_empty(request);
+		return;
+	}
+	remember_told(&told_root, &root);
+	remember_told(&told_network, &network);
+	boot_id_prepare();
+	reply_empty(request);
 }
 
 void call_configure(uint32_t request, const struct mp *m)
 {
 	struct failure f = {0};
-	uint8_t buffer[16];
+	struct laps laps;
+	uint8_t buffer[256];
 	struct mp_writer w;
+	laps_begin(&laps);
 	if (agent.configured) {
 		reply_error(request, "already_configured", EALREADY, "this machine is configured");
 		return;
@@ -179,13 +210,14 @@ void call_configure(uint32_t request, const struct mp *m)
 		reply_error(request, "bad_request", EINVAL, "init is agent or image");
 		return;
 	}
-	if (!remember(m, &f) || (agent.mode == MODE_INIT && (!configure_machine(m, &f) || (beside && !hand_over(&f))))) {
+	if (!remember(m, &f) || (agent.mode == MODE_INIT && (!configure_machine(m, &laps, &f) || (beside && !hand_over(&f))))) {
 		reply_error(request, f.code, f.error, "%s", f.message);
 		return;
 	}
 	agent.configured = true;
 	mpw_init(&w, buffer, sizeof buffer);
-	mpw_map(&w, 1);
+	mpw_map(&w, 2);
+	laps_write(&w, &laps);
 	mpw_key_bool(&w, "pid1", agent.mode == MODE_INIT && !agent.beside);
 	reply(request, &w);
 }

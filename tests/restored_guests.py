@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,10 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stoker.engine.boot import MachineRequest, configuration
+from stoker.engine.golden import SETTLE
 from stoker.errors import HostError
 from stoker.guest.agent import Agent
 from stoker.guest.channel import connect
-from stoker.guest.messages import ExecRequest, Preparation, RootMount
+from stoker.guest.copies import BeforeSnapshot
+from stoker.guest.messages import ExecRequest, Preparation
 from stoker.host.binaries import agent_path
 from stoker.images.initramfs import build_initramfs
 from stoker.images.kernel import resolve_kernel
@@ -39,12 +42,13 @@ class Base:
     settings: Settings
     memory: int
     state: bytes
+    disk: bytes
 
     def own(self, name: str) -> MachineSpec:
         directory = self.spec.directory.parent / name
         directory.mkdir(mode=0o700)
         disk = directory / "root.qcow2"
-        create_overlay(disk, self.rootfs.path, self.rootfs.size)
+        disk.write_bytes(self.disk)
         disks = (replace(self.spec.disks[0], path=disk),)
         return replace(self.spec, name=name, directory=directory, disks=disks, guest_memory=GuestMemory(self.memory), restore=True)
 
@@ -76,9 +80,9 @@ async def started(spec: MachineSpec, settings: Settings) -> AsyncIterator[QemuMa
 
 @asynccontextmanager
 async def made_base(
-    settings: Settings, short_dir: Path, network: UserNetwork | None = None, size: int = MEMORY
+    settings: Settings, short_dir: Path, network: UserNetwork | None = None, size: int = MEMORY, cpus: int = 2
 ) -> AsyncIterator[Base]:
-    """A base of Debian, with this network and so many bytes of memory."""
+    """A base of Debian, with this network so many bytes of memory and CPUs."""
     kernel = await resolve_kernel("debian:12", settings, NullProgress())
     rootfs = await resolve_image("debian:12", settings, NullProgress())
     initrd = await build_initramfs(kernel, agent_path(), settings, network=network is not None)
@@ -92,7 +96,7 @@ async def made_base(
         kernel=kernel.vmlinux,
         initrd=initrd,
         cmdline=(),
-        cpus=2,
+        cpus=cpus,
         memory=size,
         disks=(Disk(name="root", path=directory / "root.qcow2", format="qcow2", backing=(rootfs.path,)),),
         network=network,
@@ -103,9 +107,11 @@ async def made_base(
     create_overlay(directory / "root.qcow2", rootfs.path, rootfs.size)
     async with started(spec, settings) as machine:
         async with await connect(machine.channel(), fresh=True, timeout=120) as agent:
-            root = RootMount(device="/dev/vda", fstype=rootfs.fstype, options="noinit_itable")
-            await agent.prepare(Preparation(root=root, network=network is not None))
-            await said(agent, "true")
+            words = configuration(REQUEST, rootfs, network)
+            await agent.prepare(Preparation(root=words.root, network=words.network or False))
+            await agent.before_snapshot(BeforeSnapshot(hooks=False))
+            await agent.run(ExecRequest(["/bin/true"]))
+            await asyncio.sleep(SETTLE)
             try:
                 sealed(memory)
             except HostError:
@@ -114,10 +120,8 @@ async def made_base(
                 raise AssertionError("memory that is still being written was sealed")
         await machine.freeze()
         state = await machine.device_state()
-    create_overlay(directory / "empty", rootfs.path, rootfs.size)
-    assert (directory / "root.qcow2").read_bytes() == (directory / "empty").read_bytes(), "the base wrote to its disk"
     try:
-        yield Base(spec, rootfs, settings, sealed(memory), state)
+        yield Base(spec, rootfs, settings, sealed(memory), state, (directory / "root.qcow2").read_bytes())
     finally:
         os.close(memory)
 

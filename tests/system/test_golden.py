@@ -33,7 +33,7 @@ def own(settings: Settings, short_dir: Path) -> Settings:
 async def learned(own: Settings) -> Path:
     """The golden memory that is being made, once it is there."""
     async with asyncio.timeout(300):
-        while not (found := list((own.data_dir / "golden").glob("*/manifest.json"))):
+        while not (found := list((own.data_dir / "golden").glob("[!.]*/manifest.json"))):
             await asyncio.sleep(0.1)
         # It is there a moment before the directory of its machine is gone.
         while list((own.run_dir / "golden").iterdir()):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -77,6 +79,36 @@ async def test_clones_of_one_base_do_not_see_each_other(base: Base) -> None:
         assert not await one.vmm_tail() or "error" not in "".join(await one.vmm_tail()).lower()
         assert changed_bytes(one.vmm.pid, base.memory) > changed_bytes(two.vmm.pid, base.memory) > 0
     assert os.pread(base.memory, MEMORY, 0) == before
+
+
+async def test_the_disk_of_a_restored_machine_is_whole(base: Base, short_dir: Path) -> None:
+    """The memory of a mounted file system goes on upon the disk that was put away with it, and is cut off in the middle."""
+    async with base.restored("one") as (machine, agent):
+        await said(agent, "for i in $(seq 50); do mkdir -p /srv/$i; seq 2000 > /srv/$i/f; done; sync; touch /srv/synced")
+        await said(agent, "rm -r /srv/1?; yes | head -c 8M > /srv/big; (while :; do seq 999 > /srv/more; done) & echo $!")
+        await asyncio.sleep(1)
+        await machine.freeze()
+        (short_dir / "overlay").write_bytes(base.disk_of(machine))
+    raw = short_dir / "raw"
+    assert await asyncio.to_thread(checked, short_dir / "overlay", base.rootfs.path, raw) == ""
+    kept = await asyncio.to_thread(tool, "debugfs", "-R", "cat /srv/50/f", str(raw))
+    assert kept.stdout == "".join(f"{n}\n" for n in range(1, 2001))
+    raw.unlink()
+
+
+def tool(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, check=False, capture_output=True, text=True, timeout=120)
+
+
+def checked(overlay: Path, backing: Path, raw: Path) -> str:
+    """The disk as one file, after its journal was replayed as the next boot would; what is wrong with it."""
+    layers: dict[str, object] = {"driver": "qcow2", "file": {"driver": "file", "filename": str(overlay)}}
+    layers["backing"] = {"driver": "raw", "file": {"driver": "file", "filename": str(backing)}}
+    converted = tool("qemu-img", "convert", "-O", "raw", f"json:{json.dumps(layers)}", str(raw))
+    assert converted.returncode == 0, converted.stderr
+    tool("e2fsck", "-E", "journal_only", "-y", str(raw))
+    found = tool("e2fsck", "-fn", str(raw))
+    return found.stdout if found.returncode else ""
 
 
 async def test_a_state_that_is_none_ends_the_machine(base: Base) -> None:

@@ -94,7 +94,9 @@ def test_the_network_passes_the_filter_only() -> None:
     assert option(argv, "-netdev") == ["user,id=net0,net=10.0.2.2/24,host=10.0.2.2,dns=10.0.2.3,ipv6=off"]
     assert "filter-redirector,id=netfilter,netdev=net0,queue=rx,outdev=netout,indev=netin" in option(argv, "-object")
     assert {"socket,id=netout,fd=20", "socket,id=netin,fd=21"} < set(option(argv, "-chardev"))
-    assert "virtio-net-device,netdev=net0,mac=52:54:00:53:4b:02,bus=virtio-mmio-bus.20" in option(argv, "-device")
+    assert "virtio-net-device,netdev=net0,mac=52:54:00:53:4b:02,guest_announce=off,bus=virtio-mmio-bus.20" in option(
+        argv, "-device"
+    )
     assert not option(command(PLAIN, QEMU7, HANDLES), "-netdev")
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from stoker.engine.golden import begin_disk
 from stoker.errors import HostError
+from stoker.storage.overlay import create_overlay
 from stoker.vmm.machine import Accelerator, Disk, GuestMemory, MachineSpec
 from stoker.vmm.memory import new_memory
 from stoker.vmm.qemu.facts import QemuFacts
@@ -41,6 +44,28 @@ def test_what_is_put_away_comes_back_and_cannot_be_written(memory: int, tmp_path
             os.pwrite(saved.memory, b"x", 0)
     finally:
         os.close(saved.memory)
+
+
+def test_the_disk_comes_with_it_and_only_onto_a_fresh_one(memory: int, tmp_path: Path) -> None:
+    disk, fresh, used = (tmp_path / name for name in ("disk", "fresh", "used"))
+    for path in (disk, fresh):
+        create_overlay(path, tmp_path, 1 << 30)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 5M 70k", disk], check=True, capture_output=True)
+    save(tmp_path / "one", memory, b"devices", MADE, disk)
+    saved = load(tmp_path / "one", MADE)
+    os.close(saved.memory)
+    assert sum(len(data) for _, data in saved.disk) < 1 << 20
+    empty = fresh.read_bytes()
+    assert begin_disk(fresh, saved) == empty
+    assert fresh.read_bytes() == disk.read_bytes()
+    used.write_bytes(disk.read_bytes())
+    with pytest.raises(HostError) as caught:
+        begin_disk(used, saved)
+    assert caught.value.code == "disk_used"
+    with open(tmp_path / "one/disk", "r+b") as file:
+        os.pwrite(file.fileno(), b"damage", 0)
+    with pytest.raises(HostError, match="damaged"):
+        load(tmp_path / "one", MADE)
 
 
 def test_another_vmm_is_refused_by_name(memory: int, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,6 +145,7 @@ def configuration(request: MachineRequest, rootfs: RootFilesystem, network: User
         ),
         env=env,
         entropy=os.urandom(64),
+        boot_id=str(uuid.uuid4()),
         realtime=time.time_ns(),
         user=request.user or rootfs.user or "root",
         workdir=request.workdir or rootfs.workdir or "",
@@ -312,7 +314,7 @@ async def _shape(
     # Only of an overlay is it known that the guest finds in it what it has read of the base.
     if request.cold or not usual or words.root is None or clone.format != "qcow2" or len(clone.backing) != 1:
         return None
-    return await Shape.of(spec, words.root, clone.size, settings)
+    return await Shape.of(spec, words.root, words.network, clone.size, settings)
 
 
 async def _bring_up(

@@ -2,8 +2,8 @@
 
 A create that finds one starts from it instead of booting: its memory is mapped copy-on-write, its devices are loaded, and
 `configure` makes it somebody's. It never comes from a user's machine, or one's secrets would be the next one's memory: the first
-cold create of a shape has a machine of the shape booted in the background, with a disk that is thrown away. The root is mounted
-read-only until `configure`, so the memory agrees with every fresh clone.
+cold create of a shape has a machine of the shape booted in the background. What that wrote to its disk (an overlay like any
+clone's; little more than a file system's notes that it is mounted) is put away with it: a machine that starts from it begins there.
 
 Files: ``DATA_DIR/golden/KEY`` (:mod:`stoker.vmm.saved`), with ``KEY.lock`` held by who makes it; the machine lives in
 ``RUN_DIR/golden/KEY`` and ends with this process. One that does not load is removed, and made anew by the next cold create.
@@ -24,11 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from stoker.errors import StokerError
+from stoker.errors import HostError, StokerError
 from stoker.guest.channel import connect
-from stoker.guest.messages import ExecRequest, Preparation, RootMount
+from stoker.guest.copies import BeforeSnapshot
+from stoker.guest.messages import ExecRequest, NetworkConfiguration, Preparation, RootMount
 from stoker.host.lock import try_flock
-from stoker.storage.overlay import create_overlay
+from stoker.storage.overlay import allocated, create_overlay
 from stoker.vmm.machine import GuestMemory, MachineSpec
 from stoker.vmm.memory import new_memory, sealed
 from stoker.vmm.qemu.driver import launch
@@ -52,6 +53,8 @@ PATIENCE: Final = 5
 """So many times as long as a machine that somebody waits for may take to come up."""
 WARM: Final = ("/bin/true",)
 """Run once before the memory is put away: what every command needs is in the guest's page cache then."""
+SETTLE: Final = 1.5
+"""Seconds for what the kernel does a little later (its network's first packets, memory to be freed): else each copy does it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +63,21 @@ class Shape:
 
     spec: MachineSpec
     root: RootMount
+    network: NetworkConfiguration | None
     disk: int
     """Bytes of the root disk: the guest learned them when it came up."""
     made_by: dict[str, Any]
     key: str
 
     @classmethod
-    async def of(cls, spec: MachineSpec, root: RootMount, disk: int, settings: Settings) -> Shape:
+    async def of(
+        cls, spec: MachineSpec, root: RootMount, network: NetworkConfiguration | None, disk: int, settings: Settings
+    ) -> Shape:
+        """``network`` is the usual one; a machine that has another one gets it all the same."""
         made_by = {**fingerprint(replace(spec, guest_memory=GuestMemory(0)), await qemu_facts(settings)), "disk": disk}
-        made_by["root"] = [root.device, root.fstype, root.options]
+        made_by["root"] = [root.device, root.fstype, root.options, *root.flags, root.grow]
         key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:24]
-        return cls(spec, root, disk, made_by, key)
+        return cls(spec, root, network, disk, made_by, key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,13 +211,15 @@ class Goldens:
             # Somebody waits for what else the host does now; nobody for this.
             os.setpriority(os.PRIO_PROCESS, machine.vmm.pid, NICE)
             async with await connect(machine.channel(), fresh=True, timeout=PATIENCE * settings.boot_timeout) as agent:
-                await agent.prepare(Preparation(root=shape.root, network=spec.network is not None))
+                await agent.prepare(Preparation(root=shape.root, network=shape.network or spec.network is not None))
+                await agent.before_snapshot(BeforeSnapshot(hooks=False))
                 with suppress(StokerError):
                     await agent.run(ExecRequest(list(WARM)), timeout=30.0)
+                await asyncio.sleep(SETTLE)
             await machine.freeze()
             state = await machine.device_state()
             await machine.kill()
-            await asyncio.to_thread(save, self._place / shape.key, sealed(memory), state, shape.made_by)
+            await asyncio.to_thread(save, self._place / shape.key, sealed(memory), state, shape.made_by, disk)
 
     def _make_room(self) -> None:
         """Removes what a crash left and, of too many, those not used for longest."""
@@ -230,6 +239,18 @@ class Goldens:
         while self._loaded:
             _, golden = self._loaded.popitem()
             os.close(golden.saved.memory)
+
+
+def begin_disk(path: Path, saved: Saved) -> bytes:
+    """Gives a machine's fresh overlay, which nobody has written yet, what its memory expects; what the file was."""
+    with open(path, "r+b") as file:
+        if any(True for _ in allocated(file.fileno(), path)):
+            raise HostError("disk_used", f"{path} was written to: no memory but its own agrees with it", "start it cold")
+        before = file.read()
+        file.truncate(saved.disk_length)
+        for offset, data in saved.disk:
+            os.pwrite(file.fileno(), data, offset)
+    return before
 
 
 def golden_key(path: Path) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stoker.engine.golden import begin_disk
 from stoker.engine.trace import trace
 from stoker.errors import DeadlineExceeded, StokerError
 from stoker.guest.channel import connect
@@ -140,6 +141,10 @@ async def launched(spec: MachineSpec, settings: Settings, watch: Watch, undo: As
 
 async def _restored(spec: MachineSpec, settings: Settings, watch: Watch, golden: Golden) -> tuple[QemuMachine, Agent]:
     async with AsyncExitStack() as undo:
+        root = spec.disks[0].path
+        before = await asyncio.to_thread(begin_disk, root, golden.saved)
+        # Should this fail, the machine boots.
+        undo.push_async_callback(asyncio.to_thread, root.write_bytes, before)
         copy = replace(spec, guest_memory=GuestMemory(golden.saved.memory), restore=True)
         machine = await launched(copy, settings, watch, undo)
         async with asyncio.timeout(RESTORE_TIMEOUT):

@@ -114,6 +114,8 @@ class Configuration(Struct, frozen=True, omit_defaults=True, tag_field="m", tag=
     modules: Sequence[str] = ()
     tmpfs_tmp: bool = False
     mounts: Sequence[Mount] = ()
+    boot_id: str = ""
+    """A UUID for a machine out of golden memory; one that booted has its own."""
     machine_id: str = ""
     """32 hexadecimal digits for /etc/machine-id; without them it stays as the image has it."""
     ssh_host_keys: Sequence[tuple[str, int, Text]] = ()
@@ -126,7 +128,8 @@ class Preparation(Struct, frozen=True, omit_defaults=True, tag_field="m", tag="p
     """What may be done before it is known whose machine this will be; see :class:`Configuration` for what comes then."""
 
     root: RootMount | None = None
-    network: bool = False
+    network: NetworkConfiguration | bool = False
+    """Set, or only its modules loaded. Should ``configure`` want another one, it is changed."""
     tmpfs_tmp: bool = False
 
 
@@ -218,7 +221,10 @@ class Welcome(Struct, frozen=True):
 
 
 class Configured(Struct, frozen=True):
+    """``steps`` are microseconds by name."""
+
     pid1: bool = False
+    steps: Annotated[dict[Short, Count], Meta(max_length=64)] = {}
 
 
 class Started(Struct, frozen=True):

@@ -1,8 +1,9 @@
 """A machine that was put away: its memory, its device state, and the manifest that says what can take it up again.
 
-A directory with ``memory`` (sparse, the guest's memory), ``state`` (the VMM's devices) and ``manifest.json``, written under another
-name, synced and renamed: it is whole or not there. The manifest's ``made_by`` is whatever must be the same for the state to load
-(:func:`fingerprint`); loading checks it first, and then the files against their digests. All functions block.
+A directory with ``memory`` (sparse, the guest's memory), ``state`` (the VMM's devices), ``disk`` (if there is one: what the machine
+wrote, as an overlay's file) and ``manifest.json``, written under another name, synced and renamed: it is whole or not there. The
+manifest's ``made_by`` is whatever must be the same for the state to load (:func:`fingerprint`); loading checks it first, and then
+the files against their digests. All functions block.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from stoker.vmm.qemu.facts import QemuFacts
 
 __all__ = ["Saved", "digest_of_memory", "fingerprint", "load", "orphaned", "portable", "save"]
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 AGAIN: Final = "it is made anew by itself"
 _PIECE: Final = 1 << 20
 _MOST_STATE: Final = 64 << 20
+_MOST_DISK: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,9 @@ class Saved:
     digest: str
     file: tuple[int, int]
     """The device and inode of what it was loaded from."""
+    disk: tuple[tuple[int, bytes], ...] = ()
+    """What the file of its disk's overlay has where it has anything."""
+    disk_length: int = 0
 
 
 def _identity(path: Path) -> list[Any]:
@@ -131,8 +136,11 @@ def digest_of_memory(fd: int) -> str:
     return found.hexdigest()
 
 
-def save(directory: Path, memory: int, state: bytes, made_by: Mapping[str, Any]) -> None:
-    """Puts a stopped machine away. ``directory`` must not exist; a failure leaves nothing."""
+def save(directory: Path, memory: int, state: bytes, made_by: Mapping[str, Any], disk: Path | None = None) -> None:
+    """Puts a stopped machine away. ``directory`` must not exist; a failure leaves nothing.
+
+    ``disk`` is the overlay that the machine wrote, of a few MiB.
+    """
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.{os.urandom(4).hex()}")
     staging.mkdir(mode=0o700)
     try:
@@ -145,6 +153,7 @@ def save(directory: Path, memory: int, state: bytes, made_by: Mapping[str, Any])
             "made_by": made_by,
             "memory": {"size": size, "sha256": digest_of_memory(memory)},
             "state": {"size": len(state), "sha256": hashlib.sha256(state).hexdigest()},
+            "disk": _save_disk(disk, staging / "disk") if disk is not None else None,
         }
         for name, data in (("state", state), ("manifest.json", json.dumps(manifest, indent=1).encode())):
             with open(staging / name, "wb") as file:
@@ -157,6 +166,25 @@ def save(directory: Path, memory: int, state: bytes, made_by: Mapping[str, Any])
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _save_disk(source: Path, target: Path) -> dict[str, Any]:
+    with open(source, "rb") as original, open(target, "w+b") as file:
+        length = os.fstat(original.fileno()).st_size
+        os.ftruncate(file.fileno(), length)
+        copy_memory(original.fileno(), file.fileno())
+        os.fsync(file.fileno())
+        return {"size": length, "sha256": digest_of_memory(file.fileno())}
+
+
+def _load_disk(path: Path, wanted: Mapping[str, Any]) -> tuple[tuple[int, bytes], ...]:
+    with open(path, "rb") as file:
+        fd = file.fileno()
+        ranges = list(data_ranges(fd))
+        whole = os.fstat(fd).st_size == wanted["size"] and sum(length for _, length in ranges) <= _MOST_DISK
+        if not whole or digest_of_memory(fd) != wanted["sha256"]:
+            raise HostError("saved_damaged", f"{path} is damaged", AGAIN)
+        return tuple((offset, os.pread(fd, length, offset)) for offset, length in ranges)
 
 
 def load(directory: Path, made_by: Mapping[str, Any]) -> Saved:
@@ -172,6 +200,8 @@ def load(directory: Path, made_by: Mapping[str, Any]) -> Saved:
     state = (directory / "state").read_bytes()
     if len(state) > _MOST_STATE or hashlib.sha256(state).hexdigest() != manifest["state"]["sha256"]:
         raise HostError("saved_damaged", f"{directory}/state is damaged", AGAIN)
+    disk = manifest.get("disk")
+    pieces = _load_disk(directory / "disk", disk) if disk else ()
     with open(directory / "memory", "rb") as file:
         status = os.fstat(file.fileno())
         size = status.st_size
@@ -186,7 +216,8 @@ def load(directory: Path, made_by: Mapping[str, Any]) -> Saved:
         except BaseException:
             os.close(memory)
             raise
-    return Saved(memory, size, state, manifest["memory"]["sha256"], (status.st_dev, status.st_ino))
+    found = (status.st_dev, status.st_ino)
+    return Saved(memory, size, state, manifest["memory"]["sha256"], found, pieces, disk["size"] if disk else 0)
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -228,10 +228,11 @@ def _network(spec: MachineSpec, handles: Handles) -> tuple[list[str], str]:
     plan = spec.network
     prefix = plan.address.rpartition("/")[2]
     # The redirector takes every frame off the guest's queue to the shim's filter; only what comes back on netin goes on to slirp.
+    # A machine that is restored has nobody to announce itself to: its wire is its own, and its address may be about to change.
     # No vnet header: the user network offers no offloads, so there is none on this wire.
     return [
         "-netdev", f"user,id=net0,net={plan.gateway}/{prefix},host={plan.gateway},dns={plan.nameserver},ipv6=off",
         "-chardev", f"socket,id=netout,fd={handles.net_out}",
         "-chardev", f"socket,id=netin,fd={handles.net_in}",
         "-object", "filter-redirector,id=netfilter,netdev=net0,queue=rx,outdev=netout,indev=netin",
-    ], f"virtio-net-device,netdev=net0,mac={plan.mac}"  # fmt: skip
+    ], f"virtio-net-device,netdev=net0,mac={plan.mac},guest_announce=off"  # fmt: skip
