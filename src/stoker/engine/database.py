@@ -143,10 +143,11 @@ def _check(db: sqlite3.Connection, path: Path, steps: dict[int, str]) -> int:
             f"{path} has version {version}; this Stoker knows versions up to {max(steps)}",
             "install the newer Stoker again, or restore the copy it made before its migration (stoker.db.v*.bak)",
         )
-    # What it says of a damaged page may quote it.
-    db.text_factory = lambda data: data.decode("utf-8", "replace")
-    problems = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)")]
-    db.text_factory = str
+    try:
+        problems = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)")]
+    except UnicodeDecodeError:
+        # SQLite's message quotes what is damaged.
+        raise _corrupt(path, "a part of it is no text that could be quoted") from None
     if problems != ["ok"]:
         raise _corrupt(path, "; ".join(problems)[:500])
     return int(version)
