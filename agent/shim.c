@@ -192,14 +192,16 @@ static void journal_open(void)
     }
 }
 
-/* One message; the text has no line breaks. What journald has no room for is lost: nobody waits for it. */
+/* One message; the text has no line breaks. What journald has no room for is lost: nobody waits for it. The unit (unit_name() in
+ * engine/units.py) is said outright: journald looks up a sender's when it comes to the message, and by then we may have ended. */
 static void journal(int priority, const char *stream, const char *text, size_t n)
 {
     char message[LINE_MAX_BYTES + 256];
     if (journal_fd < 0)
         return;
-    int size = snprintf(message, sizeof message, "PRIORITY=%d\nSYSLOG_IDENTIFIER=stoker\nSTOKER_SANDBOX=%s\nSTOKER_STREAM=%s\nMESSAGE=%.*s\n",
-                        priority, sandbox, stream, (int)n, text);
+    int size = snprintf(message, sizeof message, "PRIORITY=%d\nSYSLOG_IDENTIFIER=stoker\nSTOKER_SANDBOX=%s\nOBJECT_SYSTEMD_UNIT=stoker-%s.scope\n"
+                        "STOKER_STREAM=%s\nMESSAGE=%.*s\n",
+                        priority, sandbox, sandbox, stream, (int)n, text);
     if (size > 0 && size < (int)sizeof message)
         send(journal_fd, message, (size_t)size, MSG_DONTWAIT | MSG_NOSIGNAL);
 }

@@ -53,6 +53,8 @@ class CommandLine:
     def __call__(
         self, *words: str, input: bytes | None = None, timeout: float = BOOT, env: Mapping[str, str] | None = None
     ) -> Done:
+        if "STOKER_LAB" in os.environ:
+            return self._forked(words, input, timeout, env)
         stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
         process = self.popen(*words, env=env, stdin=stdin)
         try:
@@ -62,3 +64,11 @@ class CommandLine:
             out, err = process.communicate()
             pytest.fail(f"stoker {' '.join(words)}: not done after {timeout} s\n{err.decode(errors='replace')}", pytrace=False)
         return Done(words, process.returncode, out, err)
+
+    def _forked(self, words: tuple[str, ...], input: bytes | None, timeout: float, env: Mapping[str, str] | None) -> Done:
+        from forked_command import forked
+
+        try:
+            return Done(words, *forked(words, self.environment(env), input, timeout))
+        except TimeoutError as e:
+            pytest.fail(f"stoker {' '.join(words)}: not done after {timeout} s\n{e}", pytrace=False)

@@ -76,7 +76,7 @@ def shown(unit: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in say("systemctl", "show", unit).splitlines() if "=" in line)
 
 
-def until(condition: Callable[[], Any], what: str, patience: float = 120.0) -> None:
+def until(condition: Callable[[], Any], what: str, patience: float = 240.0) -> None:
     deadline = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < deadline, what
