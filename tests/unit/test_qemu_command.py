@@ -55,7 +55,7 @@ GOLDEN = """
 """
 APPEND = (
     "console=ttyS0 quiet loglevel=1 panic=-1 reboot=t cryptomgr.notests "
-    "tsc=reliable init_on_alloc=0 tsc_early_khz=2445428 stoker.debug=1"
+    "tsc=reliable init_on_alloc=0 norandmaps tsc_early_khz=2445428 stoker.debug=1"
 )
 FILE = {"driver": "file", "aio": "threads", "discard": "unmap", "cache": {"direct": False, "no-flush": True}}
 LAYER = {"discard": "unmap", "cache": {"direct": False, "no-flush": True}}
@@ -115,6 +115,8 @@ def test_processors_by_accelerator_and_version() -> None:
     assert cpu(replace(kvm, cpu="max,-arch-capabilities"), QEMU7) == ("max,-arch-capabilities", "kvm")
     assert "tsc" not in kernel_cmdline(kvm, QEMU7)
     assert "tsc_early_khz" not in kernel_cmdline(PLAIN, QEMU10)
+    assert "norandmaps" in kernel_cmdline(PLAIN, QEMU7)
+    assert "norandmaps" not in kernel_cmdline(kvm, QEMU7) + kernel_cmdline(PLAIN, QEMU10)
 
 
 def test_a_chain_of_layers_and_a_block_device() -> None:
