@@ -188,11 +188,12 @@ static bool arena_make(struct request *q, const struct mp *m, const struct mp *a
 	/* Every byte of the two maps at most once, a '=' and a NUL for each, and the defaults. */
 	size_t bytes = 2 * PAYLOAD_MAX + 2 * (argv->count + variables) + 4 * PATH_ROOM;
 	size_t slots = argv->count + variables + 4;
-	q->pointers = calloc(slots, sizeof *q->pointers);
-	q->arena = q->at = malloc(bytes);
-	if (!q->arena || !q->pointers)
-		return false;
-	q->end = q->arena + bytes;
+	/* Not from the heap: so much would be mapped and unmapped for each command. */
+	static char arena[2 * PAYLOAD_MAX + 2 * (2 * ARGUMENTS) + 4 * PATH_ROOM], *pointers[2 * ARGUMENTS + 4];
+	memset(pointers, 0, slots * sizeof *pointers);
+	q->pointers = pointers;
+	q->at = arena;
+	q->end = arena + bytes;
 	q->launch.argv = q->pointers + 1; /* launch.c needs the one before */
 	q->launch.environment = q->launch.argv + argv->count + 1;
 	return true;
@@ -447,6 +448,4 @@ void call_exec(uint32_t request, const struct mp *m)
 		reply_started(request, p);
 	else
 		reply_error(request, f.code, f.error, "%s", f.message);
-	free(q.arena);
-	free(q.pointers);
 }

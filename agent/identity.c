@@ -287,14 +287,16 @@ const char *boot_id(void)
 
 static bool boot_id_over(void)
 {
-	struct stat own, there;
-	if (stat(OWN_BOOT_ID, &own) == 0 && stat(BOOT_ID, &there) == 0 && there.st_dev == own.st_dev && there.st_ino == own.st_ino)
-		return true; /* this copy's original was one, too */
-	return mount(OWN_BOOT_ID, BOOT_ID, NULL, MS_BIND, NULL) == 0 && mount(NULL, BOOT_ID, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY, NULL) == 0;
+	static bool over; /* and so it is in a copy of this machine */
+	over = over || (mount(OWN_BOOT_ID, BOOT_ID, NULL, MS_BIND, NULL) == 0 && mount(NULL, BOOT_ID, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY, NULL) == 0);
+	return over;
 }
 
 static int open_boot_id(void)
 {
+	int fd = open(OWN_BOOT_ID, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0444);
+	if (fd >= 0 || errno != ENOENT)
+		return fd;
 	mkdir("/run/stoker", 0755);
 	return open(OWN_BOOT_ID, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0444);
 }

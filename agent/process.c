@@ -39,6 +39,10 @@ static struct process *find_pid(pid_t pid)
 
 struct process *process_new(uint32_t id)
 {
+	/* One that is never used keeps the heap of the others from being unmapped with the last of them. */
+	static struct process *kept;
+	if (!kept)
+		kept = malloc(sizeof *kept);
 	struct process *p = calloc(1, sizeof *p);
 	if (!p)
 		return NULL;

@@ -92,19 +92,14 @@ static bool load_named(const struct mp *names, struct failure *f)
 }
 
 /* The map is kept as it came; the parser checked it as a whole. */
-bool environment_keep(const struct mp *env)
+void environment_keep(const struct mp *env)
 {
+	static uint8_t kept[PAYLOAD_MAX];
 	size_t n = mp_size(env);
-	uint8_t *next = malloc(n + 1);
-	if (!next)
-		return false;
-	memcpy(next, env->body, n);
-	if (configured_env.type == MP_MAP)
-		free((void *)(uintptr_t)configured_env.body);
+	memmove(kept, env->body, n); /* which is less than a payload */
 	configured_env = *env;
-	configured_env.body = next;
-	configured_env.end = next + n;
-	return true;
+	configured_env.body = kept;
+	configured_env.end = kept + n;
 }
 
 static bool remember(const struct mp *m, struct failure *f)
@@ -116,7 +111,9 @@ static bool remember(const struct mp *m, struct failure *f)
 		return fail(f, "bad_request", EINVAL, "workdir: too long");
 	if (*configured_workdir && *configured_workdir != '/')
 		return fail(f, "bad_request", EINVAL, "workdir: not an absolute path");
-	return env.type != MP_MAP || environment_keep(&env) || fail(f, "io", ENOMEM, "out of memory");
+	if (env.type == MP_MAP)
+		environment_keep(&env);
+	return true;
 }
 
 /* The part that is the same for every machine of one root file system, and may so be done before its memory is put away. */

@@ -10,9 +10,24 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { DATABASE_MAX = 1 << 20 };
+enum { DATABASE_MAX = 1 << 20, ROOM = 16384 };
 
-/* The whole file, NUL-terminated, to be freed; NULL when there is none. */
+/* Files of the usual size need no heap, which would be mapped and unmapped for every command. */
+static char file_room[ROOM], copy_room[ROOM];
+
+static void give_back(char *text)
+{
+	if (text != file_room && text != copy_room)
+		give_back(text);
+}
+
+static char *copy_of_text(const char *text)
+{
+	size_t n = strlen(text) + 1;
+	return n <= ROOM ? memcpy(copy_room, text, n) : strdup(text);
+}
+
+/* The whole file, NUL-terminated, to be given back before the next; NULL when there is none. */
 static char *slurp(const char *path)
 {
 	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
@@ -20,7 +35,7 @@ static char *slurp(const char *path)
 	char *text = NULL;
 	if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode)) {
 		size_t size = st.st_size < DATABASE_MAX ? (size_t)st.st_size : DATABASE_MAX, have = 0;
-		text = malloc(size + 1);
+		text = size < ROOM ? file_room : malloc(size + 1);
 		ssize_t n;
 		while (text && have < size && (n = read(fd, text + have, size - have)) > 0)
 			have += (size_t)n;
@@ -78,7 +93,7 @@ static bool find_user(char *text, const char *spec, struct account *a)
 	for (int by_name = 1; by_name >= 0; by_name--) {
 		if (!by_name && !numeric)
 			break;
-		char *f[7], *copy_of = strdup(text), *at = copy_of;
+		char *f[7], *copy_of = copy_of_text(text), *at = copy_of;
 		bool found = false;
 		while (!found && next_line(&at, f, 7)) {
 			if (!f[3] || !number(f[2], &uid) || !number(f[3], &gid))
@@ -93,7 +108,7 @@ static bool find_user(char *text, const char *spec, struct account *a)
 				copy(a->shell, sizeof a->shell, f[6]);
 			}
 		}
-		free(copy_of);
+		give_back(copy_of);
 		if (found)
 			return true;
 	}
@@ -140,7 +155,7 @@ static bool find_groups(const char *group, struct account *a)
 		if (a->known && f[3] && listed(f[3], a->name))
 			add_group(a, gid);
 	}
-	free(text);
+	give_back(text);
 	/* Like login: the primary group is also one of the list. */
 	add_group(a, a->gid);
 	return found;
@@ -156,7 +171,7 @@ const char *account_resolve(const char *spec, struct account *a)
 		*group++ = 0;
 	char *text = slurp("/etc/passwd");
 	bool found = find_user(text ? text : (char[]){""}, *user ? user : "0", a);
-	free(text);
+	give_back(text);
 	if (!found && !strcmp(user, "root"))
 		found = true; /* an image without a passwd file has a root all the same */
 	if (!found)
@@ -177,7 +192,7 @@ bool account_home(const char *name, char *home, size_t size)
 	struct account a = {0};
 	char *text = slurp("/etc/passwd");
 	bool found = text && find_user(text, name, &a) && a.known;
-	free(text);
+	give_back(text);
 	if (found)
 		copy(home, size, a.home);
 	return found;
@@ -202,15 +217,20 @@ const char *account_name(uint32_t id, bool group)
 	cache[slot].group = group;
 	cache[slot].id = id;
 	cache[slot].name[0] = 0;
-	if (!texts[group] && !(texts[group] = slurp(group ? "/etc/group" : "/etc/passwd")))
+	if (!texts[group]) {
+		char *text = slurp(group ? "/etc/group" : "/etc/passwd");
+		texts[group] = text ? strdup(text) : NULL;
+		give_back(text);
+	}
+	if (!texts[group])
 		return "";
-	char *f[3], *copy_of = strdup(texts[group]), *at = copy_of;
+	char *f[3], *copy_of = copy_of_text(texts[group]), *at = copy_of;
 	uint32_t found;
 	while (next_line(&at, f, 3))
 		if (f[2] && number(f[2], &found) && found == id) {
 			copy(cache[slot].name, NAME_ROOM, f[0]);
 			break;
 		}
-	free(copy_of);
+	give_back(copy_of);
 	return cache[slot].name;
 }

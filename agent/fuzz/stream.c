@@ -159,7 +159,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	parser_reset(&parser);
 	queue_clear();
 	agent.configured = false;
-	free((void *)(uintptr_t)(configured_env.type == MP_MAP ? configured_env.body : NULL));
 	configured_env = (struct mp){.type = MP_MISSING};
 	configured_user[0] = configured_workdir[0] = 0;
 	power_stage = RUNNING;

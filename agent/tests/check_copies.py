@@ -18,6 +18,17 @@ def told(report: dict[str, Any]) -> list[tuple[str, bool]]:
     return [(hazard["name"], hazard["handled"]) for hazard in report["hazards"]]
 
 
+def sleepers(a: Target) -> list[str]:
+    found = []
+    for pid in a.children():
+        try:
+            with open(f"/proc/{pid}/cmdline") as f:
+                found += [pid] * f.read().startswith("sleep")
+        except FileNotFoundError:
+            pass
+    return found
+
+
 @host_test
 def runs_hooks_in_order(a: Target) -> None:
     log = f"{a.directory}/log"
@@ -56,16 +67,18 @@ def kills_hooks_after_their_time(a: Target) -> None:
     a.write("hooks.d/pre-snapshot/5", b"#!/no/such/shell\n", 0o755)
     h = a.connect(fresh=True)
     before = time.monotonic()
-    report = h.call("before_snapshot", hook_ms=300)
-    assert 0.6 <= time.monotonic() - before < 10
+    report = h.call("before_snapshot", hook_ms=2000)
+    assert 4.0 <= time.monotonic() - before < 20
     by_name = {hazard["name"]: hazard for hazard in report["hazards"]}
     assert all(not by_name[f"hook:{n}"]["handled"] for n in (1, 2, 3, 5)) and by_name["hook:4"]["handled"], report
-    assert by_name["hook:1"]["detail"].startswith("killed after its time after 3"), report
+    assert by_name["hook:1"]["detail"].startswith("killed after its time after 2"), report
     assert len(by_name["hook:2"]["detail"]) < 500 and by_name["hook:2"]["detail"].endswith("long line of words"), report
     assert by_name["hook:3"]["detail"].startswith("signal 9"), report
     assert "cannot be started" in by_name["hook:5"]["detail"], report
-    left = [pid for pid in a.children() if open(f"/proc/{pid}/cmdline").read().startswith("sleep")]
-    assert len(left) == 1, "of all their processes the one that was set free is left"
+    deadline = time.monotonic() + 10
+    while len(left := sleepers(a)) != 1:
+        assert time.monotonic() < deadline, f"of all their processes the one that was set free is left, not {left}"
+        time.sleep(0.05)
     a.kill(int(left[0]))
 
 

@@ -16,7 +16,7 @@ def runs_commands(a: Target) -> None:
     h = a.connect(fresh=True)
     assert h.welcome["version"] == 1 and h.welcome["state"] == "initramfs" and h.welcome["generation"] == 1, h.welcome
     fails("bad_request", h.call, "configure", init="somebody")
-    assert h.call("configure", env={"COLOUR": "blue", "SHAPE": "round"}) == {"pid1": False}
+    assert h.call("configure", env={"COLOUR": "blue", "SHAPE": "round"}) == {"pid1": False, "steps": {}}
     fails("already_configured", h.call, "configure")
     done, out, err = h.run(1, "sh", "-c", "echo $COLOUR $SHAPE $HOME; echo oops >&2; exit 7", env={"SHAPE": "square", "HOME": "/h"})
     assert (done["code"], out, err) == (7, b"blue square /h\n", b"oops\n"), (done, out, err)
