@@ -53,8 +53,9 @@ PATIENCE: Final = 5
 """So many times as long as a machine that somebody waits for may take to come up."""
 WARM: Final = ("/bin/true",)
 """Run once before the memory is put away: what every command needs is in the guest's page cache then."""
-SETTLE: Final = 1.5
-"""Seconds for what the kernel does a little later (its network's first packets, memory to be freed): else each copy does it."""
+SETTLE: Final = 3.0
+"""Seconds for what the kernel does a little later (asking whether its address is unique takes two, and memory is freed): else
+each copy does it."""
 
 
 @dataclass(frozen=True, slots=True)
