@@ -105,6 +105,12 @@ async def test_whoever_uses_it_resumes_it_once(settings: Settings, short_dir: Pa
         assert answers == [f"{n}\n" for n in range(12)]
         resumes = [o for o in (await engine.operations(ADMIN, sandbox=box.id, limit=100, cursor=None)).items if o.kind == "resume"]
         assert len(resumes) == 1
+        # Who looked on at a process all the time uses it by writing to it.
+        cat = await engine.processes.open(ADMIN, "box", StartProcess(argv=["cat"], stdin=True, mode=OutputMode.BLOCK))
+        await engine.pause(ADMIN, "box")
+        await cat.write(b"here\n")
+        assert (await cat.read()).data == b"here\n"  # type: ignore[union-attr]
+        await cat.aclose()
         # While it is just being paused: it is paused, then resumed.
         pausing = asyncio.ensure_future(engine.pause(ADMIN, "box"))
         await engine.wait(ADMIN, "box", frozenset({S.PAUSING}), 30)

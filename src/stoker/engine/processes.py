@@ -40,15 +40,18 @@ class Attached:
         return await self._client.wait()
 
     async def write(self, data: bytes) -> None:
+        await self._core.awake(self._box)
         await self._client.write(data)
 
     async def close_stdin(self) -> None:
         await self._client.close_stdin()
 
     async def resize(self, rows: int, cols: int) -> None:
+        await self._core.awake(self._box)
         await self._client.resize(rows, cols)
 
     async def signal(self, number: int, *, group: bool = True) -> None:
+        await self._core.awake(self._box)
         await self._client.signal(number, group=group)
 
     async def aclose(self) -> None:
