@@ -58,6 +58,7 @@ async def test_copies_have_all_and_are_no_twins(settings: Settings, short_dir: P
         for name in names:
             assert await said(engine, name, "md5sum /dev/shm/p; cat /root/kept; echo $A") == f"{pattern}disk\nb\n"
             await output(engine, name, b"line 20\n")
+        assert len({await said(engine, name, "env | grep -v ^_= | sort") for name in names}) == 1
         for script in UNIQUE:
             answers = [await said(engine, name, script) for name in names]
             assert len(set(answers)) == len(names), (script, answers)

@@ -180,6 +180,27 @@ async def test_what_does_not_fit_is_refused_and_boots_from_its_disk(settings: Se
         assert await said(engine, "box", "cat /root/kept") == "kept\n"
 
 
+async def test_what_it_is_paused_in_is_gone(settings: Settings, short_dir: Path) -> None:
+    """The check sees it, and mends it: nothing brings the memory back, the disk is there."""
+    own = own_data(settings, short_dir)
+    async with opened(own) as engine:
+        box = await make(engine, name="box")
+        await said(engine, "box", "echo kept > /root/kept; sync")
+        await engine.pause(ADMIN, "box")
+        assert (await engine.upkeep.fsck(repair=False)).clean
+        place = saved(own, box.id)
+        (place / "state").unlink()
+        for repair in (False, True):
+            [found] = (await engine.upkeep.fsck(repair=repair)).differences
+            assert (found.kind, found.name, found.found, found.repaired) == ("saved", str(place), "no file state", repair)
+        stopped = await engine.get(ADMIN, "box")
+        assert stopped.state is S.STOPPED and stopped.error is not None and stopped.error.code == "saved_lost"
+        assert (await engine.upkeep.fsck(repair=False)).clean and not place.exists()
+        operation = await engine.start(ADMIN, "box")
+        await engine.wait_operation(ADMIN, operation.id, 300)
+        assert await said(engine, "box", "cat /root/kept") == "kept\n"
+
+
 async def test_a_pause_that_fails_lets_it_go_on(settings: Settings, short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = own_data(settings, short_dir)
     async with opened(own) as engine:

@@ -129,7 +129,7 @@ async def wake(
                 undo.push_async_callback(agent.aclose)
                 watch.lap("guest")
                 trace("resume.after_hello")
-                report = await _tell(agent, request, identity)
+                report = await _tell(agent, identity)
                 if identity.copy and report is not None and report.unhandled:
                     names = ", ".join(f"{one.name} ({one.detail})" for one in report.unhandled)
                     raise GuestError("copy_unsafe", f"the copy would be a twin: {names}", "see its console: stoker logs")
@@ -162,7 +162,7 @@ def _linked(file: Path | None, name: Path) -> bool:
     return True
 
 
-async def _tell(agent: Agent, request: MachineRequest, identity: Identity) -> Report | None:
+async def _tell(agent: Agent, identity: Identity) -> Report | None:
     """Before anything else is asked of it: who it is now, and what time. An older agent is told what it understands."""
     words = AfterRestore(
         entropy=os.urandom(64),
@@ -171,7 +171,6 @@ async def _tell(agent: Agent, request: MachineRequest, identity: Identity) -> Re
         hostname=identity.hostname,
         machine_id=os.urandom(16).hex() if identity.copy else None,
         drop_connections=identity.copy,
-        env=dict(request.env) if identity.copy else None,
     )
     try:
         return await agent.after_restore(words)

@@ -31,7 +31,7 @@ from stoker.vmm.memory import Delta, new_memory, sealed
 from stoker.vmm.memory_file import copy_memory, flatten, read_delta, write_delta
 from stoker.vmm.saved import digest_of_memory
 
-__all__ = ["Base", "Kept", "again", "differs", "keep", "load", "sealed_copy", "staging"]
+__all__ = ["Base", "Kept", "again", "differs", "keep", "load", "missing", "sealed_copy", "staging"]
 
 FORMAT: Final = 1
 MOST_DELTA: Final = 16 << 20
@@ -186,6 +186,22 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError):
         raise _damaged(directory, "its manifest") from None
     return dict(manifest)
+
+
+def missing(directory: Path) -> str:
+    """What is known to be lost of what was kept, without reading it; empty: nothing is."""
+    try:
+        files = read_manifest(directory)["files"]
+    except HostError as error:
+        return error.message
+    for name, part in files.items():
+        try:
+            size = os.stat(directory / name).st_size
+        except FileNotFoundError:
+            return f"no file {name}"
+        if size != part["size"]:
+            return f"{size} bytes of {name}, {part['size']} were written"
+    return ""
 
 
 def load(directory: Path, made_by: Mapping[str, Any]) -> Kept:

@@ -7,15 +7,20 @@ import os
 from functools import partial
 from typing import Final
 
+from stoker.api.models import SandboxState
 from stoker.engine.build import enter_unit
 from stoker.engine.core import Box, Places
+from stoker.engine.ending import detach, ended
 from stoker.engine.fsck.finding import Finding, Mend, Scene
 from stoker.engine.ledger import OF_A_MACHINE, Entry, Kind, Ledger
+from stoker.engine.pause import saved_place
 from stoker.engine.reconcile import settle
 from stoker.engine.release import CONSOLE, clear_directory, end_processes, release, shims
 from stoker.engine.state import TRANSIENT, WITH_MACHINE
 from stoker.engine.units import unit_name
+from stoker.errors import HostError
 from stoker.host.systemd import unit_of
+from stoker.vmm.kept import missing
 from stoker.vmm.shim import Supervised
 from stoker.vmm.shim import find as find_machine
 
@@ -54,7 +59,7 @@ async def examine(scene: Scene, box: Box) -> list[Finding]:
             ]
     elif record.boots:
         found = [*await _no_machine(scene, box, places, entries, machine), *_files(box, places, running=False)]
-        found += _booked(scene, box, places, entries, None)
+        found += [*_booked(scene, box, places, entries, None), *await _saved(scene, box)]
     else:
         found = await _nothing(scene, box, places, entries)
     return found + (_reservation(scene, box) if scene.online else [])
@@ -163,6 +168,27 @@ async def _no_machine(scene: Scene, box: Box, places: Places, entries: list[Entr
         what = ", ".join(left[:10])
         found.append(Finding("directory", str(places.directory), "its console only", what, box.id, "remove the rest", mend))
     return found
+
+
+async def _saved(scene: Scene, box: Box) -> list[Finding]:
+    """What a paused one is paused in is there. If not, nothing brings its memory back; its disk boots."""
+    core, label = scene.core, box.record.label
+    if box.record.state is not SandboxState.PAUSED:
+        return []
+    place = saved_place(core, box.record.saved)
+    scene.count("saved")
+    lost = await asyncio.to_thread(missing, place)
+    if not lost:
+        return []
+
+    async def mend() -> None:
+        error = HostError(
+            "saved_lost", f"what {label} was paused in is gone: {lost}", f"stoker start {label} boots it from its disk"
+        )
+        await detach(box, error)
+        await ended(core, box, SandboxState.STOPPED, error)
+
+    return [Finding("saved", str(place), "its memory and devices", lost, box.id, "stop it; its disk stays", mend)]
 
 
 async def _nothing(scene: Scene, box: Box, places: Places, entries: list[Entry]) -> list[Finding]:
