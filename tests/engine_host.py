@@ -82,7 +82,7 @@ class HostMachine:
     def memory(self) -> int:
         raise GuestError("memory_unknown", "there are no guests here")
 
-    async def flatten_disk(self, index: int) -> None:
+    async def flatten_disk(self, index: int, name: str) -> None:
         """An agent on the host has no disk of its own."""
 
     async def resize_disk(self, index: int, size: int) -> None:

@@ -11,6 +11,7 @@ from typing import Final
 
 from stoker.engine.core import Box, Core
 from stoker.errors import StokerError
+from stoker.storage.overlay import JOINED
 
 __all__ = ["depth", "flatten_in_time", "flatten_now"]
 
@@ -49,6 +50,6 @@ async def _flatten(core: Core, box: Box) -> None:
 async def _join(core: Core, box: Box) -> None:
     if box.live is None:
         return
-    await box.live.machine.flatten_disk(0)
+    await box.live.machine.flatten_disk(0, JOINED)
     # Until here the record names layers whose content is in the overlay as well: as right, only deeper.
     await asyncio.to_thread(lambda: core.pools.open(box.record.pool).streamed(box.id))

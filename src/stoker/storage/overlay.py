@@ -21,12 +21,14 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from stoker.errors import HostError, InvalidRequest
 from stoker.host.trace import declare, trace
 from stoker.storage.compose import Piece
 
 __all__ = [
+    "JOINED",
     "GROW",
     "CLUSTER",
     "Header",
@@ -50,6 +52,8 @@ MAX_SIZE = 64 << 40
 OFFSET, COMPRESSED, ZEROS = 0x00FFFFFFFFFFFE00, 1 << 62, 1
 """Of an entry in a table: where in the file; that its cluster is compressed; that it reads as zeros."""
 
+JOINED: Final = "stoker-base"
+"""What a virtual machine writes as the backing file's name when it joins layers. Nobody ever follows it."""
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 
 
@@ -134,11 +138,11 @@ def read_header(fd: int, path: Path) -> Header:
     length = os.fstat(fd).st_size
     if len(data) < _HEADER.size:
         raise _corrupt(path, "it is too short")
-    magic, version, _, _, bits, size, crypt, entries, l1, _, _, _, _, incompatible, _, _, order, _ = _HEADER.unpack(data)
+    magic, version, name, long, bits, size, crypt, entries, l1, _, _, _, _, incompatible, _, _, order, _ = _HEADER.unpack(data)
     if magic != b"QFI\xfb" or version != 3:
         raise _corrupt(path, "it is no qcow2 file of version 3")
-    # A backing file's name may have got into it: the virtual machine writes one when it joins layers. Nobody ever follows it.
-    if crypt or incompatible or bits != CLUSTER_BITS or order != 4:
+    foreign = name and (long != len(JOINED) or os.pread(fd, long, name) != JOINED.encode())
+    if foreign or crypt or incompatible or bits != CLUSTER_BITS or order != 4:
         raise _corrupt(path, "it is not one of this program's, or was found damaged by the virtual machine")
     if not 0 < size <= MAX_SIZE or size % 512 or entries * L2_COVERS < size or entries * 8 > MAX_SIZE // L2_COVERS * 8:
         raise _corrupt(path, f"it says to have {size} bytes in {entries} tables")

@@ -79,9 +79,9 @@ class Machine(Protocol):
         ``zeros``: see :func:`stoker.vmm.memory.capture`."""
         ...
 
-    async def flatten_disk(self, index: int) -> None:
+    async def flatten_disk(self, index: int, name: str) -> None:
         """Copies what lies in the layers of a disk into its own overlay, so that it stands on its base alone; the guest goes on
-        meanwhile, and is slower. Returns when it is done."""
+        meanwhile, and is slower. Returns when it is done. ``name`` is what the overlay's header calls the base from then on."""
         ...
 
     async def resize_disk(self, index: int, size: int) -> None:

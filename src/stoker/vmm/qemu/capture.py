@@ -65,12 +65,13 @@ async def top_nodes(qmp: Qmp) -> list[str]:
     return sorted(names, key=lambda name: int(name.removeprefix("disk").partition("-")[0]))
 
 
-async def stream(qmp: Qmp, index: int) -> None:
+async def stream(qmp: Qmp, index: int, name: str) -> None:
     """See :meth:`stoker.vmm.driver.Machine.flatten_disk`. A job that goes on when this is cancelled harms nobody."""
     top = (await top_nodes(qmp))[index]
     job = f"stream-{top}"
     base = f"disk{index}-base"
-    await qmp.execute("block-stream", job_id=job, device=top, base_node=base, auto_finalize=True, auto_dismiss=False)
+    ends = {"auto_finalize": True, "auto_dismiss": False}
+    await qmp.execute("block-stream", job_id=job, device=top, base_node=base, backing_file=name, **ends)
     while True:
         found = next((one for one in await qmp.execute("query-jobs") if one["id"] == job), None)
         if found is None or found["status"] == "concluded":

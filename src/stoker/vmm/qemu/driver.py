@@ -124,8 +124,8 @@ class QemuMachine:
     async def thaw(self) -> None:
         await (await self.qmp()).execute("cont")
 
-    async def flatten_disk(self, index: int) -> None:
-        await stream(await self.qmp(), index)
+    async def flatten_disk(self, index: int, name: str) -> None:
+        await stream(await self.qmp(), index, name)
 
     async def resize_disk(self, index: int, size: int) -> None:
         qmp = await self.qmp()
