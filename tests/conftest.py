@@ -17,7 +17,7 @@ import pytest
 
 from lab_inside import Inside, inside
 from lab_plugin import FLAVOURS, HostLab, of_flavour
-from leaks import HostObjects, assert_gone
+from leaks import HostObjects, assert_gone, end_left
 
 ROOT_VARIABLE = "STOKER_TEST_ROOT"
 
@@ -77,6 +77,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         for problem in problems:
             reporter.line(problem, red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    end_left(config.stash[_ROOT])
     shutil.rmtree(config.stash[_ROOT], ignore_errors=True)
 
 

@@ -39,6 +39,13 @@ class Daemon:
         assert answer is not None and "error" not in answer or answer and answer.get("error") is None, answer
         return answer
 
+    async def has_box(self, script: str = "") -> None:
+        """There is a sandbox ``box``, with a job if there is something to do."""
+        if not (await self.sure(do="list"))["boxes"]:
+            await self.sure(do="create", image="debian:12", name="box")
+            if script:
+                await self.sure(do="job", name="box", script=script)
+
     async def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()

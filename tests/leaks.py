@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -145,6 +147,13 @@ def wait_gone(find: Callable[[], list[str]], patience: float = PATIENCE) -> list
     while (found := find()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return found
+
+
+def end_left(root: Path) -> None:
+    """Ends what a session left, which was told: a daemon without its directories would go on for ever."""
+    for process in processes(root):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
 
 
 def assert_gone(root: Path, before: HostObjects) -> list[str]:

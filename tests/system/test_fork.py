@@ -143,9 +143,7 @@ async def test_what_cannot_be_copied_is_refused(settings: Settings, short_dir: P
 async def _crash(settings: Settings, point: str) -> None:
     data, run_dir = settings.data_dir, settings.run_dir
     async with daemon(data, run_dir, "real") as first:
-        if not (await first.sure(do="list"))["boxes"]:
-            await first.sure(do="create", image="debian:12", name="box")
-            await first.sure(do="job", name="box", script=COUNTER)
+        await first.has_box(COUNTER)
         await first.sure(do="arm", point=point)
         assert await first.ask(do="fork", name="box") is None
     async with Engine.open(settings, trace_kill="") as engine:

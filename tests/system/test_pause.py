@@ -230,9 +230,7 @@ async def _crash(settings: Settings, point: str) -> None:
     """A daemon that is killed at ``point``. What runs in the sandbox goes on, whatever was reached: paused or not, it is there."""
     data, run_dir = settings.data_dir, settings.run_dir
     async with daemon(data, run_dir, "real") as first:
-        if not (await first.sure(do="list"))["boxes"]:
-            await first.sure(do="create", image="debian:12", name="box")
-            await first.sure(do="job", name="box", script=COUNTER)
+        await first.has_box(COUNTER)
         if point.startswith("resume"):
             assert (await first.sure(do="pause", name="box"))["state"] == "paused"
         await first.sure(do="arm", point=point)

@@ -126,8 +126,7 @@ async def test_after_a_restart_and_when_it_does_not_fit(settings: Settings, shor
 async def _crash(settings: Settings, point: str) -> None:
     data, run_dir = settings.data_dir, settings.run_dir
     async with daemon(data, run_dir, "real") as first:
-        if not (await first.sure(do="list"))["boxes"]:
-            await first.sure(do="create", image="debian:12", name="box")
+        await first.has_box()
         removing = point in ("snapshot.after_unmark", "snapshot.after_gone")
         if removing:
             await first.sure(do="snapshot", name="box")

@@ -53,6 +53,7 @@ __all__ = [
     "enter_unit",
     "kept_rows",
     "let_go",
+    "made_in",
     "machine_request",
     "make_hub",
     "make_places",
@@ -64,9 +65,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 FAILED_KEPT: Final = 64
+"""Failed rows kept of one owner."""
 VMM_MOST: Final = 256 << 20
 """Bytes that a VMM may take besides the guest's memory and what it translates. (It is reckoned with much less.)"""
-"""Failed rows kept of one owner."""
 
 
 def begin(core: Core, box: Box, operation: Running, verb: str) -> None:
@@ -230,6 +231,13 @@ def attached(core: Core, record: Record, places: Places) -> tuple[Attached, ...]
     return tuple(disks)
 
 
+def made_in(db: sqlite3.Connection, places: Places, sandbox: str) -> None:
+    """All that a machine needs was made. Its process is not among it: that one has particulars."""
+    for kind, name in places.things(lease=False, sandbox=sandbox):
+        if kind is not Kind.PROCESS:
+            Ledger.live_in(db, sandbox, kind, name)
+
+
 async def running(core: Core, box: Box, booted: Booted, hub: Hub | None = None, rows: Mapping[int, Started] | None = None) -> None:
     """The machine answers: its row says so, and from now on it is watched. ``rows``: the background processes it has already."""
     places = core.places(box.id)
@@ -239,9 +247,7 @@ async def running(core: Core, box: Box, booted: Booted, hub: Hub | None = None, 
 
     def also(db: sqlite3.Connection) -> None:
         Ledger.live_in(db, box.id, Kind.PROCESS, str(places.directory), {"pid": identity.pid, "start": identity.start})
-        for kind, name in places.things(lease=False, sandbox=box.id):
-            if kind is not Kind.PROCESS:
-                Ledger.live_in(db, box.id, kind, name)
+        made_in(db, places, box.id)
         db.execute("DELETE FROM processes WHERE sandbox = ?", (box.id,))
         db.executemany("INSERT INTO processes (sandbox, number, started) VALUES (?, ?, ?)", values)
 

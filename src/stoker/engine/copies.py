@@ -95,8 +95,7 @@ async def intend(core: Core, records: list[Record], operation: Running, quota: Q
     events: list[Event] = []
     try:
         for box in boxes:
-            has, owner = box.record.resources, box.record.owner
-            core.admission.admit(box.id, owner=owner, memory=has.memory, cpus=has.cpus, disk=has.disk, quota=quota)
+            core.admit(box, quota)
 
         def work(db: sqlite3.Connection) -> None:
             for box in boxes:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from stoker.api.models import Origin, Principal, Sandbox, SandboxState, TimeoutAction, TimeoutMode
+from stoker.api.models import Origin, Principal, Quota, Sandbox, SandboxState, TimeoutAction, TimeoutMode
 from stoker.engine.admission import Admission, BootQueue
 from stoker.engine.consoles import Console
 from stoker.engine.database import Database
@@ -274,6 +274,13 @@ class Core:
         """Bytes that a sandbox's disks may come to take: its own, and its layer over its app."""
         app = record.request.app
         return record.resources.disk + (size_of(app_image(self.settings.data_dir, app)) if app is not None else 0)
+
+    def admit(self, box: Box, quota: Quota | None) -> None:
+        """Reserves what a sandbox's machine and disks may come to take. ``capacity_exhausted`` where there is not as much."""
+        record, has = box.record, box.record.resources
+        self.admission.admit(
+            record.id, owner=record.owner, memory=has.memory, cpus=has.cpus, disk=self.disk_of(record), quota=quota
+        )
 
     def ring(self) -> None:
         """Something changed: deadlines, machines."""

@@ -95,7 +95,7 @@ async def create(
     digest = digest_of(request)
     if key is not None and (former := await _former(core, who, key)) is not None:
         return _again(core, who, *former, digest)
-    core.admission.admit(box.id, owner=who.owner, memory=memory, cpus=request.cpus, disk=core.disk_of(record), quota=quota)
+    core.admit(box, quota)
     operation = core.operations.begin("create", who.owner, box.id)
     box.record = record = replace(record, operation=operation.value.id)
     event = core.events.make("sandbox.created", box.id, name=record.name, image=request.image)
@@ -170,10 +170,7 @@ async def start(core: Core, box: Box, quota: Quota | None) -> Operation:
     require(box.record, "start")
     async with box.lock:
         require(box.record, "start")
-        resources = box.record.resources
-        core.admission.admit(
-            box.id, owner=box.record.owner, memory=resources.memory, cpus=resources.cpus, disk=core.disk_of(box.record), quota=quota
-        )
+        core.admit(box, quota)
         operation = core.operations.begin("start", box.record.owner, box.id)
         try:
             places = core.places(box.id)

@@ -23,11 +23,11 @@ from stoker.engine.state import require, to_body
 from stoker.engine.trace import trace
 from stoker.engine.wake import Memory
 from stoker.errors import Conflict, HostError, StokerError
+from stoker.host.laps import Laps
 from stoker.vmm.driver import NextDisk
 from stoker.vmm.kept import MOST_DELTA, differs
 from stoker.vmm.memory import is_sealed, new_memory, sealed
 from stoker.vmm.memory_file import flatten
-from stoker.vmm.qemu.capture import Laps
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from stoker.api.models import Operation, SandboxState, TimeoutAction
-from stoker.engine.build import enter_machine, kept_rows, let_go, machine_request, make_hub, make_places, serve
+from stoker.engine.build import enter_machine, kept_rows, let_go, machine_request, made_in, make_hub, make_places, serve
 from stoker.engine.core import Booted, Box, Core, Live
 from stoker.engine.create import expiry
 from stoker.engine.ending import lay_down
@@ -40,8 +40,8 @@ from stoker.engine.trace import trace
 from stoker.engine.wake import Identity, certificate
 from stoker.errors import GuestError, HostError, StokerError
 from stoker.guest.copies import BeforeSnapshot
+from stoker.host.laps import Laps
 from stoker.vmm.kept import Base, keep
-from stoker.vmm.qemu.capture import Laps
 
 if TYPE_CHECKING:
     from stoker.api.models import Quota
@@ -250,10 +250,7 @@ async def resume(core: Core, box: Box, quota: Quota | None) -> Operation:
 
 async def _resume(core: Core, box: Box, quota: Quota | None) -> Operation:
     core.filling.check(box.record.pool)
-    resources = box.record.resources
-    core.admission.admit(
-        box.id, owner=box.record.owner, memory=resources.memory, cpus=resources.cpus, disk=resources.disk, quota=quota
-    )
+    core.admit(box, quota)
     operation = core.operations.begin("resume", box.record.owner, box.id)
     began = time.perf_counter()
     error: StokerError | None = None
@@ -334,11 +331,6 @@ async def _resumed(core: Core, box: Box, booted: Booted, operation: Running) -> 
     live.reached.set()
     rows = {} if known else await kept_rows(core, box)
 
-    def also(db: sqlite3.Connection) -> None:
-        for kind, name in places.things(lease=False, sandbox=box.id):
-            if kind is not Kind.PROCESS:
-                Ledger.live_in(db, box.id, kind, name)
-
     timeout = box.record.timeout
     again = timeout is not None and timeout.action is TimeoutAction.PAUSE
     try:
@@ -349,7 +341,7 @@ async def _resumed(core: Core, box: Box, booted: Booted, operation: Running) -> 
         await core.save(
             box,
             event="sandbox.state",
-            also=also,
+            also=lambda db: made_in(db, places, box.id),
             state=S.RUNNING,
             error=None,
             base=booted.base,

@@ -32,10 +32,10 @@ from stoker.engine.state import SnapshotRecord, new_id, require
 from stoker.engine.trace import trace
 from stoker.errors import Conflict, HostError, NotFound, StokerError
 from stoker.guest.copies import BeforeSnapshot
+from stoker.host.laps import Laps
 from stoker.vmm.driver import NextDisk
 from stoker.vmm.kept import Base, again, keep
 from stoker.vmm.memory import is_sealed
-from stoker.vmm.qemu.capture import Laps
 
 if TYPE_CHECKING:
     from stoker.engine.operations import Running

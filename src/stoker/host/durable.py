@@ -1,11 +1,14 @@
-"""Files that are whole or not there: written beside their place, synced, renamed."""
+"""Files and directories that are whole or not there: written beside their place, synced, renamed."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["sync_directory", "sync_filesystem", "write_atomically"]
+__all__ = ["sync_directory", "sync_filesystem", "whole_directory", "write_atomically", "write_synced"]
 
 
 def sync_directory(path: Path) -> None:
@@ -29,6 +32,30 @@ def sync_filesystem(path: Path) -> None:
             raise OSError(number, os.strerror(number), str(path))
     finally:
         os.close(fd)
+
+
+@contextmanager
+def whole_directory(directory: Path, staging: Path) -> Iterator[Path]:
+    """Makes ``directory``, which must not exist: what the caller writes (and syncs) in ``staging``, on the same file system, is
+    there when the block ends, and nothing when it fails. What a crash left at ``staging`` goes first."""
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(mode=0o700)
+    try:
+        yield staging
+        sync_directory(staging)
+        os.rename(staging, directory)
+        sync_directory(directory.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Writes a file whose directory is synced by the caller."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:

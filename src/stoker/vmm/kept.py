@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from stoker.errors import HostError
-from stoker.host.durable import sync_directory
+from stoker.host.durable import whole_directory, write_synced
 from stoker.host.process import boot_id
 from stoker.vmm.driver import Captured
 from stoker.vmm.memory import Delta, new_memory, sealed
@@ -72,10 +71,7 @@ def keep(directory: Path, base: Base, taken: Captured, made_by: Mapping[str, Any
 
     ``made_by`` has to be the same for whoever takes it up, ``about`` is told to whoever looks.
     """
-    place = staging(directory)
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(mode=0o700)
-    try:
+    with whole_directory(directory, staging(directory)) as place:
         linked = taken.delta.bytes <= MOST_DELTA and base.file is not None and _linked(base.file, place / "memory")
         parts: dict[str, Any] = {"state": _write(place / "state", taken.state)}
         if linked:
@@ -87,36 +83,21 @@ def keep(directory: Path, base: Base, taken: Captured, made_by: Mapping[str, Any
         else:
             parts["memory"] = _new_base(place / "memory", base.fd, taken.delta)
         manifest = {"format": FORMAT, "made_by": dict(made_by), **about, "files": parts, "memory_as": _as(place / "memory")}
-        _write(place / "manifest.json", json.dumps(manifest, indent=1).encode())
-        sync_directory(place)
-        os.rename(place, directory)
-        sync_directory(directory.parent)
-        return manifest
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
+        write_synced(place / "manifest.json", json.dumps(manifest, indent=1).encode())
+    return manifest
 
 
 def again(source: Path, directory: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     """The same once more, under another name: the base is linked to, the rest copied."""
-    place = staging(directory)
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(mode=0o700)
-    try:
+    with whole_directory(directory, staging(directory)) as place:
         manifest = {**read_manifest(source), **about}
         if not _linked(source / "memory", place / "memory"):
             raise HostError("host_failed", f"{source}/memory cannot be linked to", "see the daemon's log")
         for name in manifest["files"]:
             if name != "memory":
-                _write(place / name, (source / name).read_bytes())
-        _write(place / "manifest.json", json.dumps(manifest, indent=1).encode())
-        sync_directory(place)
-        os.rename(place, directory)
-        sync_directory(directory.parent)
-        return manifest
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
+                write_synced(place / name, (source / name).read_bytes())
+        write_synced(place / "manifest.json", json.dumps(manifest, indent=1).encode())
+    return manifest
 
 
 def _linked(file: Path, target: Path) -> bool:
@@ -139,10 +120,7 @@ def _new_base(path: Path, base: int, delta: Delta) -> dict[str, Any]:
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(path, data)
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

@@ -221,6 +221,14 @@ def _zero_ranges(address: int, length: int, found: list[tuple[int, int]], origin
             _zero_ranges(address + at, size, found, origin + at, max(PAGE, step // 16))
 
 
+def _between(ranges: list[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """What some ranges, in order, leave of a larger one."""
+    for low, high in [*ranges, (end, end)]:
+        if low > start:
+            yield start, low
+        start = high
+
+
 def _batches(offsets: array[int], lengths: array[int]) -> Iterator[tuple[int, int]]:
     """The runs in groups of at most `_BATCH` bytes: the numbers of the first and behind the last."""
     first = size = 0
@@ -246,14 +254,11 @@ def _without_zeros(pid: int, base: int, origin: int, delta: Delta, scratch: Scra
             for offset, length in zip(delta.offsets[first:last], lengths, strict=True):
                 blank: list[tuple[int, int]] = []
                 _zero_ranges(source + at, length, blank)
-                data = 0
-                for start, end in [*blank, (length, length)]:
-                    if start > data:
-                        kept.offsets.append(offset + data)
-                        kept.lengths.append(start - data)
-                        scratch.put(used, source + at + data, start - data)
-                        used += start - data
-                    data = end
+                for start, end in _between(blank, 0, length):
+                    kept.offsets.append(offset + start)
+                    kept.lengths.append(end - start)
+                    scratch.put(used, source + at + start, end - start)
+                    used += end - start
                 zeros += ((offset + start, offset + end) for start, end in blank)
                 at += length
         differing = [part for start, end in sorted(zeros) for part in _not_zero(base, start, end, source)]
@@ -281,11 +286,7 @@ def _not_zero(base: int, start: int, end: int, stage: int) -> Iterator[tuple[int
             raise HostError("memory_unreachable", "the base of a machine's memory is shorter than it was")
         blank: list[tuple[int, int]] = []
         _zero_ranges(stage, size, blank, start)
-        data = start
-        for first, last in [*blank, (start + size, start + size)]:
-            if first > data:
-                yield data, first
-            data = last
+        yield from _between(blank, start, start + size)
         start += size
 
 
@@ -301,9 +302,8 @@ def inject(pid: int, base: int, delta: Delta) -> None:
             pid, array("Q", (origin + offset for offset in delta.offsets)), delta.lengths, address_of(delta.data) + delta.start
         )
     if len(delta.zero_offsets):
-        zeros = mmap.mmap(-1, LONGEST, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for offset, length in zip(delta.zero_offsets, delta.zero_lengths, strict=True):
-            write_runs(pid, array("Q", (origin + offset,)), array("Q", (length,)), address_of(zeros))
+            write_runs(pid, array("Q", (origin + offset,)), array("Q", (length,)), _NOTHING)
 
 
 def is_sealed(fd: int) -> bool:

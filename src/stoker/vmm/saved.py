@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 from stoker.errors import HostError, StokerError
-from stoker.host.durable import sync_directory
+from stoker.host.durable import whole_directory, write_synced
 from stoker.host.reflink import data_ranges
 from stoker.vmm.machine import Accelerator, MachineSpec
 from stoker.vmm.memory import new_memory, sealed
@@ -95,11 +95,17 @@ def portable(spec: MachineSpec, qemu: QemuFacts) -> dict[str, Any]:
     return wanted
 
 
+@cache
 def _cpu() -> str:
-    """The host's processor, as far as a guest of KVM sees it."""
-    lines = Path("/proc/cpuinfo").read_text("utf-8").partition("\n\n")[0].splitlines()
-    kept = [line for line in lines if line.startswith(("vendor_id", "cpu family", "model", "stepping", "flags"))]
-    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
+    """The host's processor, as far as a guest of KVM sees it. The kernel asks each CPU as this is read: the first will do."""
+    found = []
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if not line.strip():
+                break
+            if line.startswith(("vendor_id", "cpu family", "model", "stepping", "flags")):
+                found.append(line.rstrip())
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
 
 
 def orphaned(directory: Path) -> str:
@@ -142,10 +148,9 @@ def save(directory: Path, memory: int, state: bytes, made_by: Mapping[str, Any],
     ``disk`` is the overlay that the machine wrote, of a few MiB.
     """
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    staging.mkdir(mode=0o700)
-    try:
+    with whole_directory(directory, staging) as place:
         size = os.fstat(memory).st_size
-        with open(staging / "memory", "wb") as file:
+        with open(place / "memory", "wb") as file:
             copy_memory(memory, file.fileno())
             os.fsync(file.fileno())
         manifest = {
@@ -153,19 +158,10 @@ def save(directory: Path, memory: int, state: bytes, made_by: Mapping[str, Any],
             "made_by": made_by,
             "memory": {"size": size, "sha256": digest_of_memory(memory)},
             "state": {"size": len(state), "sha256": hashlib.sha256(state).hexdigest()},
-            "disk": _save_disk(disk, staging / "disk") if disk is not None else None,
+            "disk": _save_disk(disk, place / "disk") if disk is not None else None,
         }
-        for name, data in (("state", state), ("manifest.json", json.dumps(manifest, indent=1).encode())):
-            with open(staging / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        sync_directory(staging)
-        os.rename(staging, directory)
-        sync_directory(directory.parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+        write_synced(place / "state", state)
+        write_synced(place / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 
 def _save_disk(source: Path, target: Path) -> dict[str, Any]:

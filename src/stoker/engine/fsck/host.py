@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from stoker.engine.fsck.finding import SANDBOX, Finding, Mend, Scene
+from stoker.engine.fsck.strays import listed
 from stoker.engine.ledger import Entry, Kind
 from stoker.engine.release import end_process, end_processes, release, shims_below
 from stoker.errors import Conflict
@@ -20,13 +21,6 @@ __all__ = ["clones", "directories", "entries", "processes", "runs"]
 
 OWNED: Final = re.compile(r"run-(\d{1,10})-(\d{1,20})(\.qcow2)?")
 """A machine of one command: named after the process that owns it (:mod:`stoker.engine.run`)."""
-
-
-def _names(directory: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(directory))
-    except FileNotFoundError:
-        return []
 
 
 def _still(scene: Scene, sandbox: str, path: Path) -> bool:
@@ -93,7 +87,7 @@ async def _second(scene: Scene, sandbox: str, identities: list[ProcessIdentity])
 async def directories(scene: Scene) -> list[Finding]:
     """``RUN_DIR/sandboxes``: one directory for each sandbox that ran."""
     below = scene.core.settings.run_dir / "sandboxes"
-    names = await asyncio.to_thread(_names, below)
+    names = await asyncio.to_thread(listed, below)
     await scene.core.ledger.all()  # the books, after the host
     scene.count("directory", len(names))
     found = []
@@ -116,7 +110,7 @@ async def clones(scene: Scene) -> list[Finding]:
     """``clones`` of every pool: one disk for each sandbox that ran."""
     found = []
     for place in scene.core.pools.directories():
-        names = await asyncio.to_thread(_names, place / "clones")
+        names = await asyncio.to_thread(listed, place / "clones")
         scene.count("clone", len(names))
         for sandbox in names:
             path = place / "clones" / sandbox
@@ -157,7 +151,7 @@ async def runs(scene: Scene) -> list[Finding]:
     settings = scene.core.settings
     found = []
     for place, kind in ((settings.run_dir / "runs", "directory"), (settings.data_dir / "runs", "clone")):
-        for name in await asyncio.to_thread(_names, place):
+        for name in await asyncio.to_thread(listed, place):
             match = OWNED.fullmatch(name)
             if match is None or _lives(int(match[1]), int(match[2])):
                 continue

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 from stoker.errors import GuestError
+from stoker.host.laps import Laps
 from stoker.vmm.driver import Captured, NextDisk
 from stoker.vmm.memory import Delta, Scratch, capture, changed_bytes
 from stoker.vmm.qemu.qmp import Qmp
@@ -19,21 +20,6 @@ __all__ = ["capture_machine", "device_state", "top_nodes"]
 LOOK = 0.05
 SPARE = 16 << 20
 """What a guest may change between the look at how much there is and the stop, before the copy gets slower."""
-
-
-class Laps:
-    """Seconds by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def lap(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = time.perf_counter() - began
 
 
 async def _target(qmp: Qmp, undo: AsyncExitStack) -> tuple[int, str]:
