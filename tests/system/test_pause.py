@@ -210,7 +210,7 @@ async def test_a_pause_that_fails_lets_it_go_on(settings: Settings, short_dir: P
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("stoker.vmm.kept.sync_directory", full)
+        monkeypatch.setattr("stoker.host.durable.sync_directory", full)
         with pytest.raises(HostError, match="No space left"):
             await engine.pause(ADMIN, "box")
         assert (await engine.get(ADMIN, "box")).state is S.RUNNING

@@ -40,13 +40,15 @@ def whole_directory(directory: Path, staging: Path) -> Iterator[Path]:
     there when the block ends, and nothing when it fails. What a crash left at ``staging`` goes first."""
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(mode=0o700)
+    made = staging
     try:
         yield staging
         sync_directory(staging)
         os.rename(staging, directory)
+        made = directory
         sync_directory(directory.parent)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
         raise
 
 

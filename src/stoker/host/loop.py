@@ -24,7 +24,7 @@ from stoker.host.lock import try_flock
 __all__ = ["Loop", "attach", "backing_of", "detach", "find", "listed", "opened", "refresh_size"]
 
 CONTROL = "/dev/loop-control"
-BLOCKS = Path("/sys/block")
+BLOCKS = "/sys/block"
 LOOP_CLR_FD, LOOP_GET_STATUS64, LOOP_SET_CAPACITY, LOOP_CONFIGURE, LOOP_CTL_GET_FREE = 0x4C01, 0x4C05, 0x4C07, 0x4C0A, 0x4C82
 READ_ONLY, AUTOCLEAR, DIRECT_IO = 1, 4, 16
 _INFO = struct.Struct("=5Q4I64s64s32s2Q")
@@ -46,6 +46,14 @@ class Loop:
     @property
     def path(self) -> Path:
         return Path(f"/dev/loop{self.number}")
+
+    def is_on(self, path: Path) -> bool:
+        """Whether it is exactly this file that is behind it."""
+        try:
+            found = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return (self.device, self.inode) == (found.st_dev, found.st_ino)
 
 
 def _decoded(device: int) -> int:
@@ -97,24 +105,23 @@ def backing_of(number: int) -> Loop | None:
 
 def listed() -> Iterator[tuple[int, str]]:
     """Attached loop devices: number and the name of the file behind (as sysfs gives it)."""
-    for entry in sorted(BLOCKS.glob("loop*/loop/backing_file")):
+    for number in sorted(int(name[4:]) for name in os.listdir(BLOCKS) if name.startswith("loop") and name[4:].isdigit()):
         try:
-            name = entry.read_text().rstrip("\n")
+            with open(f"{BLOCKS}/loop{number}/loop/backing_file", "rb") as file:
+                name = os.fsdecode(file.read()).rstrip("\n")
         except OSError as e:
             if e.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
-                continue  # detached meanwhile
+                continue  # free, or detached meanwhile
             raise
-        yield int(entry.parts[-3].removeprefix("loop")), name
+        yield number, name
 
 
 def find(path: Path) -> list[Loop]:
     """The loop devices that have exactly this file behind them."""
-    try:
-        wanted = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return []
     found = (backing_of(number) for number, name in listed())
-    return [loop for loop in found if loop is not None and (loop.device, loop.inode) == (wanted.st_dev, wanted.st_ino)]
+    return [loop for loop in found if loop is not None and loop.is_on(path)]
 
 
 def _free_number(control: int) -> int:

@@ -20,6 +20,7 @@ from stoker.host import devicemapper as dm
 from stoker.host import loop
 from stoker.host.devicemapper import Target
 from stoker.host.loop import Loop
+from stoker.host.priority import urgent
 from stoker.host.reflink import data_ranges, share, sparse_copy
 from stoker.host.trace import declare, trace
 from stoker.storage.compose import Piece, compose
@@ -58,10 +59,13 @@ class SnapshotDevices:
         self._layout = layout
         self._lock = threading.Lock()
         """Held while devices are made and removed: a base's loop device must not go between being found and being used."""
+        self._loops: dict[Path, int] = {}
+        """The loop devices of bases as they were last seen: looking through all of a host's takes longer with each clone."""
 
     def _device(self, name: str) -> str:
         return f"stoker-{self._layout.id}-{name}"
 
+    @urgent()
     def clone(self, base: Base, name: str, size: int) -> Clone:
         size = raised_to(size, base.size)
         record = Record(Strategy.DM_SNAPSHOT, size, self._layout.base_key(base), "", "disk.0")
@@ -91,12 +95,21 @@ class SnapshotDevices:
         return self._activated(new)
 
     def _activated(self, name: str) -> Clone:
-        """A new clone with its device, or nothing of it."""
+        """A new clone with its device, or nothing of it. Nobody can have its file behind a device yet: none is looked for."""
+        record = self._layout.record(name)
+        path, base = self._layout.disk(name, record), self._layout.base_path(record.key)
         try:
-            return self.open(name)
+            try:
+                with self._lock, no_space():
+                    device = self._activate(name, record, path, base)
+            except HostError as error:
+                if error.code != "device_exists":
+                    raise
+                return self.open(name)  # left by somebody who was killed
         except BaseException:
             self.remove(name)
             raise
+        return _clone(name, device, record)
 
     def open(self, name: str) -> Clone:
         self._layout.check()
@@ -120,19 +133,15 @@ class SnapshotDevices:
                 raise HostError(
                     "clone_corrupt", f"the disk {name} was given up by the kernel", "dmesg says why; remove its sandbox"
                 )
-        return Clone(name, Strategy.DM_SNAPSHOT, dm.node(device), "raw", (), record.size)
+        return _clone(name, device, record)
 
     def _is_ours(self, device: str, path: Path) -> bool:
         """Whether a device's store is this very file."""
-        lines = dm.table(device)
-        if len(lines) != 1 or lines[0].kind != "snapshot":
-            return False
-        found, meant = loop.backing_of(int(lines[0].words.split()[1].partition(":")[2])), os.stat(path)
-        return found is not None and (found.device, found.inode) == (meant.st_dev, meant.st_ino)
+        return (found := _store_of(device)) is not None and found.is_on(path)
 
     def _activate(self, name: str, record: Record, path: Path, base: Path) -> dm.Device:
         with ExitStack() as stack:
-            below = _shared_loop(base, stack)
+            below = self._base(base, stack)
             store = stack.enter_context(loop.opened(path, direct=True))
             trace("device.after_loops")
             origin = self._origin(name, record, base, below)
@@ -143,7 +152,7 @@ class SnapshotDevices:
 
     def _reload(self, name: str, record: Record, base: Path, store: Loop, stack: ExitStack) -> None:
         """The device of a clone as its record says; it goes on if it was suspended."""
-        origin = self._origin(name, record, base, _shared_loop(base, stack))
+        origin = self._origin(name, record, base, self._base(base, stack))
         dm.replace(self._device(name), self._table(record, origin, store))
 
     def sweep(self) -> None:
@@ -173,11 +182,25 @@ class SnapshotDevices:
             dm.replace(origin, lines)
         return f"{os.major(device.number)}:{os.minor(device.number)}"
 
+    def _base(self, path: Path, stack: ExitStack) -> Loop:
+        """The one read-only loop device of a base: the one there is, or a new one that lasts as long as somebody uses it."""
+        known = self._loops.get(path)
+        found = loop.backing_of(known) if known is not None else None
+        if found is None or not (found.read_only and found.is_on(path)):
+            found = next((one for one in loop.find(path) if one.read_only), None)
+        if found is None:
+            found = stack.enter_context(loop.opened(path, read_only=True))
+        self._loops[path] = found.number
+        return found
+
     def _deactivate(self, name: str, path: Path) -> None:
-        dm.remove(self._device(name))
-        dm.remove(f"{self._device(name)}-base")
+        device = self._device(name)
+        store = _store_of(device) if dm.find(device) is not None else None
+        dm.remove(device)
+        dm.remove(f"{device}-base")
         trace("device.after_remove")
-        for found in loop.find(path):
+        # It goes with its device; one without a device was left by somebody who was killed.
+        for found in [store] if store is not None and store.is_on(path) else loop.find(path):
             loop.detach(found)
         trace("device.after_detach")
 
@@ -259,9 +282,13 @@ def _copy(source: int, target: int) -> None:
         sparse_copy(source, target)
 
 
-def _shared_loop(path: Path, stack: ExitStack) -> Loop:
-    """The one read-only loop device of a base: the one there is, or a new one that lasts as long as somebody uses it."""
-    for found in loop.find(path):
-        if found.read_only:
-            return found
-    return stack.enter_context(loop.opened(path, read_only=True))
+def _clone(name: str, device: dm.Device, record: Record) -> Clone:
+    return Clone(name, Strategy.DM_SNAPSHOT, dm.node(device), "raw", (), record.size)
+
+
+def _store_of(device: str) -> Loop | None:
+    """The loop device with the copy-on-write file of a snapshot device."""
+    lines = dm.table(device)
+    if len(lines) != 1 or lines[0].kind != "snapshot":
+        return None
+    return loop.backing_of(int(lines[0].words.split()[1].partition(":")[2]))
