@@ -266,6 +266,8 @@ bool machine_id_known(void);
 bool machine_id_set(const char *id);
 bool sshd_installed(void);
 bool host_keys_write(const struct mp *keys, struct failure *f);
+bool host_keys_wanted(const struct mp *m);
+void host_keys_list(struct mp_writer *w); /* a pair of a map */
 unsigned host_keys(const struct mp *keep, bool remove); /* how many files there are besides those to keep */
 bool machine_id_and_keys(const struct mp *m, struct failure *f);
 

@@ -388,6 +388,17 @@ void call_after_restore(uint32_t r, const struct mp *m)
 		reply(r, &report.w);
 		return;
 	}
+	if (agent.mode == MODE_INIT && host_keys_wanted(m)) {
+		/* Nothing is done until it comes again with them, but that nobody here draws the original's random numbers meanwhile. */
+		struct mp entropy = mp_get(m, "entropy");
+		add_entropy(&entropy);
+		mpw_init(&report.w, buffer, sizeof buffer);
+		mpw_map(&report.w, 1);
+		host_keys_list(&report.w);
+		done = false;
+		reply(r, &report.w);
+		return;
+	}
 	/* A snapshot that the host did not wait for: it is the original's, not ours. */
 	hooks_abandon();
 	if (quiet.fd >= 0)

@@ -400,6 +400,32 @@ unsigned host_keys(const struct mp *keep, bool remove)
 	return n;
 }
 
+/* A copy of a machine with host keys, whose host asks first, and has made none yet. */
+bool host_keys_wanted(const struct mp *m)
+{
+	struct mp keys = mp_get(m, "ssh_host_keys"), none = {.type = MP_MISSING};
+	return mp_bool_or(m, "ask_keys", false) && (keys.type != MP_ARRAY || !keys.count) && sshd_installed() && host_keys(&none, false);
+}
+
+void host_keys_list(struct mp_writer *w)
+{
+	unsigned n = 0;
+	mpw_str(w, "ssh_host_keys");
+	size_t mark = mpw_open_array(w);
+	DIR *d = opendir(SSH_KEYS);
+	for (struct dirent *e; d && n < KEYS_MAX && (e = readdir(d));) {
+		char path[128];
+		if (!is_host_key(e->d_name) || strstr(e->d_name, ".pub"))
+			continue;
+		text_format(path, sizeof path, "%s/%s", SSH_KEYS, e->d_name);
+		mpw_clean(w, path);
+		n++;
+	}
+	if (d)
+		closedir(d);
+	mpw_close(w, mark, n);
+}
+
 bool host_keys_write(const struct mp *keys, struct failure *f)
 {
 	const uint8_t *at = keys->body;

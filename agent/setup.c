@@ -132,7 +132,8 @@ static bool prepare_machine(const struct mp *m, bool network, bool own_files, st
 	return true;
 }
 
-static bool configure_machine(const struct mp *m, struct laps *l, struct failure *f)
+/* ``wanted``: it stays prepared, until the same comes again with the host keys that its disk is to have. */
+static bool configure_machine(const struct mp *m, struct laps *l, bool *wanted, struct failure *f)
 {
 	struct mp root = mp_get(m, "root"), network = mp_get(m, "network"), entropy = mp_get(m, "entropy"), realtime = mp_get(m, "realtime"),
 		  modules = mp_get(m, "modules"), mounts = mp_get(m, "mounts");
@@ -155,6 +156,11 @@ static bool configure_machine(const struct mp *m, struct laps *l, struct failure
 	if (copy && root.type == MP_MAP && !was_told(&told_root, &root))
 		return fail(f, "bad_request", EINVAL, "root: this machine was prepared with another one");
 	lap(l, "root");
+	*wanted = host_keys_wanted(m);
+	if (*wanted) {
+		remember_told(&told_root, &root);
+		return true;
+	}
 	if (!mount_all(&mounts, f))
 		return false;
 	lap(l, "mounts");
@@ -194,7 +200,7 @@ void call_configure(uint32_t request, const struct mp *m)
 {
 	struct failure f = {0};
 	struct laps laps;
-	uint8_t buffer[256];
+	uint8_t buffer[4096];
 	struct mp_writer w;
 	laps_begin(&laps);
 	if (agent.configured) {
@@ -207,12 +213,19 @@ void call_configure(uint32_t request, const struct mp *m)
 		reply_error(request, "bad_request", EINVAL, "init is agent or image");
 		return;
 	}
-	if (!remember(m, &f) || (agent.mode == MODE_INIT && (!configure_machine(m, &laps, &f) || (beside && !hand_over(&f))))) {
+	bool wanted = false, init_mode = agent.mode == MODE_INIT;
+	if (!remember(m, &f) || (init_mode && (!configure_machine(m, &laps, &wanted, &f) || (!wanted && beside && !hand_over(&f))))) {
 		reply_error(request, f.code, f.error, "%s", f.message);
 		return;
 	}
-	agent.configured = true;
 	mpw_init(&w, buffer, sizeof buffer);
+	if (wanted) {
+		mpw_map(&w, 1);
+		host_keys_list(&w);
+		reply(request, &w);
+		return;
+	}
+	agent.configured = true;
 	mpw_map(&w, 2);
 	laps_write(&w, &laps);
 	mpw_key_bool(&w, "pid1", agent.mode == MODE_INIT && !agent.beside);

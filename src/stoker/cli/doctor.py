@@ -45,6 +45,7 @@ def _tools(settings: Settings) -> tuple[Tool, ...]:
         Tool("ip", "iproute2", "looking into networks by hand", ("-V",)),
         Tool("mkfs.xfs", "xfsprogs", "an XFS pool with reflink", ("-V",)),
         Tool("ssh", "openssh-client", "stoker ssh", ("-V",)),
+        Tool("ssh-keygen", "openssh-client", "copies of machines with an SSH server", ()),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from stoker.engine.start import Started, Watch, explained, start
 from stoker.engine.state import Attached
 from stoker.engine.trace import trace
 from stoker.errors import InvalidRequest
+from stoker.guest.copies import booted_copy
 from stoker.guest.messages import Configuration, Mount, NetworkConfiguration, Resolver, RootMount
 from stoker.host.binaries import agent_path
 from stoker.images.initramfs import build_initramfs
@@ -32,8 +34,9 @@ from stoker.vmm.machine import Disk, Gate, MachineSpec, UserNetwork
 if TYPE_CHECKING:
     from stoker.engine.golden import Goldens
     from stoker.engine.pools import MakeDisk
-    from stoker.guest.agent import Agent
+    from stoker.guest.agent import Agent, MakeKeys
     from stoker.guest.copies import Report
+    from stoker.guest.messages import Text
     from stoker.images.kernel import Kernel
     from stoker.images.rootfs import RootFilesystem
     from stoker.settings import Settings
@@ -74,6 +77,8 @@ class MachineRequest:
     attached: tuple[Attached, ...] = ()
     base_file: Path | None = None
     """Where a file of its memory's base gets another name, if there is one."""
+    keys: MakeKeys | None = None
+    """Of a machine whose memory or disk is another's: ids and ssh host keys are not left as they are there."""
 
 
 @dataclass(slots=True)
@@ -92,7 +97,7 @@ class LiveMachine:
     base: str = ""
     """The digest of what ``base_file`` is a name of."""
     report: Report | None = None
-    """What the guest did when it came back from memory."""
+    """What became of what would make it a twin, where its memory or disk is another's."""
     held: ExitStack = field(default_factory=ExitStack)
     """Keeps its image and kernel from being removed until it is closed: by then a row names them, or the machine is gone."""
 
@@ -146,6 +151,7 @@ def configuration(request: MachineRequest, rootfs: RootFilesystem, network: User
         env=env,
         entropy=os.urandom(64),
         boot_id=str(uuid.uuid4()),
+        machine_id=os.urandom(16).hex() if request.keys is not None else "",
         realtime=time.time_ns(),
         user=request.user or rootfs.user or "root",
         workdir=request.workdir or rootfs.workdir or "",
@@ -289,7 +295,9 @@ async def _boot(
     made = await plan(request, settings, directory, disk, watch, held, report, detached=detached, cgroup=cgroup)
     words = configuration(request, made.rootfs, made.network)
     shape = await _shape(request, made.spec, words, made.clone, settings) if goldens is not None else None
-    up = await _bring_up(made.spec, settings, words, watch, goldens, shape, request.base_file)
+    fresh: list[str] = []
+    keys = _told(request.keys, fresh) if request.keys is not None else None
+    up = await _bring_up(made.spec, settings, words, watch, goldens, shape, request.base_file, keys)
     if goldens is not None and shape is not None and not up.golden:
         goldens.learn(shape)
     return LiveMachine(
@@ -303,7 +311,19 @@ async def _boot(
         made.spec.accelerator.value,
         up.golden,
         up.base,
+        booted_copy(fresh) if keys is not None else None,
     )
+
+
+def _told(keys: MakeKeys, files: list[str]) -> MakeKeys:
+    """The same, which notes down what it made."""
+
+    async def make(paths: Sequence[str]) -> Sequence[tuple[str, int, Text]]:
+        made = await keys(paths)
+        files.extend(path for path, _, _ in made)
+        return made
+
+    return make
 
 
 async def _shape(
@@ -325,6 +345,7 @@ async def _bring_up(
     goldens: Goldens | None = None,
     shape: Shape | None = None,
     base_file: Path | None = None,
+    keys: MakeKeys | None = None,
 ) -> Started:
     """Starts a machine and configures its guest; a failure ends it again."""
     async with AsyncExitStack() as undo:
@@ -333,7 +354,7 @@ async def _bring_up(
         undo.push_async_callback(up.machine.kill)
         undo.push_async_callback(up.agent.aclose)
         async with explained(up.machine, settings):
-            await up.agent.configure(words)
+            await up.agent.configure(words, keys=keys)
         watch.lap("configure")
         trace("boot.after_configure")
         undo.pop_all()

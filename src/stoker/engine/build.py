@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import msgspec
@@ -23,6 +23,7 @@ from msgspec.structs import replace
 
 import stoker
 from stoker.api.models import (
+    Origin,
     SandboxState,
     Versions,
 )
@@ -35,6 +36,7 @@ from stoker.engine.release import release
 from stoker.engine.state import Attached, Record, to_body
 from stoker.engine.trace import trace
 from stoker.engine.volume_files import volume_path, volume_ready
+from stoker.engine.wake import certificate
 from stoker.engine.watch import watch
 from stoker.errors import Conflict, HostError, InternalError, StokerError
 from stoker.host import cgroups
@@ -220,6 +222,7 @@ def machine_request(core: Core, record: Record, places: Places, *, copied: bool 
         init=request.init.value,
         attached=attached(core, record, places),
         base_file=places.memory,
+        keys=core.host_keys.take if copied and not record.boots else None,
     )
 
 
@@ -277,6 +280,7 @@ async def running(core: Core, box: Box, booted: Booted, hub: Hub | None = None, 
             resources=replace(record.resources, disk=booted.disk or record.resources.disk),
             origin=booted.origin,
             timings=booted.milliseconds(),
+            **_identity(record, booted),
             versions=Versions(
                 daemon=stoker.__version__,
                 agent=welcome.agent,
@@ -296,6 +300,14 @@ async def running(core: Core, box: Box, booted: Booted, hub: Hub | None = None, 
     trace("create.after_running" if record.boots == 0 else "start.after_running")
     if record.request.start and booted.command:
         await _main(core, box, live, booted.command)
+
+
+def _identity(record: Record, booted: Booted) -> dict[str, Any]:
+    """Of a copy that ran for the first time: which restore this is, and what became of each hazard."""
+    if not record.parent or record.boots:
+        return {}
+    generation = record.generation + 1 if booted.origin in (Origin.FORK, Origin.SNAPSHOT) else 0
+    return {"generation": generation, "certificate": certificate(booted.report, generation)}
 
 
 def serve(core: Core, box: Box, live: Live) -> None:

@@ -25,7 +25,7 @@ from stoker.engine.core import Box, Core, put
 from stoker.engine.create import expiry, settled
 from stoker.engine.ledger import Ledger
 from stoker.engine.state import Record, new_id
-from stoker.engine.wake import Identity, certificate
+from stoker.engine.wake import Identity
 from stoker.errors import Conflict, StokerError
 
 if TYPE_CHECKING:
@@ -187,5 +187,3 @@ async def _make(core: Core, box: Box, source: str, memory: Path | TakeMemory, ro
                 await booted.agent.aclose()
                 await booted.machine.close()
             raise
-    generation = box.record.generation + 1
-    await core.save(box, generation=generation, certificate=certificate(booted.report, generation))

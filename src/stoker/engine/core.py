@@ -26,6 +26,7 @@ from stoker.engine.consoles import Console
 from stoker.engine.database import Database
 from stoker.engine.events import Events
 from stoker.engine.filling import Filling
+from stoker.engine.host_keys import HostKeys
 from stoker.engine.ledger import Entry, Kind, Ledger
 from stoker.engine.metrics import Rings
 from stoker.engine.operations import Operations
@@ -200,6 +201,7 @@ class Core:
         self.ledger = Ledger(database)
         self.pools = Pools(settings)
         self.filling = Filling(self)
+        self.host_keys = HostKeys(settings.data_dir)
         self.admission = Admission(settings)
         self.queue = BootQueue(boots)
         self.events = Events()

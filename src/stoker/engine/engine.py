@@ -110,12 +110,14 @@ class Engine:
         trace_kill: str | None = None,
         boots: int | None = None,
         make_pool: bool = False,
+        keys_ahead: bool = False,
     ) -> AsyncIterator[Engine]:
         """Opens the engine of ``settings.data_dir``.
 
         ``lease_grace``: seconds a lease may be without a holder, at first and after a restart. ``trace_kill``: a point of
         :mod:`stoker.engine.trace` at which this process is to be killed (tests). ``boots``: how many at a time.
         ``make_pool``: in the background, a pool is made where the settings want one and there is none.
+        ``keys_ahead``: likewise ssh host keys for copies; without, each is made when it is wanted.
         Errors: ``engine_running``, ``database_newer``, ``database_corrupt``, ``directory_refused``.
         """
         import os
@@ -147,6 +149,8 @@ class Engine:
             await engine._begin()
             if make_pool:
                 core.spawn(engine.pools.make_by_itself(), "pool")
+            if keys_ahead:
+                core.spawn(core.host_keys.keep_filled(), "host keys")
             yield engine
 
     async def _begin(self) -> None:
@@ -160,6 +164,7 @@ class Engine:
         await self.pools.begin()
         await self.volumes.begin()
         await self.snapshots.begin()
+        await asyncio.to_thread(core.host_keys.sweep)
         await self.apps.begin()
         await reconcile(core)
         await asyncio.to_thread(sweep_apps, core.settings.data_dir)

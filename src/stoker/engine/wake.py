@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stoker.engine.bases import Bases
     from stoker.engine.boot import MachineRequest
     from stoker.engine.pools import MakeDisk
-    from stoker.guest.agent import Agent
+    from stoker.guest.agent import Agent, MakeKeys
     from stoker.guest.copies import Report
     from stoker.images.progress import Progress
     from stoker.settings import Settings
@@ -129,7 +129,7 @@ async def wake(
                 undo.push_async_callback(agent.aclose)
                 watch.lap("guest")
                 trace("resume.after_hello")
-                report = await _tell(agent, identity)
+                report = await _tell(agent, identity, request.keys)
                 if identity.copy and report is not None and report.unhandled:
                     names = ", ".join(f"{one.name} ({one.detail})" for one in report.unhandled)
                     raise GuestError("copy_unsafe", f"the copy would be a twin: {names}", "see its console: stoker logs")
@@ -162,7 +162,7 @@ def _linked(file: Path | None, name: Path) -> bool:
     return True
 
 
-async def _tell(agent: Agent, identity: Identity) -> Report | None:
+async def _tell(agent: Agent, identity: Identity, keys: MakeKeys | None) -> Report | None:
     """Before anything else is asked of it: who it is now, and what time. An older agent is told what it understands."""
     words = AfterRestore(
         entropy=os.urandom(64),
@@ -173,7 +173,7 @@ async def _tell(agent: Agent, identity: Identity) -> Report | None:
         drop_connections=identity.copy,
     )
     try:
-        return await agent.after_restore(words)
+        return await agent.after_restore(words, keys=keys)
     except StokerError as error:
         if error.code != "unsupported":
             raise

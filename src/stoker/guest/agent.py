@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -28,9 +29,11 @@ from stoker.guest.streams import OutputStream, gone
 if TYPE_CHECKING:
     from stoker.guest.channel import Channel
 
-__all__ = ["Agent", "Completed", "Process"]
+__all__ = ["Agent", "Completed", "MakeKeys", "Process"]
 
 log = logging.getLogger(__name__)
+MakeKeys = Callable[[Sequence[str]], Awaitable[Sequence[tuple[str, int, m.Text]]]]
+"""Makes ssh host keys in place of those at these paths, which a guest has named: path, mode and content of each file."""
 MAX_LISTED: Final = 16384
 CLOCK_SLACK: Final = 0.01
 """Seconds that a message with the time may take; after that the clock is set again."""
@@ -144,13 +147,22 @@ class Agent(Caller):
 
     # -- calls ------------------------------------------------------------------------------------------------------------------
 
-    async def configure(self, configuration: Configuration, *, timeout: float = 60.0) -> bool:
-        """Makes the fresh guest this machine (root, name, network, time). True when the agent is the guest's init."""
+    async def configure(self, configuration: Configuration, *, keys: MakeKeys | None = None, timeout: float = 60.0) -> bool:
+        """Makes the fresh guest this machine (root, name, network, time). True when the agent is the guest's init.
+
+        With ``keys`` its disk is another machine's: the ssh host keys on it are replaced by those that this makes.
+        """
         if configuration.realtime:
             configuration = msgspec.structs.replace(configuration, realtime=time.time_ns())
+        configuration = msgspec.structs.replace(configuration, ask_keys=keys is not None)
         began = time.monotonic()
-        number = self._begin("configure", m.encode_map(configuration), m.Configured)
-        configured: m.Configured = await self._finish(number, timeout)
+        configured: m.Configured = await self._finish(self._begin("configure", m.encode_map(configuration), m.Configured), timeout)
+        if keys is not None and configured.ssh_host_keys is not None:
+            configuration = msgspec.structs.replace(configuration, ssh_host_keys=await keys(configured.ssh_host_keys))
+            number = self._begin("configure", m.encode_map(configuration), m.Configured)
+            configured = await self._finish(number, timeout)
+            if configured.ssh_host_keys is not None:
+                raise protocol_error("it wants host keys again")
         if configuration.realtime and time.monotonic() - began > CLOCK_SLACK:
             self.post("time", realtime=time.time_ns())
         return configured.pid1
@@ -170,17 +182,24 @@ class Agent(Caller):
         """Thaws the file systems of the machine that goes on. (In its copies ``after_restore`` does.)"""
         return (await self.call(Report, "after_snapshot")).clean()
 
-    async def after_restore(self, words: AfterRestore, *, timeout: float = 300.0) -> Report:
+    async def after_restore(self, words: AfterRestore, *, keys: MakeKeys | None = None, timeout: float = 300.0) -> Report:
         """Tells a machine that came back from memory who it is; to be called before anything else on the first connection.
 
-        The agent answers nothing else before this is done. When the connection is lost meanwhile, the same ``words`` may be sent
-        again on the next one: what was done is not done twice.
+        ``keys`` makes new ssh host keys where the machine has some. The agent answers nothing else before this is done. When the
+        connection is lost meanwhile, the same ``words`` may be sent again on the next one: what was done is not done twice.
         """
         if not words.realtime:
             words = msgspec.structs.replace(words, realtime=time.time_ns())
+        words = msgspec.structs.replace(words, ask_keys=keys is not None)
         began = time.monotonic()
-        number = self._begin("after_restore", words.wire(), Report)
-        report: Report = await self._finish(number, timeout)
+        report: Report = await self._finish(self._begin("after_restore", words.wire(), Report), timeout)
+        if keys is not None and report.ssh_host_keys is not None:
+            made = await keys(report.ssh_host_keys)
+            # No random number of the kernel's is drawn from the same words twice.
+            words = msgspec.structs.replace(words, ssh_host_keys=made, entropy=os.urandom(64))
+            report = await self._finish(self._begin("after_restore", words.wire(), Report), timeout)
+            if report.ssh_host_keys is not None:
+                raise protocol_error("it wants host keys again")
         if time.monotonic() - began > CLOCK_SLACK:
             # The message was on its way for a while, in memory that was cold.
             await self.set_time()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
 
-from stoker.guest.messages import Count, NetworkConfiguration, Resolver, Short, Text, call, printable
+from stoker.guest.messages import Count, HostKeys, NetworkConfiguration, Resolver, Short, Text, call, printable
 
-__all__ = ["AfterRestore", "BeforeSnapshot", "Hazard", "Report"]
+__all__ = ["AfterRestore", "BeforeSnapshot", "Hazard", "Report", "booted_copy"]
 
 
 class BeforeSnapshot(Struct, frozen=True):
@@ -59,6 +60,8 @@ class AfterRestore(Struct, frozen=True):
     """All of /etc/hosts; without it, the old host name in it is replaced by the new one."""
     ssh_host_keys: Sequence[tuple[str, int, Text]] = ()
     """(path, mode, content) of each file; a host key that is not among them is removed."""
+    ask_keys: bool = False
+    """Where there are host keys and none are given, say which, do nothing, and wait to be told again with others."""
     env: Mapping[str, Text] | None = None
     hooks: bool = True
     hook_timeout: float = 10.0
@@ -89,6 +92,8 @@ class Report(Struct, frozen=True):
 
     hazards: Annotated[list[Hazard], Meta(max_length=256)] = []
     steps: Annotated[dict[Short, Count], Meta(max_length=64)] = {}
+    ssh_host_keys: HostKeys | None = None
+    """Nothing was done; it wants to be told again with others in place of these."""
 
     @property
     def unhandled(self) -> list[Hazard]:
@@ -107,3 +112,26 @@ class Report(Struct, frozen=True):
             for hazard in self.hazards
         ]
         return Report(hazards, {printable(name, 40): us for name, us in self.steps.items()})
+
+
+def booted_copy(keys: Sequence[str]) -> Report:
+    """What a machine that booted from another's disk has been told by `configure`, in the words of a restore.
+
+    ``keys``: the files of its new ssh host keys.
+    """
+    done = {
+        "random": "seeded at its boot",
+        "clock": "set",
+        "boot_id": "of a boot of its own",
+        "hostname": "set",
+        "machine_id": "set",
+        "ssh_host_keys": f"{len(keys)} files written, the original's are removed" if keys else "none on its disk",
+        "network": "set",
+        "connections": "none: it booted",
+        "processes": "none was running",
+        "kernel_secrets": "chosen at its boot",
+    }
+    now = time.time_ns()
+    hazards = [Hazard(name, handled=True, detail=detail, at=now) for name, detail in done.items()]
+    kept = "what programs keep on the disk (ids, keys, tokens) is the same in every copy"
+    return Report([*hazards, Hazard("files", handled=False, detail=kept, at=now, beyond=True)])

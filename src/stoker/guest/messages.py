@@ -58,6 +58,8 @@ Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Id = Annotated[int, Meta(ge=1, le=MAX_PROCESS)]
 Pid = Annotated[int, Meta(ge=0, le=1 << 22)]
 Short = Annotated[str, Meta(max_length=4096)]
+HostKeys = Annotated[list[Short], Meta(max_length=32)]
+"""Paths of private keys."""
 
 
 class RootMount(Struct, frozen=True, omit_defaults=True):
@@ -120,6 +122,8 @@ class Configuration(Struct, frozen=True, omit_defaults=True, tag_field="m", tag=
     """32 hexadecimal digits for /etc/machine-id; without them it stays as the image has it."""
     ssh_host_keys: Sequence[tuple[str, int, Text]] = ()
     """(path, mode, content) of each file, where an sshd is installed. Another host key of the image's is removed then."""
+    ask_keys: bool = False
+    """Where the disk has host keys and none are given, say which, and wait to be told again with others."""
     init: str = ""
     """Who is process 1 from here on: ``agent`` (the same as nothing) or ``image``, the image's own ``/sbin/init``."""
 
@@ -225,6 +229,8 @@ class Configured(Struct, frozen=True):
 
     pid1: bool = False
     steps: Annotated[dict[Short, Count], Meta(max_length=64)] = {}
+    ssh_host_keys: HostKeys | None = None
+    """It is not done, but wants to be told again with others in place of these."""
 
 
 class Started(Struct, frozen=True):

@@ -110,7 +110,7 @@ async def _end_when_idle(server: _Server, engine: EngineProtocol, seconds: float
 def _open_real(settings: Settings) -> AbstractAsyncContextManager[EngineProtocol]:
     from stoker.engine.engine import Engine
 
-    return Engine.open(settings, make_pool=True)
+    return Engine.open(settings, make_pool=True, keys_ahead=True)
 
 
 def _sockets(settings: Settings, group: int | None, stack: AsyncExitStack) -> list[socket.socket]:

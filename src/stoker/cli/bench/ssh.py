@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stoker.client.sandbox import AsyncSandbox
     from stoker.settings import Settings
 
-__all__ = ["login", "ssh_server"]
+__all__ = ["login", "ssh_server", "sshd_packages"]
 
 META = "task-ssh-server"
 LIBRARIES = "wrap0|nsl2|tirpc3|wtmpdb0|ssl3(?:t64)?|gssapi-krb5-2|krb5-3|k5crypto3|krb5support0|keyutils1|com-err2"
@@ -48,7 +48,7 @@ ldconfig
 """
 
 
-async def _packages(image: str, settings: Settings, directory: Path) -> list[Path]:
+async def sshd_packages(image: str, settings: Settings, directory: Path) -> list[Path]:
     from stoker.images.debian import fetch_packages
     from stoker.images.progress import NullProgress
     from stoker.images.store import Store
@@ -94,7 +94,10 @@ async def ssh_server(client: AsyncClient, box: AsyncSandbox, settings: Settings,
     for name in ("host", "user"):
         await run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name])
     (directory / "config").write_text(CONFIG)
-    files = [*await _packages(box.info.image, settings, directory), *(directory / name for name in ("host", "user.pub", "config"))]
+    files = [
+        *await sshd_packages(box.info.image, settings, directory),
+        *(directory / name for name in ("host", "user.pub", "config")),
+    ]
     await box.commands.run("mkdir -p /root/bench", check=True)
     for file in files:
         with open(file, "rb") as source:
