@@ -10,7 +10,7 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -454,9 +454,3 @@ def released_in(db: sqlite3.Connection, sandbox: str) -> None:
     """Nothing on the host is the sandbox's any more, and no volume is used by it."""
     Ledger.released_in(db, sandbox)
     db.execute("DELETE FROM claims WHERE user = ?", (sandbox,))
-
-
-def load(db: sqlite3.Connection) -> Iterable[Record]:
-    """All rows."""
-    for (text,) in db.execute("SELECT record FROM sandboxes ORDER BY created"):
-        yield msgspec.json.decode(text.encode(), type=Record)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sqlite3
 import time
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import msgspec
 
 from stoker.api.models import SandboxState
 from stoker.engine.build import kept_rows, make_hub
-from stoker.engine.core import Box, Core, Live, load, released_in
+from stoker.engine.core import Box, Core, Live, released_in
 from stoker.engine.ending import detach, ended, release_all
 from stoker.engine.ledger import Entry, Kind
 from stoker.engine.pause import drop_saved, laid_away, saved_place
@@ -58,11 +59,12 @@ def private_directory(path: Path, mode: int) -> None:
 async def load_all(core: Core) -> None:
     """Rows and events into memory."""
 
-    def work(db: object) -> tuple[list[Record], list[tuple[str, int, str]], int, list[str]]:
-        records = list(load(db))  # type: ignore[arg-type]
-        events = db.execute("SELECT sandbox, number, event FROM events ORDER BY number").fetchall()  # type: ignore[attr-defined]
-        last = db.execute("SELECT value FROM numbers WHERE name = 'event'").fetchone()  # type: ignore[attr-defined]
-        volumes = [text for (text,) in db.execute("SELECT record FROM volumes ORDER BY created")]  # type: ignore[attr-defined]
+    def work(db: sqlite3.Connection) -> tuple[list[Record], list[tuple[str, int, str]], int, list[str]]:
+        rows = db.execute("SELECT record FROM sandboxes ORDER BY created")
+        records = [msgspec.json.decode(text.encode(), type=Record) for (text,) in rows]
+        events = db.execute("SELECT sandbox, number, event FROM events ORDER BY number").fetchall()
+        last = db.execute("SELECT value FROM numbers WHERE name = 'event'").fetchone()
+        volumes = [text for (text,) in db.execute("SELECT record FROM volumes ORDER BY created")]
         return records, events, last[0] if last else 0, volumes
 
     records, events, last, volumes = await core.database.read(work)
