@@ -249,7 +249,7 @@ bool fail(struct failure *f, const char *code, int error, const char *format, ..
 
 void call_prepare(uint32_t request, const struct mp *m);
 void call_configure(uint32_t request, const struct mp *m);
-void environment_keep(const struct mp *env);
+bool defaults_keep(const struct mp *m, struct failure *f);
 
 bool set_realtime(const struct mp *v);
 uint64_t realtime_ns(void);

@@ -342,7 +342,7 @@ static void restore_network(const struct mp *m)
 static void restore(const struct mp *m)
 {
 	bool copy = mp_bool_or(m, "copy", true);
-	struct mp env = mp_get(m, "env");
+	struct failure f;
 	restore_entropy(m);
 	restore_clock(m);
 	step("random_clock");
@@ -362,8 +362,8 @@ static void restore(const struct mp *m)
 	step("network");
 	if (!generation_write(mp_u64_or(m, "generation", 0, UINT64_MAX)))
 		report_hazard("generation", false, "%s", strerror(errno));
-	if (env.type == MP_MAP)
-		environment_keep(&env);
+	if (!defaults_keep(m, &f))
+		report_hazard("defaults", false, "%s", f.message);
 	step("generation");
 }
 

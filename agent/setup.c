@@ -92,7 +92,7 @@ static bool load_named(const struct mp *names, struct failure *f)
 }
 
 /* The map is kept as it came; the parser checked it as a whole. */
-void environment_keep(const struct mp *env)
+static void environment_keep(const struct mp *env)
 {
 	static uint8_t kept[PAYLOAD_MAX];
 	size_t n = mp_size(env);
@@ -102,7 +102,7 @@ void environment_keep(const struct mp *env)
 	configured_env.end = kept + n;
 }
 
-static bool remember(const struct mp *m, struct failure *f)
+bool defaults_keep(const struct mp *m, struct failure *f)
 {
 	struct mp user = mp_get(m, "user"), workdir = mp_get(m, "workdir"), env = mp_get(m, "env");
 	if (mp_is_text(&user) && !mp_copy(&user, configured_user, sizeof configured_user))
@@ -214,7 +214,7 @@ void call_configure(uint32_t request, const struct mp *m)
 		return;
 	}
 	bool wanted = false, init_mode = agent.mode == MODE_INIT;
-	if (!remember(m, &f) || (init_mode && (!configure_machine(m, &laps, &wanted, &f) || (!wanted && beside && !hand_over(&f))))) {
+	if (!defaults_keep(m, &f) || (init_mode && (!configure_machine(m, &laps, &wanted, &f) || (!wanted && beside && !hand_over(&f))))) {
 		reply_error(request, f.code, f.error, "%s", f.message);
 		return;
 	}

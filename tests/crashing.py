@@ -86,8 +86,10 @@ async def whole(engine: Engine, data: Path, run: Path) -> dict[str, SandboxState
     living = {box.id for box in boxes if box.state in (SandboxState.RUNNING, SandboxState.FROZEN, SandboxState.LOST)}
     with_disk = living | {box.id for box in boxes if box.started_at is not None}
     assert not [box for box in boxes if box.state in (SandboxState.CREATING, SandboxState.STOPPING)], boxes
-    snapshots = {one.id for one in await engine.snapshots.list(ADMIN)}
-    with_memory = {one.id for one in await engine.snapshots.list(ADMIN) if one.memory}
+    snapshots = {one.id for one in engine._core.snapshots.values()}
+    with_memory = {one.id for one in engine._core.snapshots.values() if one.memory}
+    of_templates = {one.id for one in engine._core.snapshots.values() if one.template}
+    assert of_templates == {one.snapshot for one in engine._core.templates.values()}
     assert {entry.name for entry in os.scandir(data / "pool" / "clones")} == with_disk | snapshots
     stands = {path.name for path in (data / "pool" / "bases").glob("*/refs/*")}
     assert {name for name in stands if not name.startswith(LAYER)} == with_disk | snapshots

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from engine_host import HostBooter
 from stoker.api.models import (
     AppInfo,
+    BuildTemplate,
     CreatePool,
     CreateSandbox,
     CreateSnapshot,
@@ -58,11 +59,14 @@ async def command(engine: Engine, words: dict[str, Any]) -> Any:
                 CreateSandbox(
                     image=words["image"],
                     name=words["name"],
-                    memory=256 << 20,
+                    memory=None if words.get("wait") else 256 << 20,
                     volumes=[parse_mount(text) for text in words.get("volumes", ())],
                 ),
             )
             box = await engine.wait(ADMIN, operation.sandbox or "", SETTLED, 120)
+            if words.get("wait"):  # for what follows a create of a template in the background
+                await engine.wait_operation(ADMIN, operation.id, 120)
+                await asyncio.sleep(60)
             return {"id": box.id, "state": box.state, "error": box.error.message if box.error else None}
         case "volume":
             return {"id": (await engine.volumes.create(ADMIN, CreateVolume(name=words["name"], size=16 << 20))).id}
@@ -88,6 +92,22 @@ async def command(engine: Engine, words: dict[str, Any]) -> Any:
             return {"process": (await engine.processes.start(ADMIN, words["name"], request)).id}
         case "pause":
             return {"state": (await engine.pause(ADMIN, words["name"])).state}
+        case "template":
+            # Built, with what it says in a file and a process that stays.
+            service = "while :; do date >> /run/beat; sleep 0.1; done"
+            build = BuildTemplate(
+                name=words["name"],
+                image="debian:12",
+                memory=256 << 20,
+                setup=[f"echo {words['words']} > /made"],
+                start=service,
+                ready="test -s /run/beat",
+            )
+            begun = await engine.build_template(ADMIN, build)
+            ended = await engine.wait_operation(ADMIN, begun.id, 300)
+            return {"state": ended.state, "error": ended.error.message if ended.error else None}
+        case "remove_template":
+            await engine.templates.remove(ADMIN, words["name"])
         case "snapshot":
             return {"id": (await engine.snapshot(ADMIN, words["name"], CreateSnapshot())).id}
         case "remove_snapshots":

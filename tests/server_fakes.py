@@ -22,6 +22,7 @@ from stoker.api.models import (
     ApiKey,
     ApiKeyPage,
     AppInfo,
+    BuildTemplate,
     Certificate,
     CopySandbox,
     CreatedKey,
@@ -31,6 +32,7 @@ from stoker.api.models import (
     CreateSnapshot,
     CreateVolume,
     Difference,
+    ErrorBody,
     Event,
     FileInfo,
     FileType,
@@ -49,6 +51,7 @@ from stoker.api.models import (
     Metrics,
     MetricsSample,
     Operation,
+    OperationLog,
     OperationPage,
     OperationState,
     Pool,
@@ -61,6 +64,7 @@ from stoker.api.models import (
     Snapshot,
     SnapshotState,
     StartProcess,
+    Template,
     Timeout,
     Volume,
     VolumePage,
@@ -635,6 +639,25 @@ class FakeSnapshots:
         return gone
 
 
+class FakeTemplates:
+    """Templates in memory."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Template] = {}
+
+    async def get(self, who: Principal, template: str) -> Template:
+        found = next((one for one in self.kept.values() if template in (one.id, one.name)), None)
+        if found is None:
+            raise NotFound("template_unknown", f"there is no template {template}")
+        return found
+
+    async def list(self, who: Principal) -> Sequence[Template]:
+        return [replace(one, log=[]) for one in self.kept.values()][::-1]
+
+    async def remove(self, who: Principal, template: str) -> None:
+        del self.kept[(await self.get(who, template)).id]
+
+
 class FakeEngine:
     def __init__(self, root: Path, *, harmless: bool = False) -> None:
         """``harmless``: whatever command is asked for, ``true`` or ``cat`` runs; for commands made up at random."""
@@ -656,6 +679,8 @@ class FakeEngine:
         self.volumes = FakeVolumes()
         self.pools = FakePools()
         self.snapshots = FakeSnapshots()
+        self.templates = FakeTemplates()
+        self.logs: dict[str, list[str]] = {}
         self.apps = FakeApps()
         self.boot_seconds = 0.0
         self.retired = False
@@ -705,7 +730,7 @@ class FakeEngine:
             name=request.name,
             owner=who.owner,
             labels=request.labels,
-            resources=Resources(cpus=request.cpus, memory=request.memory, disk=request.disk),
+            resources=Resources(cpus=request.cpus or 1, memory=request.memory or 512 << 20, disk=request.disk),
             lease=request.lease,
             timeout=request.timeout,
         )
@@ -832,6 +857,61 @@ class FakeEngine:
     async def start_snapshot(self, who: Principal, snapshot: str, request: CopySandbox) -> Operation:
         await self.snapshots.get(who, snapshot)
         return await self.create(who, CreateSandbox(image="debian:12", name=request.name))
+
+    async def build_template(self, who: Principal, request: BuildTemplate) -> Operation:
+        """A step that says ``false`` fails; all others are said."""
+        self._check("build_template")
+        if (request.image is None) == (request.source is None):
+            raise InvalidRequest("bad_template", "from what?")
+        lines = [f"==> {script}" for script in request.setup]
+        failed = next((script for script in request.setup if script == "false"), None)
+        error = None
+        if failed is not None:
+            error = ErrorBody(
+                code="template_step_failed", message="step failed", hint="", family="Conflict", console=["last words"]
+            )
+        made = Template(
+            id=new_id("tp"),
+            name=request.name,
+            created_at=time.time(),
+            image=request.image or "",
+            made_from=request.image or request.source or "",
+            memory=not request.disk_only,
+            setup=request.setup,
+            start=request.start or "",
+            env=request.env,
+            resources=Resources(cpus=request.cpus or 1, memory=request.memory or 512 << 20, disk=1 << 30),
+            log=lines,
+        )
+        operation = Operation(
+            id=new_id("op"),
+            kind="template",
+            state=OperationState.FAILED if error else OperationState.SUCCEEDED,
+            created_at=time.time(),
+            ended_at=time.time(),
+            template=made.id,
+            error=error,
+        )
+        if error is None:
+            for one in [one for one in self.templates.kept.values() if one.name == request.name]:
+                del self.templates.kept[one.id]
+            self.templates.kept[made.id] = made
+        self.ops[operation.id] = (who.owner, operation)
+        self.logs[operation.id] = lines
+        return operation
+
+    @asynccontextmanager
+    async def operation_log(self, who: Principal, operation: str, start: int) -> AsyncIterator[AsyncIterator[OperationLog]]:
+        await self.operation(who, operation)
+        if operation not in self.logs:
+            raise NotFound("log_unknown", "it has none")
+
+        async def parts() -> AsyncIterator[OperationLog]:
+            lines = self.logs[operation]
+            for number in range(start, len(lines)):
+                yield OperationLog(lines=[lines[number]], next=number + 1)
+
+        yield parts()
 
     async def thaw(self, who: Principal, sandbox: str) -> Sandbox:
         return await self._move(who, sandbox, SandboxState.FROZEN, SandboxState.RUNNING)

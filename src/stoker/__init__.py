@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from stoker.client.sync import Process as Process
     from stoker.client.sync import Pty as Pty
     from stoker.client.sync import Sandbox as Sandbox
+    from stoker.client.sync import Template as Template
     from stoker.client.sync import Volumes as Volumes
+    from stoker.client.templates import AsyncTemplate as AsyncTemplate
     from stoker.client.volumes import AsyncVolumes as AsyncVolumes
     from stoker.errors import CapacityExhausted as CapacityExhausted
     from stoker.errors import CommandNotExecutable as CommandNotExecutable
@@ -60,7 +62,8 @@ _HOMES = {
     "stoker.client.process": ("AsyncProcess",),
     "stoker.client.results": ("CommandFailed", "CommandResult", "CommandTimeout", "Output"),
     "stoker.client.sandbox": ("AsyncSandbox",),
-    "stoker.client.sync": ("Client", "Commands", "Feed", "Files", "Process", "Pty", "Sandbox", "Volumes"),
+    "stoker.client.sync": ("Client", "Commands", "Feed", "Files", "Process", "Pty", "Sandbox", "Template", "Volumes"),
+    "stoker.client.templates": ("AsyncTemplate",),
     "stoker.client.volumes": ("AsyncVolumes",),
     "stoker.errors": (
         "CapacityExhausted",

@@ -300,6 +300,43 @@ def test_a_console_cannot_take_over_the_terminal() -> None:
     assert tame("\x1b]0;title\x07\x1b[2J\x1b[6n\x1bcx\x00") == "x"
 
 
+async def test_templates(server: Running, stoker: Words) -> None:
+    build = (
+        "template",
+        "build",
+        "py",
+        "debian:12",
+        "--setup",
+        "one",
+        "-s",
+        "two",
+        "--start",
+        "serve",
+        "--ready",
+        "test",
+        "-e",
+        "A=b",
+    )
+    made = await stoker(*build)
+    assert (made.out, made.err.splitlines()) == ("py\n", ["==> one", "==> two"])
+    quiet = await stoker(*build, "-q", "--json", "--memory", "1G")
+    assert quiet.err == "" and json.loads(quiet.out)["resources"]["memory"] == 1 << 30
+    [listed] = json.loads((await stoker("template", "ls", "--json")).out)
+    assert (listed["name"], listed["setup"], listed["start"], listed["env"]) == ("py", ["one", "two"], "serve", {"A": "b"})
+    assert listed["log"] == [] and (await stoker("template", "ls", "-q")).out == "py\n"
+    assert "py" in (await stoker("template", "ls")).out
+    assert json.loads((await stoker("template", "inspect", "py")).out)[0]["log"] == ["==> one", "==> two"]
+    await server.sandbox(name="box")
+    assert (await stoker("template", "create", "again", "box")).out == "again\n"
+    assert (await stoker("create", "-q", "py", "--name", "of")).out == "of\n"
+    failed = await stoker("template", "build", "bad", "debian:12", "--setup", "false")
+    assert failed.code == 125 and "template_step_failed" in failed.err and "last words" in failed.err and "==> false" in failed.err
+    assert (await stoker("template", "build", "py")).code == 125
+    assert (await stoker("template", "rm", "py", "nosuch")).code == 125
+    assert (await stoker("template", "rm", "--force", "py", "nosuch", "again")).out == "again\n"
+    assert (await stoker("template", "ls", "-q")).out == ""
+
+
 async def test_pause_fork_and_snapshots(server: Running, stoker: Words) -> None:
     await server.sandbox(name="box")
     assert (await stoker("pause", "box")).out == "box\n"

@@ -74,6 +74,7 @@ from stoker.api.system import (
     Quota,
     Version,
 )
+from stoker.api.templates import BuildTemplate, OperationLog, Template, TemplateId, TemplateList
 from stoker.api.types import InitMode, NetworkMode, Origin, SandboxState, Terminal
 from stoker.api.upkeep import Difference, Freed, Fsck, FsckReport, Gc, GcReport
 from stoker.api.volumes import AppInfo, CreateVolume, ResizeVolume, Volume, VolumeMount, VolumePage, VolumeUser
@@ -94,6 +95,11 @@ __all__ = [
     "Hazard",
     "CreateSandbox",
     "CreateSnapshot",
+    "BuildTemplate",
+    "OperationLog",
+    "Template",
+    "TemplateId",
+    "TemplateList",
     "Snapshot",
     "SnapshotId",
     "SnapshotList",

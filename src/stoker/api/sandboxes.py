@@ -10,7 +10,6 @@ from msgspec import Meta, field
 from stoker.api.errors import ErrorBody
 from stoker.api.types import (
     END,
-    MIB,
     Cpus,
     DiskSize,
     Environment,
@@ -88,22 +87,30 @@ class Timeout(Model, frozen=True):
 
 
 class CreateSandbox(Model, frozen=True):
-    """What a sandbox is made from. The image's environment, user and directory are the defaults."""
+    """What a sandbox is made from. The image's environment, user and directory are the defaults.
+
+    ``image`` may be a template (its name, or ``template:NAME``); then what is null is as the template has it, and another shape
+    than its machine's (``cpus``, ``memory``, ``network``...) needs ``cold``.
+    """
 
     image: ImageReference
     name: Name | None = None
     kernel: KernelReference = ""
     initrd: HostPath = ""
-    cpus: Cpus = 1
-    memory: MemorySize = 512 * MIB
+    cpus: Cpus | None = None
+    """1, where it is not a template's."""
+    memory: MemorySize | None = None
+    """512 MiB, where it is not a template's."""
     disk: DiskSize = 0
     env: Environment = field(default_factory=dict)
     labels: Labels = field(default_factory=dict)
     hostname: Hostname | None = None
     user: GuestUser | None = None
     workdir: Annotated[str, Meta(max_length=4096, pattern=r"^/[^\x00]*" + END)] | None = None
-    network: NetworkMode = NetworkMode.USER
-    init: InitMode = InitMode.AGENT
+    network: NetworkMode | None = None
+    """``user``, where it is not a template's."""
+    init: InitMode | None = None
+    """``agent``, where it is not a template's."""
     volumes: Annotated[list[VolumeMount], Meta(max_length=16)] = field(default_factory=list)
     app: Digest | None = None
     """An app archive that was uploaded (``/v1/apps``): its content is in ``/app``, this sandbox's own and writable."""
@@ -199,6 +206,8 @@ class Sandbox(Model, frozen=True):
     workdir: str = ""
     command: list[str] = field(default_factory=list)
     """The image's own, once it is known."""
+    template: str = ""
+    """The template that it was made from, by the name that had then."""
     network: NetworkMode = NetworkMode.USER
     init: InitMode = InitMode.AGENT
     volumes: list[VolumeMount] = field(default_factory=list)

@@ -64,6 +64,8 @@ class Operation(Model, frozen=True):
     state: OperationState
     created_at: UnixTime
     sandbox: str | None = None
+    template: str | None = None
+    """The template that it makes."""
     progress: Progress = field(default_factory=Progress)
     ended_at: UnixTime | None = None
     error: ErrorBody | None = None

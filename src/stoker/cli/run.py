@@ -21,16 +21,16 @@ EXIT_FAILED = 125
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option("--kernel", metavar="K", default="", help="debian:SUITE, a vmlinux or bzImage, or a digest.  [default: debian:12]")
 @click.option("--initrd", metavar="FILE", help="An initial RAM disk made elsewhere; the agent is added to it.")
-@click.option("--cpus", metavar="N", type=click.IntRange(1, 64), default=1, show_default=True, help="Virtual CPUs.")
-@click.option("--memory", "-m", type=SIZE, default="512M", show_default=True, help="Memory, such as 512M or 2G.")
+@click.option("--cpus", metavar="N", type=click.IntRange(1, 64), help="Virtual CPUs.  [default: 1, or the template's]")
+@click.option("--memory", "-m", type=SIZE, help="Memory, such as 512M or 2G.  [default: 512M, or the template's]")
 @click.option("--disk", type=SIZE, help="Size of the root file system.  [default: the image's own]")
 @click.option("--env", "-e", metavar="K=V", multiple=True, help="Set a variable; K alone passes yours on.")
 @click.option("--env-file", metavar="F", multiple=True, help="Read variables from a file, one K=V a line.")
 @click.option("--workdir", "-w", metavar="D", default="", help="Directory to run in.  [default: the image's own]")
 @click.option("--user", "-u", metavar="U", default="", help="User, or USER:GROUP, by name or number.  [default: the image's own]")
 @click.option("--hostname", metavar="NAME", default="", help="The guest's host name.")
-@click.option("--network", type=click.Choice(["none", "user"]), default="user", show_default=True, help="The guest's network.")
-@click.option("--init", type=click.Choice(["agent", "image"]), default="agent", show_default=True, help="Who is process 1.")
+@click.option("--network", type=click.Choice(["none", "user"]), help="The guest's network.  [default: user]")
+@click.option("--init", type=click.Choice(["agent", "image"]), help="Who is process 1.  [default: agent]")
 @click.option("--volume", "-v", "volumes", metavar="NAME:/PATH[:ro]", multiple=True, type=MOUNT, help="Mount a volume.")
 @click.option("--app", metavar="FILE|DIR", help="A zip, tar, tar.gz or directory whose content goes into /app.")
 @click.option("--interactive", "-i", is_flag=True, help="Read standard input, from a terminal too.")
@@ -45,16 +45,16 @@ def run(
     *,
     kernel: str,
     initrd: str | None,
-    cpus: int,
-    memory: int,
+    cpus: int | None,
+    memory: int | None,
     disk: int | None,
     env: tuple[str, ...],
     env_file: tuple[str, ...],
     workdir: str,
     user: str,
     hostname: str,
-    network: str,
-    init: str,
+    network: str | None,
+    init: str | None,
     volumes: tuple[str, ...],
     app: str | None,
     interactive: bool,
@@ -68,9 +68,9 @@ def run(
 ) -> int:
     """Run a command in a new microVM.
 
-    IMAGE is debian:SUITE or ext4:PATH. The exit code is the command's own, 128+N when signal N ended it, 126 or 127 when it cannot
-    be run or is not there, 124 when --timeout was up, and 125 when Stoker itself failed. Pipes and files on standard input go to
-    the command; -i hands over a terminal's too, and -it makes it a session.
+    IMAGE is a template's name, debian:SUITE or ext4:PATH. The exit code is the command's own, 128+N when signal N ended it, 126
+    or 127 when it cannot be run or is not there, 124 when --timeout was up, and 125 when Stoker itself failed. Pipes and files on
+    standard input go to the command; -i hands over a terminal's too, and -it makes it a session.
     """
     variables, initial = environment(env, env_file), existing_file("--initrd", initrd)
     sandbox: dict[str, Any] = {

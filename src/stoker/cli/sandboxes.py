@@ -47,16 +47,16 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--idle-timeout", type=DURATION, metavar="T", help="Pause it when it has not been used for so long.")
 @click.option("--kernel", metavar="K", default="", help="debian:SUITE, a vmlinux or bzImage, or a digest.  [default: debian:12]")
 @click.option("--initrd", metavar="FILE", help="An initial RAM disk made elsewhere; the agent is added to it.")
-@click.option("--cpus", metavar="N", type=click.IntRange(1, 256), default=1, show_default=True, help="Virtual CPUs.")
-@click.option("--memory", "-m", type=SIZE, default="512M", show_default=True, help="Memory, such as 512M or 2G.")
+@click.option("--cpus", metavar="N", type=click.IntRange(1, 256), help="Virtual CPUs.  [default: 1, or the template's]")
+@click.option("--memory", "-m", type=SIZE, help="Memory, such as 512M or 2G.  [default: 512M, or the template's]")
 @click.option("--disk", type=SIZE, default=0, help="Size of the root file system.  [default: the image's own]")
 @click.option("--env", "-e", metavar="K=V", multiple=True, help="Set a variable; K alone passes yours on.")
 @click.option("--env-file", metavar="F", multiple=True, help="Read variables from a file, one K=V a line.")
 @click.option("--workdir", "-w", metavar="D", help="Default directory.  [default: the image's own]")
 @click.option("--user", "-u", metavar="U", help="Default user.  [default: the image's own]")
 @click.option("--hostname", metavar="NAME", help="The guest's host name.")
-@click.option("--network", type=click.Choice(["none", "user"]), default="user", show_default=True, help="The guest's network.")
-@click.option("--init", type=click.Choice(["agent", "image"]), default="agent", show_default=True, help="Who is process 1.")
+@click.option("--network", type=click.Choice(["none", "user"]), help="The guest's network.  [default: user]")
+@click.option("--init", type=click.Choice(["agent", "image"]), help="Who is process 1.  [default: agent]")
 @click.option("--volume", "-v", "volumes", metavar="NAME:/PATH[:ro]", multiple=True, type=MOUNT, help="Mount a volume.")
 @click.option("--app", metavar="FILE|DIR", help="A zip, tar, tar.gz or directory whose content goes into /app.")
 @click.option("--start", is_flag=True, help="Run the image's own command, as the process 'main'.")
@@ -78,7 +78,7 @@ def create(
     snapshot: str | None,
     **options: Any,
 ) -> None:
-    """Create a sandbox and print its name, or its id where it has none."""
+    """Create a sandbox of an image or a template, and print its name, or its id where it has none."""
     if (image is None) == (snapshot is None):
         raise click.UsageError("name an image, or --from a snapshot")
     if snapshot is not None:

@@ -16,7 +16,7 @@ from stoker.client.attachment import failure_of
 from stoker.client.feed import events_feed
 from stoker.errors import Conflict, DeadlineExceeded, GuestError, HostError, InternalError, NotFound, StokerError
 
-__all__ = ["OnProgress", "begin_create", "destroy_made", "finish_operation", "wait_for_state"]
+__all__ = ["OnProgress", "begin_create", "cancel_operation", "destroy_made", "finish_operation", "wait_for_state"]
 
 OnProgress: TypeAlias = Callable[[Progress], object]
 """Called each time the step that is going on has moved; what it returns is awaited where it can be."""
@@ -77,6 +77,8 @@ async def _finish(api: Api, operation: Operation, on_progress: OnProgress | None
         try:
             now = await (_watch(api, now, on_progress) if on_progress else _wait(api, now))
         except NotFound:
+            if operation.sandbox is None:
+                raise
             # The daemon has been started anew and knows the operation no more; the sandbox says how it went.
             return await _settled(api, str(operation.sandbox))
         except HostError as e:

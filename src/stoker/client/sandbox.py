@@ -48,7 +48,7 @@ from stoker.errors import InvalidRequest, NotFound, error_from_wire
 if TYPE_CHECKING:
     from stoker.client.lease import Lease
 
-__all__ = ["AsyncSandbox", "created"]
+__all__ = ["AsyncSandbox", "created", "network_mode"]
 
 LONG = 600.0
 """Seconds that memory of any size gets to be written or read."""
@@ -91,8 +91,8 @@ class AsyncSandbox:
         image: str,
         *,
         name: str | None = None,
-        memory: str | int = "512M",
-        cpus: int = 1,
+        memory: str | int | None = None,
+        cpus: int | None = None,
         disk: str | int = 0,
         env: Mapping[str, str] | None = None,
         labels: Mapping[str, str] | None = None,
@@ -103,8 +103,8 @@ class AsyncSandbox:
         hostname: str | None = None,
         user: str | None = None,
         workdir: str | None = None,
-        network: str = "user",
-        init: str = "agent",
+        network: str | None = None,
+        init: str | None = None,
         volumes: Sequence[str | VolumeMount] = (),
         app: str | os.PathLike[str] | None = None,
         lease: bool = False,
@@ -114,8 +114,9 @@ class AsyncSandbox:
         on_progress: OnProgress | None = None,
         client: AsyncClient | None = None,
     ) -> AsyncSandbox:
-        """Makes a sandbox and returns when it runs.
+        """Makes a sandbox out of an image or a template (by its name) and returns when it runs.
 
+        ``memory`` (512M), ``cpus`` (1), ``network`` (``user``) and ``init`` (``agent``) are a template's where that is one.
         Sizes are bytes or such as ``512M``, times seconds or such as ``30m``. ``timeout`` destroys it so long after now,
         ``idle_timeout`` so long after its last use. With ``lease`` it ends with this program, however that ends. ``start`` runs
         the image's own command as a process tagged ``main``. With ``init="image"`` process 1 is the image's ``/sbin/init``.
@@ -130,15 +131,15 @@ class AsyncSandbox:
             kernel=kernel,
             initrd=initrd,
             cpus=cpus,
-            memory=parse_size(memory),
+            memory=None if memory is None else parse_size(memory),
             disk=parse_size(disk),
             env=dict(env or {}),
             labels=dict(labels or {}),
             hostname=hostname,
             user=user,
             workdir=workdir,
-            network=_network(network),
-            init=_init(init),
+            network=None if network is None else network_mode(network),
+            init=None if init is None else _init(init),
             volumes=[parse_mount(one) if isinstance(one, str) else one for one in volumes],
             app=None if app is None else await _app(client, app),
             timeout=_timeout(timeout, idle_timeout),
@@ -382,7 +383,7 @@ async def _lease(client: AsyncClient, sandbox: str) -> Lease:
     return await Lease.hold(client.api, sandbox)
 
 
-def _network(mode: str) -> NetworkMode:
+def network_mode(mode: str) -> NetworkMode:
     try:
         return NetworkMode(mode)
     except ValueError:

@@ -34,6 +34,7 @@ from stoker.api.models import (
     WatchEvent,
 )
 from stoker.api.models import Sandbox as SandboxInfo
+from stoker.api.models import Template as TemplateInfo
 from stoker.client.bridge import call, calling_back, iterate
 from stoker.client.client import AsyncClient
 from stoker.client.commands import AsyncCommands, AsyncPty, Command
@@ -45,10 +46,11 @@ from stoker.client.operations import OnProgress
 from stoker.client.process import AsyncProcess
 from stoker.client.results import CommandResult, Data, OnOutput, Output
 from stoker.client.sandbox import AsyncSandbox
+from stoker.client.templates import AsyncTemplate, OnLog
 from stoker.client.volumes import AsyncVolumes
 from stoker.settings import Settings
 
-__all__ = ["Client", "Commands", "Feed", "Files", "Process", "Pty", "Sandbox", "Volumes"]
+__all__ = ["Client", "Commands", "Feed", "Files", "Process", "Pty", "Sandbox", "Template", "Volumes"]
 
 T = TypeVar("T")
 
@@ -655,8 +657,8 @@ class Sandbox:
         image: str,
         *,
         name: str | None = None,
-        memory: str | int = "512M",
-        cpus: int = 1,
+        memory: str | int | None = None,
+        cpus: int | None = None,
         disk: str | int = 0,
         env: Mapping[str, str] | None = None,
         labels: Mapping[str, str] | None = None,
@@ -667,8 +669,8 @@ class Sandbox:
         hostname: str | None = None,
         user: str | None = None,
         workdir: str | None = None,
-        network: str = "user",
-        init: str = "agent",
+        network: str | None = None,
+        init: str | None = None,
         volumes: Sequence[str | VolumeMount] = (),
         app: str | os.PathLike[str] | None = None,
         lease: bool = False,
@@ -678,8 +680,9 @@ class Sandbox:
         on_progress: OnProgress | None = None,
         client: Client | None = None,
     ) -> Sandbox:
-        """Makes a sandbox and returns when it runs.
+        """Makes a sandbox out of an image or a template (by its name) and returns when it runs.
 
+        ``memory`` (512M), ``cpus`` (1), ``network`` (``user``) and ``init`` (``agent``) are a template's where that is one.
         Sizes are bytes or such as ``512M``, times seconds or such as ``30m``. ``timeout`` destroys it so long after now,
         ``idle_timeout`` so long after its last use. With ``lease`` it ends with this program, however that ends. ``start`` runs
         the image's own command as a process tagged ``main``. With ``init="image"`` process 1 is the image's ``/sbin/init``.
@@ -878,3 +881,144 @@ class Sandbox:
     def url_for(self, path: str, *, operation: str = "read", expires_in: int = 3600) -> str:
         """A whole URL that reads or writes one of its files without a key. Of use where the daemon listens on TCP."""
         return call(self._async.url_for(path, operation=operation, expires_in=expires_in))
+
+
+class Template:
+    """A template by its handle: :meth:`build` one, :meth:`create` one from what is there, or :meth:`get` it.
+
+    ``Sandbox.create("NAME")`` makes a sandbox of it.
+    """
+
+    _async: AsyncTemplate
+
+    @classmethod
+    def _wrap(cls, inner: AsyncTemplate) -> Template:
+        made = cls.__new__(cls)
+        made._async = inner
+        return made
+
+    def __repr__(self) -> str:
+        return repr(self._async).replace("<Async", "<", 1)
+
+    @property
+    def id(self) -> str:
+        return self._async.id
+
+    @property
+    def name(self) -> str:
+        return self._async.name
+
+    @property
+    def info(self) -> TemplateInfo:
+        """As it was when it was asked for."""
+        return self._async.info
+
+    @classmethod
+    def build(
+        cls,
+        name: str,
+        *,
+        image: str,
+        setup: Sequence[str] = (),
+        start: str | None = None,
+        ready: str | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        workdir: str | None = None,
+        setup_user: str = "root",
+        kernel: str = "",
+        cpus: int | None = None,
+        memory: str | int | None = None,
+        disk: str | int = 0,
+        network: str | None = None,
+        disk_only: bool = False,
+        step_timeout: float | str = 1800.0,
+        ready_timeout: float | str = 120.0,
+        build_timeout: float = 7200.0,
+        on_log: OnLog | None = None,
+        client: Client | None = None,
+    ) -> Template:
+        """Makes a template of an image, or of another template: the steps of ``setup`` run in a machine of it, by ``/bin/sh -c``.
+
+        Then ``start`` runs in the background, as the process ``start`` that every sandbox of the template has, and once ``ready``
+        ends with 0, memory and disk are kept. With ``disk_only`` the disk alone: sandboxes boot, and start and ready run in each.
+        ``env``, ``user`` and ``workdir`` are the sandboxes' defaults. A template of this name is replaced once the new one is
+        whole. What a failed step said is in the error's ``console``. Cancelled, or not whole within ``build_timeout`` seconds,
+        nothing of it is left.
+        """
+        return Template._wrap(
+            calling_back(
+                AsyncTemplate.build,
+                {"on_log": on_log},
+                name,
+                image=image,
+                setup=setup,
+                start=start,
+                ready=ready,
+                env=env,
+                user=user,
+                workdir=workdir,
+                setup_user=setup_user,
+                kernel=kernel,
+                cpus=cpus,
+                memory=memory,
+                disk=disk,
+                network=network,
+                disk_only=disk_only,
+                step_timeout=step_timeout,
+                ready_timeout=ready_timeout,
+                build_timeout=build_timeout,
+                client=client._async if client is not None else None,
+            )
+        )
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        source: str,
+        *,
+        start: str | None = None,
+        ready: str | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        workdir: str | None = None,
+        disk_only: bool = False,
+        build_timeout: float = 7200.0,
+        on_log: OnLog | None = None,
+        client: Client | None = None,
+    ) -> Template:
+        """Makes a template of a snapshot or a sandbox, by name or id; the sandbox goes on.
+
+        ``start`` and ``ready`` are for where its memory cannot be taken up.
+        """
+        return Template._wrap(
+            calling_back(
+                AsyncTemplate.create,
+                {"on_log": on_log},
+                name,
+                source,
+                start=start,
+                ready=ready,
+                env=env,
+                user=user,
+                workdir=workdir,
+                disk_only=disk_only,
+                build_timeout=build_timeout,
+                client=client._async if client is not None else None,
+            )
+        )
+
+    @classmethod
+    def get(cls, template: str, *, client: Client | None = None) -> Template:
+        """One, by name or id, with the end of its build's log (``info.log``)."""
+        return Template._wrap(call(AsyncTemplate.get(template, client=client._async if client is not None else None)))
+
+    @classmethod
+    def list(cls, *, client: Client | None = None) -> builtins.list[TemplateInfo]:
+        """All of one's templates, newest first."""
+        return call(AsyncTemplate.list(client=client._async if client is not None else None))
+
+    def remove(self) -> None:
+        """Removes it. Sandboxes that were made from it stay."""
+        call(self._async.remove())

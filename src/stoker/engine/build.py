@@ -12,7 +12,7 @@ import errno
 import logging
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,12 +23,14 @@ from msgspec.structs import replace
 
 import stoker
 from stoker.api.models import (
+    InitMode,
+    NetworkMode,
     Origin,
     SandboxState,
     Versions,
 )
 from stoker.engine.core import Booted, Box, Core, Live, Places, released_in
-from stoker.engine.ending import ended, release_all
+from stoker.engine.ending import detach, ended, release_all
 from stoker.engine.hub import Hub, Started, decode_started
 from stoker.engine.ledger import Entry, Kind, Ledger
 from stoker.engine.operations import Running
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "begin",
+    "boot_up",
     "cancel",
     "enter_machine",
     "enter_unit",
@@ -72,9 +75,9 @@ VMM_MOST: Final = 256 << 20
 """Bytes that a VMM may take besides the guest's memory and what it translates. (It is reckoned with much less.)"""
 
 
-def begin(core: Core, box: Box, operation: Running, verb: str) -> None:
-    """Starts the work in a task of the engine's own."""
-    task = core.spawn(_build(core, box, operation), f"{verb} {box.id}")
+def begin(core: Core, box: Box, operation: Running, verb: str, then: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Starts the work in a task of the engine's own. ``then`` is a part of it, once the machine runs."""
+    task = core.spawn(_build(core, box, operation, then), f"{verb} {box.id}")
 
     def over(_: object) -> None:
         # A task that is cancelled before its first step never runs: cancel() has the row put right, this the operation.
@@ -103,15 +106,14 @@ async def cancel(core: Core, box: Box) -> None:
             await undo(core, box, _cancelled(box))
 
 
-async def _build(core: Core, box: Box, operation: Running) -> None:
+async def _build(core: Core, box: Box, operation: Running, then: Callable[[], Awaitable[None]] | None) -> None:
     """From the intent to a running machine, or back to nothing and a failed row."""
     error: StokerError | None = None
     async with box.lock:
         try:
-            async with core.queue.turn(box.record.owner):
-                booted = await _make(core, box, operation)
-            with booted.held:
-                await running(core, box, booted)
+            await boot_up(core, box, operation)
+            if then is not None:
+                await then()
         except BaseException as cause:
             error = why(cause, core, box)
             with anyio.CancelScope(shield=True):
@@ -119,6 +121,14 @@ async def _build(core: Core, box: Box, operation: Running) -> None:
             if isinstance(cause, asyncio.CancelledError):
                 raise
     operation.end(error)
+
+
+async def boot_up(core: Core, box: Box, operation: Running) -> None:
+    """From the intent to a running machine; the box's lock is held. Whoever calls this undoes it when it fails."""
+    async with core.queue.turn(box.record.owner):
+        booted = await _make(core, box, operation)
+    with booted.held:
+        await running(core, box, booted)
 
 
 def why(cause: BaseException, core: Core, box: Box) -> StokerError:
@@ -212,14 +222,14 @@ def machine_request(core: Core, record: Record, places: Places, *, copied: bool 
         cpus=record.resources.cpus,
         memory=record.resources.memory,
         disk=record.resources.disk if again else request.disk,
-        network=request.network.value,
+        network=(request.network or NetworkMode.USER).value,
         hostname=record.hostname,
         env=tuple((record.env if again else request.env).items()),
         user=record.user if again else request.user or "",
         workdir=record.workdir if again else request.workdir or "",
         # A disk that was used agrees with no memory but its own.
         cold=request.cold or again,
-        init=request.init.value,
+        init=(request.init or InitMode.AGENT).value,
         attached=attached(core, record, places),
         base_file=places.memory,
         keys=core.host_keys.take if copied and not record.boots else None,
@@ -306,7 +316,7 @@ def _identity(record: Record, booted: Booted) -> dict[str, Any]:
     """Of a copy that ran for the first time: which restore this is, and what became of each hazard."""
     if not record.parent or record.boots:
         return {}
-    generation = record.generation + 1 if booted.origin in (Origin.FORK, Origin.SNAPSHOT) else 0
+    generation = record.generation + 1 if booted.origin not in (Origin.BOOT, Origin.GOLDEN) else 0
     return {"generation": generation, "certificate": certificate(booted.report, generation)}
 
 
@@ -374,6 +384,11 @@ def make_hub(core: Core, box: Box) -> Hub:
 async def undo(core: Core, box: Box, error: StokerError) -> None:
     """Whatever was made goes; the row stays, with the reason."""
     try:
+        live = box.live
+        if live is not None:
+            await detach(box, error)
+            await live.machine.kill()
+            await live.machine.close()
         if box.record.boots:
             await ended(core, box, SandboxState.FAILED, error)
             return

@@ -10,6 +10,8 @@ import asyncio
 import dataclasses
 import sqlite3
 import time
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,14 +127,26 @@ async def intend(core: Core, records: list[Record], operation: Running, quota: Q
     return boxes
 
 
+Otherwise = Callable[[StokerError], Awaitable[bool]]
+"""What is done where the memory could not be taken up; False: nothing. A copy with one waits for its turn among the boots."""
+
+
 def begin_copy(
-    core: Core, box: Box, source: str, memory: Path | TakeMemory, rows: dict[int, Started], operation: Running
+    core: Core,
+    box: Box,
+    source: str,
+    memory: Path | TakeMemory,
+    rows: dict[int, Started],
+    operation: Running,
+    identity: Identity | None = None,
+    otherwise: Otherwise | None = None,
 ) -> asyncio.Future[StokerError | None]:
     """Has a copy made by a task that is its own: who destroys the copy ends it. The future is done when that is over."""
+    who = identity or Identity(box.record.generation + 1, copy=True, hostname=box.record.hostname or box.id)
     result: asyncio.Future[StokerError | None] = asyncio.get_running_loop().create_future()
 
     async def work() -> None:
-        error = await bring_up(core, box, source, memory, rows, operation)
+        error = await bring_up(core, box, source, memory, rows, operation, who, otherwise)
         result.set_result(error)
 
     def over(task: asyncio.Task[None]) -> None:
@@ -146,12 +160,24 @@ def begin_copy(
 
 
 async def bring_up(
-    core: Core, box: Box, source: str, memory: Path | TakeMemory, rows: dict[int, Started], operation: Running
+    core: Core,
+    box: Box,
+    source: str,
+    memory: Path | TakeMemory,
+    rows: dict[int, Started],
+    operation: Running,
+    identity: Identity,
+    otherwise: Otherwise | None,
 ) -> StokerError | None:
     """From the row to a machine that runs, or back to nothing and a failed row: then why. Its disk is on ``source``'s layer."""
     try:
         async with box.lock:
-            await _make(core, box, source, memory, rows, operation)
+            try:
+                async with core.queue.turn(box.record.owner) if otherwise is not None else nullcontext():
+                    await _make(core, box, source, memory, rows, operation, identity)
+            except StokerError as problem:
+                if otherwise is None or not await otherwise(problem):
+                    raise
     except BaseException as cause:
         error = why(cause, core, box)
         with anyio.CancelScope(shield=True):
@@ -164,7 +190,15 @@ async def bring_up(
     return None
 
 
-async def _make(core: Core, box: Box, source: str, memory: Path | TakeMemory, rows: dict[int, Started], operation: Running) -> None:
+async def _make(
+    core: Core,
+    box: Box,
+    source: str,
+    memory: Path | TakeMemory,
+    rows: dict[int, Started],
+    operation: Running,
+    identity: Identity,
+) -> None:
     places = core.places(box.id)
     await make_places(core, box, places)
     request = machine_request(core, box.record, places, copied=True)
@@ -175,7 +209,6 @@ async def _make(core: Core, box: Box, source: str, memory: Path | TakeMemory, ro
         """Nothing is lost when this is interrupted: what it is a copy of is there."""
 
     disk = core.pools.copier(box.record.pool, source, box.id)
-    identity = Identity(box.record.generation + 1, copy=True, hostname=box.record.hostname or box.id)
     booted = await core.booter.resume(request, places.directory, disk, places.cgroup, operation, memory, identity, ready)
     with booted.held:
         hub = make_hub(core, box)

@@ -43,6 +43,7 @@ from stoker.vmm.memory import Scratch
 if TYPE_CHECKING:
     from stoker.engine.boot import MachineRequest
     from stoker.engine.hub import Hub
+    from stoker.engine.templates import TemplateRecord
     from stoker.engine.wake import Identity, TakeMemory
     from stoker.guest.agent import Agent
     from stoker.guest.copies import Report
@@ -213,6 +214,7 @@ class Core:
         self.apps: set[str] = set()
         """What app archives hold of their owners' quotas (:mod:`.apps`)."""
         self.snapshots: dict[str, SnapshotRecord] = {}
+        self.templates: dict[str, TemplateRecord] = {}
         self.jobs: set[str] = set()
         """Helper machines that run."""
         self.cgroups: Path | None = None

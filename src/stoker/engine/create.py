@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 from msgspec.structs import replace
@@ -14,6 +14,8 @@ import stoker
 from stoker.api.models import (
     CreateSandbox,
     Event,
+    InitMode,
+    NetworkMode,
     Operation,
     Principal,
     Quota,
@@ -32,9 +34,13 @@ from stoker.engine.state import Mounted, Record, new_id, require
 from stoker.engine.trace import trace
 from stoker.errors import Conflict, Forbidden, HostError
 
-__all__ = ["create", "expiry", "settled", "start"]
+if TYPE_CHECKING:
+    from stoker.engine.operations import Running
+
+__all__ = ["Source", "create", "expiry", "settled", "start", "whole"]
 
 MIB: Final = 1 << 20
+MEMORY: Final = 512 * MIB
 IDEMPOTENT_SECONDS: Final = 86400.0
 
 
@@ -43,6 +49,27 @@ def settled(timeout: Timeout | None) -> Timeout | None:
     if timeout is None or timeout.action is not None:
         return timeout
     return replace(timeout, action=TimeoutAction.PAUSE if timeout.mode is TimeoutMode.IDLE else TimeoutAction.DESTROY)
+
+
+def whole(request: CreateSandbox) -> CreateSandbox:
+    """The same with everything that was left open."""
+    return replace(
+        request,
+        cpus=request.cpus or 1,
+        memory=-(-(request.memory or MEMORY) // MIB) * MIB,
+        network=request.network or NetworkMode.USER,
+        init=request.init or InitMode.AGENT,
+    )
+
+
+class Source(Protocol):
+    """What a sandbox is made from that is more than an image."""
+
+    def row(self, record: Record) -> Record:
+        """The first row, with what it has from there."""
+
+    def begin(self, box: Box, operation: Running) -> None:
+        """Starts the work."""
 
 
 def expiry(timeout: Timeout | None) -> float | None:
@@ -68,14 +95,25 @@ class _Repeated(Exception):
 
 
 async def create(
-    core: Core, who: Principal, request: CreateSandbox, key: str | None, quota: Quota | None, volumes: list[Mounted]
+    core: Core,
+    who: Principal,
+    request: CreateSandbox,
+    key: str | None,
+    quota: Quota | None,
+    volumes: list[Mounted],
+    *,
+    source: Source | None = None,
+    builds: str = "",
 ) -> Operation:
-    """Admits, records and begins; the rest goes on by itself. ``volumes`` are those that the request names."""
+    """Admits, records and begins; the rest goes on by itself. ``volumes`` are those that the request names.
+
+    With ``builds`` it ends with the daemon, as what is made in it does.
+    """
     _check(who, request)
     if core.closing:
         raise HostError("daemon_stopping", "the daemon is ending", "try again in a moment")
-    core.filling.check(core.pools.default, further=bool(volumes or request.app))
-    memory = -(-request.memory // MIB) * MIB
+    digest = digest_of(request)
+    request = whole(request)
     record = Record(
         id=new_id("sb"),
         owner=who.owner,
@@ -83,22 +121,25 @@ async def create(
         request=request,
         created_at=time.time(),
         name=request.name,
-        resources=Resources(cpus=request.cpus, memory=memory, disk=request.disk),
+        resources=Resources(cpus=request.cpus or 1, memory=request.memory or MEMORY, disk=request.disk),
         hostname=request.hostname or request.name or "",
         pool=core.pools.default,
         volumes=volumes,
         timeout=settled(request.timeout),
         expires_at=expiry(request.timeout),
         versions=Versions(daemon=stoker.__version__),
+        builds=builds,
     )
+    if source is not None:
+        record = source.row(record)
+    core.filling.check(record.pool, further=bool(volumes or request.app))
     box = Box(record)
-    digest = digest_of(request)
     if key is not None and (former := await _former(core, who, key)) is not None:
         return _again(core, who, *former, digest)
     core.admit(box, quota)
     operation = core.operations.begin("create", who.owner, box.id)
     box.record = record = replace(record, operation=operation.value.id)
-    event = core.events.make("sandbox.created", box.id, name=record.name, image=request.image)
+    event = core.events.make("sandbox.created", box.id, name=record.name, image=record.request.image)
     trace("create.after_admit")
     try:
         await _intend(core, who, box, key, digest, event)
@@ -113,7 +154,10 @@ async def create(
     if request.lease:
         box.lease_until = time.monotonic() + core.lease_grace
     trace("create.after_intent")
-    begin(core, box, operation, "create")
+    if source is not None:
+        source.begin(box, operation)
+    else:
+        begin(core, box, operation, "create")
     return operation.value
 
 

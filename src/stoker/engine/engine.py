@@ -12,6 +12,7 @@ state, core   rows and what may be done in which state; what the parts share
 create, build the way of a create and a start; :mod:`.boot` makes the machine
 ending        destroy, stop, a machine that is gone
 pause, wake   memory and devices into files, and back
+templates     names that sandboxes are created from: with ``template_*``, how they are made and used
 watch         a machine's end, seen at once; its agent, reached again
 reconcile     what a new engine does with what it finds
 hub, feed     processes; one process's output for many clients
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Final
 from stoker.api.models import (
     ApiKey,
     ApiKeyPage,
+    BuildTemplate,
     Certificate,
     CopySandbox,
     CreatedKey,
@@ -42,6 +44,7 @@ from stoker.api.models import (
     Health,
     Metrics,
     Operation,
+    OperationLog,
     OperationPage,
     OperationState,
     Principal,
@@ -65,6 +68,9 @@ from stoker.engine.processes import Processes
 from stoker.engine.reconcile import load_all, private_directory, reconcile
 from stoker.engine.resize import resize
 from stoker.engine.snapshots import Snapshots
+from stoker.engine.template_build import Builds
+from stoker.engine.template_use import use
+from stoker.engine.templates import Templates
 from stoker.engine.timers import hold_lease, reap
 from stoker.engine.trace import arm
 from stoker.engine.units import Units
@@ -97,6 +103,8 @@ class Engine:
         self.volumes = Volumes(core, keys.quota)
         self.pools = Pooling(core)
         self.snapshots = Snapshots(core)
+        self.templates = Templates(core, self.snapshots)
+        self.builds = Builds(core, self.templates, keys.quota)
         self.apps = Apps(core, keys.quota)
 
     @classmethod
@@ -165,6 +173,7 @@ class Engine:
         await self.volumes.begin()
         await self.snapshots.begin()
         await asyncio.to_thread(core.host_keys.sweep)
+        await self.templates.begin()
         await self.apps.begin()
         await reconcile(core)
         await asyncio.to_thread(sweep_apps, core.settings.data_dir)
@@ -184,6 +193,7 @@ class Engine:
         core = self._core
         core.closing = True
         await core.end_tasks()
+        self.templates.memories.close()
         await core.booter.aclose()
         reason = GuestError("daemon_stopped", "the daemon ended; the sandbox goes on", "connect again")
         for box in core.boxes.values():
@@ -206,7 +216,9 @@ class Engine:
         await self.volumes.left({volume.id for volume in volumes})
         if request.app is not None:
             await self.apps.get(who, request.app)
-        return await core.shielded(create.create(core, who, request, idempotency_key, self._keys.quota(who.owner), volumes))
+        source = use(self.templates, who, request, self.builds.remake)
+        quota = self._keys.quota(who.owner)
+        return await core.shielded(create.create(core, who, request, idempotency_key, quota, volumes, source=source))
 
     async def get(self, who: Principal, sandbox: str) -> Sandbox:
         return self._find(who, sandbox).value
@@ -288,6 +300,14 @@ class Engine:
         quota = self._keys.quota(who.owner)
         return await self._core.shielded(self.snapshots.start(who, snapshot, request, quota))
 
+    async def build_template(self, who: Principal, request: BuildTemplate) -> Operation:
+        return await self.builds.begin(who, request)
+
+    @asynccontextmanager
+    async def operation_log(self, who: Principal, operation: str, start: int) -> AsyncIterator[AsyncIterator[OperationLog]]:
+        self._core.operations.find(who, operation)
+        yield self.builds.log_of(operation).follow(start)
+
     async def _wake(self, box: Box) -> None:
         await self._core.shielded(pause.wake_up(self._core, box, self._keys.quota(box.record.owner)))
 
@@ -336,7 +356,11 @@ class Engine:
 
     async def cancel_operation(self, who: Principal, operation: str) -> Operation:
         now = await self.operation(who, operation)
-        if now.state is OperationState.RUNNING and now.sandbox is not None:
+        if now.state is OperationState.RUNNING and now.template is not None:
+            cancel = self._core.operations.find(who, operation).cancel
+            if cancel is not None:
+                await self._core.shielded(cancel())
+        elif now.state is OperationState.RUNNING and now.sandbox is not None:
             box = self._core.boxes.get(now.sandbox)
             if box is not None:
                 await self._core.shielded(build.cancel(self._core, box))

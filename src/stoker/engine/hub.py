@@ -323,7 +323,9 @@ class Hub:
 
     async def adopt(self, agent: Agent, rows: dict[int, Started]) -> None:
         """After a restart: every process the guest knows is followed again."""
-        for known in await agent.processes():
+        # A connection begins with their list.
+        welcome = agent.welcome
+        for known in await agent.processes() if welcome.more else welcome.processes:
             if known.id in self._all:
                 continue
             started = rows.get(known.id) or Started(id=known.id, tag=known.tag or None, terminal=known.pty)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from stoker.api.models import Image, ImageList, Kernel, KernelList, Principal, SandboxState
-from stoker.engine.core import Box, Core
+from stoker.engine.core import Core
+from stoker.engine.state import Record
 from stoker.errors import Conflict
 from stoker.images import inventory
 from stoker.images.inventory import WORD, Item
@@ -19,17 +20,26 @@ NAMED: Final = 20
 """Users that an error names."""
 
 
-def users(core: Core, kind: str, digest: str) -> list[Box]:
-    """The sandboxes whose disk, or next boot, needs an entry. One that never ran has none."""
-    found = []
-    for box in core.boxes.values():
-        record = box.record
-        if record.state is SandboxState.FAILED and not record.boots:
-            continue
-        needs = (record.kernel_path,) if kind == "kernels" else (record.image_digest, Path(record.image_path).parent.name)
-        if digest in needs:
-            found.append(box)
-    return found
+class User(NamedTuple):
+    """A sandbox or template that needs an image or a kernel, and the words of ``stoker`` that remove it."""
+
+    owner: str
+    label: str
+    removed_by: str
+
+
+def users(core: Core, kind: str, digest: str) -> list[User]:
+    """The sandboxes whose disk, or next boot, needs an entry (one that never ran has none), and the templates that do."""
+
+    def needs(record: Record) -> bool:
+        return digest in (
+            (record.kernel_path,) if kind == "kernels" else (record.image_digest, Path(record.image_path).parent.name)
+        )
+
+    boxes = [box.record for box in core.boxes.values() if box.record.state is not SandboxState.FAILED or box.record.boots]
+    found = [User(record.owner, record.label, f"rm {record.label}") for record in boxes if needs(record)]
+    templates = [one for one in core.templates.values() if needs(core.snapshots[one.snapshot].box)]
+    return found + [User(one.owner, f"template {one.name}", f"template rm {one.name}") for one in templates]
 
 
 def is_used(core: Core, kind: str, digest: str) -> bool:
@@ -82,7 +92,7 @@ class Images:
 
     def _labels(self, who: Principal, item: Item) -> list[str]:
         found = users(self._core, item.kind, item.digest)
-        return sorted(box.record.label for box in found if who.admin or box.record.owner == who.owner)
+        return sorted(user.label for user in found if who.admin or user.owner == who.owner)
 
     async def images(self, who: Principal) -> ImageList:
         found = await asyncio.to_thread(inventory.items, self._store, "images")
@@ -126,12 +136,13 @@ class Images:
 
     def _in_use(self, kind: str, reference: str, item: Item) -> Conflict:
         word = WORD[kind]
-        labels = sorted(box.record.label for box in users(self._core, kind, item.digest))
+        found = sorted(users(self._core, kind, item.digest), key=lambda user: user.label)
+        labels = [user.label for user in found]
         shown = ", ".join(labels[:NAMED]) + (f" and {len(labels) - NAMED} more" if len(labels) > NAMED else "")
         by = shown or "a sandbox that is just being made, or a disk in a pool"
         return Conflict(
             f"{word}_in_use",
             f"the {word} {reference} is in use by {by}",
-            f"stoker rm {' '.join(labels[:NAMED])}" if labels else "try again in a moment",
+            "; ".join(f"stoker {user.removed_by}" for user in found[:NAMED]) if found else "try again in a moment",
             details={"digest": item.digest, "used_by": labels},
         )

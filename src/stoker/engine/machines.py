@@ -78,7 +78,7 @@ class RealBooter:
         take = kept_memory(memory, self._bases, alone=not identity.copy) if isinstance(memory, Path) else memory
         live = await wake(request, self._settings, directory, disk, take, identity, ready=ready, progress=progress, cgroup=cgroup)
         origin = Origin.BOOT if not identity.copy else Origin.SNAPSHOT if isinstance(memory, Path) else Origin.FORK
-        return _booted(live, await qemu_facts(self._settings), origin)
+        return _booted(live, await qemu_facts(self._settings), identity.origin or origin)
 
     async def helper(self, name: str, directory: Path, mounted: Mounted, file: Path) -> tuple[Machine, Agent]:
         from stoker.engine.boot import boot_helper

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -28,6 +30,8 @@ class Running:
         self.value = value
         self.owner = owner
         self._changed = asyncio.Event()
+        self.cancel: Callable[[], Coroutine[Any, Any, None]] | None = None
+        """Ends it, where that is not by its sandbox. Returns when it has ended."""
 
     def _set(self, value: Operation) -> None:
         self.value = value

@@ -4,6 +4,7 @@
 the row says              after a restart
 ========================  =======================================================================================
 doomed                    the destroy is finished
+a template was built in   it is removed
 creating, never ran       unwound; ``failed`` (``create_interrupted``)
 creating, ran before      the half-started machine is ended; ``stopped``, its disk is whole
 running, frozen, lost     adopted where the VMM lives, its agent reached again (in the background); else ``failed`` or
@@ -34,7 +35,8 @@ from stoker.engine.ending import detach, ended, release_all
 from stoker.engine.ledger import Entry, Kind
 from stoker.engine.pause import drop_saved, laid_away, saved_place
 from stoker.engine.release import shims
-from stoker.engine.state import Record, VolumeRecord, to_body
+from stoker.engine.state import Record, SnapshotRecord, VolumeRecord, to_body
+from stoker.engine.templates import TemplateRecord
 from stoker.engine.watch import verdict_on, watch
 from stoker.errors import GuestError, HostError, StokerError
 
@@ -56,24 +58,29 @@ def private_directory(path: Path, mode: int) -> None:
         raise HostError("directory_refused", f"{path} is not a directory of this user's", f"remove it: {path}")
 
 
+def _texts(db: sqlite3.Connection, table: str) -> list[bytes]:
+    return [text.encode() for (text,) in db.execute(f"SELECT record FROM {table} ORDER BY created")]
+
+
 async def load_all(core: Core) -> None:
     """Rows and events into memory."""
 
-    def work(db: sqlite3.Connection) -> tuple[list[Record], list[tuple[str, int, str]], int, list[str]]:
-        rows = db.execute("SELECT record FROM sandboxes ORDER BY created")
-        records = [msgspec.json.decode(text.encode(), type=Record) for (text,) in rows]
+    def work(db: sqlite3.Connection) -> tuple[dict[str, list[bytes]], list[tuple[str, int, str]], int]:
+        texts = {table: _texts(db, table) for table in ("sandboxes", "volumes", "snapshots", "templates")}
         events = db.execute("SELECT sandbox, number, event FROM events ORDER BY number").fetchall()
         last = db.execute("SELECT value FROM numbers WHERE name = 'event'").fetchone()
-        volumes = [text for (text,) in db.execute("SELECT record FROM volumes ORDER BY created")]
-        return records, events, last[0] if last else 0, volumes
+        return texts, events, last[0] if last else 0
 
-    records, events, last, volumes = await core.database.read(work)
-    for text in volumes:
-        record_of = msgspec.json.decode(text.encode(), type=VolumeRecord)
-        core.volumes[record_of.id] = record_of
-    for record in records:
-        core.add(Box(record))
-    core.events.load(events, {record.id: record.owner for record in records}, last)
+    texts, events, last = await core.database.read(work)
+    volumes = [msgspec.json.decode(text, type=VolumeRecord) for text in texts["volumes"]]
+    core.volumes.update({record.id: record for record in volumes})
+    snapshots = [msgspec.json.decode(text, type=SnapshotRecord) for text in texts["snapshots"]]
+    core.snapshots.update({record.id: record for record in snapshots})
+    templates = [msgspec.json.decode(text, type=TemplateRecord) for text in texts["templates"]]
+    core.templates.update({record.id: record for record in templates})
+    for text in texts["sandboxes"]:
+        core.add(Box(msgspec.json.decode(text, type=Record)))
+    core.events.load(events, {box.id: box.record.owner for box in core.boxes.values()}, last)
 
 
 async def reconcile(core: Core) -> None:
@@ -110,8 +117,8 @@ async def settle(core: Core, box: Box) -> None:
     record = box.record
     if record.request.lease:
         box.lease_until = time.monotonic() + core.lease_grace
-    if record.doomed:
-        log.info("finishing the destroy of %s", box.id)
+    if record.doomed or record.builds:
+        log.info("finishing the destroy of %s" if record.doomed else "removing %s: what was being made in it is lost", box.id)
         await release_all(core, box)
         await core.drop(box)
     elif record.state is S.CREATING and not record.boots:

@@ -13,7 +13,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -28,7 +28,7 @@ from stoker.engine.core import Box, Core, Live
 from stoker.engine.layers import flatten_in_time, flatten_now
 from stoker.engine.ledger import Kind, Ledger
 from stoker.engine.pause import about, prepare_guest, saved_place
-from stoker.engine.state import SnapshotRecord, new_id, require
+from stoker.engine.state import Record, SnapshotRecord, new_id, require
 from stoker.engine.trace import trace
 from stoker.errors import Conflict, HostError, NotFound, StokerError
 from stoker.guest.copies import BeforeSnapshot
@@ -46,6 +46,7 @@ __all__ = ["Snapshots"]
 log = logging.getLogger(__name__)
 S = SandboxState
 ROOT: Final = 0
+Warm = Callable[["Live"], Awaitable[None]]
 
 
 def _put(db: sqlite3.Connection, record: SnapshotRecord) -> None:
@@ -63,37 +64,45 @@ class Snapshots:
         self._core = core
 
     async def begin(self) -> None:
-        """Rows into memory; what was only being made when the daemon ended goes."""
-        core = self._core
-        rows = await core.database.read(lambda db: db.execute("SELECT record FROM snapshots ORDER BY created").fetchall())
-        for (text,) in rows:
-            record = msgspec.json.decode(text.encode(), type=SnapshotRecord)
-            core.snapshots[record.id] = record
+        """What was only being made when the daemon ended goes."""
+        for record in list(self._core.snapshots.values()):
             if record.state is SnapshotState.MAKING:
                 log.warning("removing the snapshot %s, which was not finished", record.id)
-                await self._remove(record)
+                await self.discard(record)
 
     # -- finding ------------------------------------------------------------------------------------------------------
 
     def find(self, who: Principal, reference: str) -> SnapshotRecord:
         """By id or name; what belongs to others does not exist."""
         found = self._core.snapshots.get(reference)
-        if found is None:
-            mine = [one for one in self._core.snapshots.values() if one.name == reference]
+        if found is None or found.template:
+            mine = [one for one in self._listed() if one.name == reference]
             found = next((one for one in mine if one.owner == who.owner), mine[0] if mine and who.admin else None)
         if found is None or not (who.admin or found.owner == who.owner):
             raise NotFound("snapshot_unknown", f"there is no snapshot {reference}", "stoker snapshot ls")
         return found
 
+    def find_whole(self, who: Principal, reference: str) -> SnapshotRecord:
+        """One that can be used. ``snapshot_making`` (Conflict)."""
+        found = self.find(who, reference)
+        if found.state is not SnapshotState.READY:
+            raise Conflict("snapshot_making", f"the snapshot {found.label} is not whole yet", "try again in a moment")
+        return found
+
+    def _listed(self) -> Sequence[SnapshotRecord]:
+        """All but those that belong to templates."""
+        return [one for one in self._core.snapshots.values() if not one.template]
+
     async def get(self, who: Principal, snapshot: str) -> Snapshot:
         return await asyncio.to_thread(self._value, self.find(who, snapshot))
 
     async def list(self, who: Principal) -> Sequence[Snapshot]:
-        found = [one for one in self._core.snapshots.values() if who.admin or one.owner == who.owner]
+        found = [one for one in self._listed() if who.admin or one.owner == who.owner]
         found.sort(key=lambda one: one.created_at, reverse=True)
         return await asyncio.to_thread(lambda: [self._value(one) for one in found])
 
-    def _value(self, record: SnapshotRecord) -> Snapshot:
+    def sizes(self, record: SnapshotRecord) -> tuple[int, int]:
+        """Bytes that go with it, and those that others have, too. Blocks."""
         own = shared = 0
         with suppress(StokerError, OSError):
             # Each layer is shared with the sandbox that goes on above it.
@@ -106,6 +115,10 @@ class Snapshots:
                     own += status.st_blocks * 512
                 else:
                     shared += status.st_blocks * 512
+        return own, shared
+
+    def _value(self, record: SnapshotRecord) -> Snapshot:
+        own, shared = self.sizes(record)
         box = record.box
         return Snapshot(
             id=record.id,
@@ -140,7 +153,7 @@ class Snapshots:
             operation = core.operations.begin("snapshot", box.record.owner, box.id)
             error: StokerError | None = None
             try:
-                record = await self._create(box, request, operation)
+                record = await self.take(box, request, operation)
             except StokerError as problem:
                 error = problem
                 raise
@@ -160,20 +173,71 @@ class Snapshots:
             things.append((Kind.SAVED, str(saved_place(self._core, record.id))))
         return things
 
-    async def _create(self, box: Box, request: CreateSnapshot, operation: Running) -> SnapshotRecord:
-        core, laps = self._core, Laps()
+    async def take(
+        self,
+        box: Box,
+        request: CreateSnapshot,
+        operation: Running,
+        *,
+        template: str = "",
+        row: Record | None = None,
+        warm: Warm | None = None,
+    ) -> SnapshotRecord:
+        """The work of it; the box's lock is held. One of a template's has a base of its own, and ``row`` for its sandboxes;
+        ``warm`` is done in a running guest when that is ready for it."""
         record = SnapshotRecord(
             id=new_id("sn"),
             owner=box.record.owner,
             state=SnapshotState.MAKING,
             created_at=time.time(),
-            box=box.record,
+            box=row or box.record,
             name=request.name,
             tags=request.tags,
             parent=box.record.ancestor,
             memory=request.memory,
+            template=template,
             operation=operation.value.id,
         )
+
+        async def make(laps: Laps) -> None:
+            if box.record.state is S.PAUSED:
+                await self._core.pools.freeze(box.record.pool, box.id)
+                trace("snapshot.after_layer")
+                await self._beside(record, box.id, box.record.saved)
+            else:
+                await self._of_running(box, record, request, laps, warm)
+
+        return await self._make(record, operation, make, box)
+
+    async def adopt(
+        self, source: SnapshotRecord, row: Record, operation: Running, template: str, *, memory: bool = True
+    ) -> SnapshotRecord:
+        """The same once more, as a template's."""
+        record = replace(
+            source,
+            id=new_id("sn"),
+            state=SnapshotState.MAKING,
+            created_at=time.time(),
+            box=row,
+            name=None,
+            tags=[],
+            memory=memory and source.memory,
+            template=template,
+            operation=operation.value.id,
+            steps={},
+        )
+
+        async def make(laps: Laps) -> None:
+            with laps.lap("save"):
+                await self._beside(record, source.id, source.id)
+
+        return await self._make(record, operation, make)
+
+    async def _make(
+        self, record: SnapshotRecord, operation: Running, make: Callable[[Laps], Awaitable[None]], box: Box | None = None
+    ) -> SnapshotRecord:
+        """``make`` does it, between the intent and the row that says that it is whole."""
+        core, laps = self._core, Laps()
 
         def intend_in(db: sqlite3.Connection) -> None:
             if record.name is not None:
@@ -188,10 +252,7 @@ class Snapshots:
         core.snapshots[record.id] = record
         trace("snapshot.after_mark")
         try:
-            if box.record.state is S.PAUSED:
-                await self._of_paused(box, record)
-            else:
-                await self._of_running(box, record, request, laps)
+            await make(laps)
             trace("snapshot.after_saved")
             steps = {name: round(seconds * 1000, 3) for name, seconds in laps.seconds.items()}
             record = replace(record, state=SnapshotState.READY, steps=steps)
@@ -201,33 +262,38 @@ class Snapshots:
                 for kind, name in self._things(record):
                     Ledger.live_in(db, record.id, kind, name)
 
-            await core.save(box, event="sandbox.snapshot", also=ready_in, durable=True, ancestor=record.id)
+            if box is not None and not record.template:
+                await core.save(box, event="sandbox.snapshot", also=ready_in, durable=True, ancestor=record.id)
+            else:
+                await core.database.write(ready_in, durable=True)
             core.snapshots[record.id] = record
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await self._remove(record)
+                await self.discard(record)
             raise
         trace("snapshot.after_ready")
         operation.laps(laps.seconds)
-        log.info("snapshot %s of %s: %s", record.id, box.id, steps)
+        log.info("snapshot %s of %s: %s", record.id, record.box.id, steps)
         return record
 
-    async def _of_paused(self, box: Box, record: SnapshotRecord) -> None:
-        core, pool = self._core, box.record.pool
-        await core.pools.freeze(pool, box.id)
-        trace("snapshot.after_layer")
-        await asyncio.to_thread(lambda: core.pools.open(pool).beside(box.id, record.id))
+    async def _beside(self, record: SnapshotRecord, disk: str, saved: str) -> None:
+        """With the layer that another disk stands on, and what was put away elsewhere."""
+        core, pool = self._core, record.box.pool
+        await asyncio.to_thread(lambda: core.pools.open(pool).beside(disk, record.id))
         trace("snapshot.after_disk")
         if record.memory:
-            source, place = saved_place(core, box.record.saved), saved_place(core, record.id)
-            await asyncio.to_thread(again, source, place, {**about(record.box), "snapshot": record.id})
+            words = {**about(record.box), "snapshot": record.id}
+            place = saved_place(core, record.id)
+            await asyncio.to_thread(again, saved_place(core, saved), place, words, flat=bool(record.template))
 
-    async def _of_running(self, box: Box, record: SnapshotRecord, request: CreateSnapshot, laps: Laps) -> None:
+    async def _of_running(self, box: Box, record: SnapshotRecord, request: CreateSnapshot, laps: Laps, warm: Warm | None) -> None:
         core, pool, live = self._core, box.record.pool, box.live
         if live is None:
             raise HostError("machine_missing", f"{box.record.label} has no machine", f"stoker inspect {box.id}")
         with laps.lap("guest"):
             await prepare_guest(live, box.record, BeforeSnapshot(drop_caches=request.compact))
+            if warm is not None:
+                await warm(live)
         async with core.copying:
             with laps.lap("layer"):
                 await flatten_now(core, box)
@@ -253,8 +319,8 @@ class Snapshots:
         fd = live.machine.memory()
         try:
             # A file that a VMM could write to belongs to that machine alone.
-            file = self._core.places(box.id).memory if box.record.base and is_sealed(fd) else None
-            base = Base(fd, file, box.record.base)
+            linkable = box.record.base and is_sealed(fd) and not record.template
+            base = Base(fd, self._core.places(box.id).memory if linkable else None, box.record.base)
             words = {**about(box.record), "snapshot": record.id, "parent": record.parent}
             keep(saved_place(self._core, record.id), base, taken, live.machine.made_by(), words)
         finally:
@@ -264,9 +330,7 @@ class Snapshots:
 
     async def start(self, who: Principal, snapshot: str, request: CopySandbox, quota: Quota | None) -> Operation:
         """A new sandbox out of a snapshot; the rest goes on by itself."""
-        core, record = self._core, self.find(who, snapshot)
-        if record.state is not SnapshotState.READY:
-            raise Conflict("snapshot_making", f"the snapshot {record.label} is not whole yet", "try again in a moment")
+        core, record = self._core, self.find_whole(who, snapshot)
         core.filling.check(record.box.pool)
         source = replace(record.box, ancestor=record.id)
         [row] = planned(core, who.owner, source, request, 1, record.id)
@@ -295,7 +359,7 @@ class Snapshots:
 
     async def remove(self, who: Principal, snapshot: str) -> None:
         """What was made from it, or after it, stays."""
-        await self._remove(self.find(who, snapshot))
+        await self.discard(self.find(who, snapshot))
 
     async def prune(self, who: Principal) -> Sequence[Snapshot]:
         """Removes those that have neither a name nor a tag."""
@@ -304,7 +368,8 @@ class Snapshots:
             await self.remove(who, one.id)
         return gone
 
-    async def _remove(self, record: SnapshotRecord) -> None:
+    async def discard(self, record: SnapshotRecord) -> None:
+        """Row and files."""
         core = self._core
         children = [one for one in core.snapshots.values() if one.parent == record.id]
 

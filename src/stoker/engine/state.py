@@ -16,6 +16,8 @@ from stoker.api.models import (
     Certificate,
     CreateSandbox,
     ErrorBody,
+    InitMode,
+    NetworkMode,
     Origin,
     Resources,
     Sandbox,
@@ -135,6 +137,8 @@ class SnapshotRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tags: list[str] = field(default_factory=list)
     parent: str = ""
     memory: bool = True
+    template: str = ""
+    """The template that it belongs to: nobody sees it but through that one."""
     operation: str | None = None
     steps: dict[str, float] = field(default_factory=dict)
 
@@ -196,6 +200,10 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The snapshot whose disk it boots from the first time."""
     ancestor: str = ""
     """The snapshot that was last made of it, or that it was made from."""
+    template: str = ""
+    """The template it was made from, by its name then."""
+    builds: str = ""
+    """The template that is being made in it: it ends with that, or with the daemon."""
     doomed: bool = False
     """A destroy has begun; nothing but finishing it is left."""
 
@@ -264,8 +272,9 @@ def to_sandbox(record: Record, expires_at: float | None) -> Sandbox:
         user=record.user or request.user or "",
         workdir=record.workdir or request.workdir or "",
         command=record.command,
-        network=request.network,
-        init=request.init,
+        template=record.template,
+        network=request.network or NetworkMode.USER,
+        init=request.init or InitMode.AGENT,
         volumes=[VolumeMount(name=m.name, path=m.path, read_only=m.read_only) for m in record.volumes],
         app=request.app,
         lease=request.lease,

@@ -66,8 +66,19 @@ SNAPSHOT = (
     "snapshot.after_unmark",
     "snapshot.after_gone",
 )
+TEMPLATE = (
+    "template.after_machine",
+    "template.after_setup",
+    "template.after_start",
+    "template.after_snapshot",
+    "template.after_row",
+    "template.after_replaced",
+    "template.after_unmark",
+    "template.after_unusable",
+    "template.after_again",
+)
 POINTS = declare(*CREATE, *DESTROY, *STOP, *START)
-MEMORY = declare(*PAUSE, *RESUME, *FORK, *SNAPSHOT)
+MEMORY = declare(*PAUSE, *RESUME, *FORK, *SNAPSHOT, *TEMPLATE)
 """Only where machines have memory: real ones."""
 UNIT = declare("unit.after_enter")
 """Only where machines are units of systemd's."""

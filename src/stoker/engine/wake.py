@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from stoker.api.models import Certificate, Hazard
+from stoker.api.models import Certificate, Hazard, Origin
 from stoker.engine.boot import LiveMachine, plan
 from stoker.engine.start import Watch, explained, first_word, launched
 from stoker.engine.trace import trace
@@ -64,6 +64,11 @@ class Identity:
     generation: int
     copy: bool = False
     hostname: str | None = None
+    env: Mapping[str, str] | None = None
+    user: str | None = None
+    workdir: str | None = None
+    origin: Origin | None = None
+    """What it is said to have begun as."""
 
 
 def certificate(report: Report | None, generation: int) -> Certificate:
@@ -171,6 +176,9 @@ async def _tell(agent: Agent, identity: Identity, keys: MakeKeys | None) -> Repo
         hostname=identity.hostname,
         machine_id=os.urandom(16).hex() if identity.copy else None,
         drop_connections=identity.copy,
+        env=identity.env,
+        user=identity.user,
+        workdir=identity.workdir,
     )
     try:
         return await agent.after_restore(words, keys=keys)

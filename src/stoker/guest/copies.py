@@ -63,6 +63,9 @@ class AfterRestore(Struct, frozen=True):
     ask_keys: bool = False
     """Where there are host keys and none are given, say which, do nothing, and wait to be told again with others."""
     env: Mapping[str, Text] | None = None
+    """All of the default environment; it and the next two are for what is started from then on."""
+    user: str | None = None
+    workdir: str | None = None
     hooks: bool = True
     hook_timeout: float = 10.0
     """Seconds for each hook."""

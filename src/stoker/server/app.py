@@ -37,6 +37,7 @@ from stoker.server.routes import (
     signed,
     snapshots,
     system,
+    templates,
     upkeep,
     volumes,
 )
@@ -50,7 +51,22 @@ SocketHandler = Callable[[Channel, Principal, dict[str, str]], Awaitable[None]]
 
 
 def all_endpoints() -> list[Endpoint]:
-    modules = (sandboxes, processes, files, signed, operations, images, upkeep, keys, system, volumes, apps, pools, snapshots)
+    modules = (
+        sandboxes,
+        processes,
+        files,
+        signed,
+        operations,
+        images,
+        upkeep,
+        keys,
+        system,
+        volumes,
+        apps,
+        pools,
+        snapshots,
+        templates,
+    )
     return [endpoint for module in modules for endpoint in module.routes.endpoints]
 
 

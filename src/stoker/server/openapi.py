@@ -33,6 +33,10 @@ PATH_PARAMETERS: dict[str, dict[str, Any]] = {
         "description": "A snapshot's name or id.",
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", "maxLength": 64, "minLength": 1},
     },
+    "template": {
+        "description": "A template's name or id.",
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", "maxLength": 64, "minLength": 1},
+    },
     "pool": {
         "description": "A pool's name; `directory` is the data directory itself.",
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", "maxLength": 64, "minLength": 1},

@@ -61,6 +61,7 @@ from stoker.api.models import (
     VolumePage,
     WatchEvent,
 )
+from stoker.server.template_ports import TemplateEngine
 
 __all__ = ["Apps", "Volumes", "Attachment", "EngineProtocol", "Files", "Images", "Output", "Pools", "Processes", "Upkeep"]
 
@@ -293,7 +294,7 @@ class Apps(Protocol):
         """``digest_mismatch``, ``bad_archive`` (InvalidRequest, TooLarge)."""
 
 
-class EngineProtocol(Protocol):
+class EngineProtocol(TemplateEngine, Protocol):
     """Everything else."""
 
     @property

@@ -87,11 +87,19 @@ def keep(directory: Path, base: Base, taken: Captured, made_by: Mapping[str, Any
     return manifest
 
 
-def again(source: Path, directory: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The same once more, under another name: the base is linked to, the rest copied."""
+def again(source: Path, directory: Path, about: Mapping[str, Any], *, flat: bool = False) -> dict[str, Any]:
+    """The same once more, under another name: the base is linked to, the rest copied. ``flat``: where it has a delta, both become a
+    new base."""
     with whole_directory(directory, staging(directory)) as place:
         manifest = {**read_manifest(source), **about}
-        if not _linked(source / "memory", place / "memory"):
+        if flat and "delta" in manifest["files"]:
+            with open(source / "delta", "rb") as delta, open(source / "memory", "rb") as base:
+                if _digest(delta.fileno()) != manifest["files"]["delta"]["sha256"]:
+                    raise _damaged(source, "what the machine had changed of its memory")
+                memory = _new_base(place / "memory", base.fileno(), read_delta(delta.fileno()))
+            manifest["files"] = {"state": manifest["files"]["state"], "memory": memory}
+            manifest["memory_as"] = _as(place / "memory")
+        elif not _linked(source / "memory", place / "memory"):
             raise HostError("host_failed", f"{source}/memory cannot be linked to", "see the daemon's log")
         for name in manifest["files"]:
             if name != "memory":

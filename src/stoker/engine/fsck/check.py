@@ -46,6 +46,7 @@ CHECKERS: Final[tuple[Checker, ...]] = (
     storage.references,
     storage.volumes,
     storage.apps,
+    storage.templates,
     strays.pools,
     strays.apps,
     strays.helpers,

@@ -10,6 +10,7 @@ from stoker.engine.fsck.finding import SANDBOX, Finding, Scene
 from stoker.engine.fsck.sandboxes import is_busy
 from stoker.engine.fsck.strays import listed
 from stoker.engine.ledger import Kind
+from stoker.engine.pause import saved_place
 from stoker.host import devicemapper, loop
 from stoker.host.lock import hold_directory
 from stoker.host.mounts import mounts as mount_table
@@ -17,8 +18,9 @@ from stoker.images.inventory import shared_elsewhere
 from stoker.storage import filesystem
 from stoker.storage.app import app_image, sweep_apps
 from stoker.storage.volume import size_of
+from stoker.vmm.kept import missing
 
-__all__ = ["apps", "devices", "loops", "mounts", "references", "volumes"]
+__all__ = ["apps", "devices", "loops", "mounts", "references", "templates", "volumes"]
 
 
 async def devices(scene: Scene) -> list[Finding]:
@@ -157,4 +159,19 @@ async def apps(scene: Scene) -> list[Finding]:
             os.close(fd)
             mend = partial(asyncio.to_thread, sweep_apps, data)
             found.append(Finding("staging", str(stage), "somebody who is making it", "nobody", None, "remove it", mend))
+    return found
+
+
+async def templates(scene: Scene) -> list[Finding]:
+    """The memory of each is there as it was written. Otherwise its sandboxes boot, and the first of them has it made anew."""
+    core, found = scene.core, []
+    for template in list(core.templates.values()):
+        scene.count("template")
+        snapshot = core.snapshots.get(template.snapshot)
+        if snapshot is not None and not snapshot.memory:
+            continue
+        place = saved_place(core, template.snapshot)
+        lost = await asyncio.to_thread(missing, place)
+        if lost and core.templates.get(template.id) is template:
+            found.append(Finding("template", str(place), f"the memory of {template.name}", lost))
     return found

@@ -82,7 +82,7 @@ async def content(scene: Scene) -> list[Finding]:
 def _damaged(scene: Scene, store: Store, item: inventory.Item, damage: list[str]) -> Finding:
     core, word = scene.core, WORD[item.kind]
     place, what = str(store.entry(item.kind, item.digest)), "; ".join(damage[:5])
-    used = sorted(box.record.label for box in users(core, item.kind, item.digest))
+    used = sorted(user.label for user in users(core, item.kind, item.digest))
     if is_used(core, item.kind, item.digest) or inventory.shared_elsewhere(core.settings, item.kind):
         return Finding(word, place, "what was made", what + (f"; in use by {', '.join(used[:10])}" if used else ""))
 
