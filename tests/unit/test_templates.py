@@ -57,7 +57,7 @@ def test_a_log_holds_its_end() -> None:
 def test_output_becomes_lines_that_harm_no_terminal() -> None:
     log = Log()
     lines = _Lines(log)
-    lines.write(b"first\nsec")
+    lines.write(b"first\nse")
     lines.write("cond é".encode()[:-1])
     assert log.read(0)[0] == ["first"]
     lines.write("é".encode()[-1:] + b"\r\n10%\r50%\rdone\n\x1b]0;title\x07\xff\n")
