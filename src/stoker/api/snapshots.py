@@ -54,6 +54,8 @@ class Snapshot(Model, frozen=True):
     kernel: str = ""
     memory: bool = True
     resources: Resources = field(default_factory=Resources)
+    unfit: str = ""
+    """Why its memory is of no use on this host; its disk boots (`cold`). Only of one that was imported."""
     own: int = 0
     shared: int = 0
     operation: OperationId | None = None

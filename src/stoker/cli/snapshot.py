@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from stoker.cli.remote import SANDBOX, each, json_option, with_client
+from stoker.cli.remote import SANDBOX, Following, each, json_option, with_client
 from stoker.cli.table import Column, ago, show, show_json
 
 if TYPE_CHECKING:
@@ -146,6 +148,61 @@ def rm(*, force: bool, snapshots: tuple[str, ...]) -> int:
         return await each(snapshots, one)
 
     return with_client(work)
+
+
+@snapshot.command("export")
+@click.option("--no-image", is_flag=True, help="Leave the image out: for a host that has the same one.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+@click.argument("name", metavar="SNAPSHOT")
+@click.argument("file", metavar="FILE|-")
+def export(*, no_image: bool, quiet: bool, name: str, file: str) -> None:
+    """Write a snapshot into one file for another host: disk, memory, processes, and the image; '-' is standard output."""
+    from stoker.errors import InvalidRequest
+
+    if file == "-" and sys.stdout.isatty():
+        raise InvalidRequest("terminal", "a snapshot is not for a terminal", f"stoker snapshot export {name} - > FILE")
+
+    async def work(client: AsyncClient) -> None:
+        from stoker.client.files import counted
+
+        with Following(quiet) as following:
+            report = following.bytes(f"copying {name}", None)
+            if file != "-":
+                return await client.export_snapshot(name, file, image=not no_image, on_progress=report)
+            async with await client.read_snapshot(name, image=not no_image) as pieces:
+                async for piece in counted(pieces, report):
+                    sys.stdout.buffer.write(piece)
+                sys.stdout.buffer.flush()
+
+    with_client(work)
+
+
+@snapshot.command("import")
+@click.option("--name", "-n", metavar="NAME", help="A name, unique among yours.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress.")
+@json_option
+@click.argument("file", metavar="FILE|-")
+def import_(*, name: str | None, quiet: bool, as_json: bool, file: str) -> None:
+    """Make a snapshot out of a file that another host exported; '-' is standard input.
+
+    Its digests are checked before it is there. Take files from hosts you trust: memory goes on running.
+    """
+
+    async def work(client: AsyncClient) -> Snapshot:
+        with Following(quiet) as following, sys.stdin.buffer if file == "-" else open(file, "rb") as source:
+            return await client.import_snapshot(source, name=name, on_progress=following.bytes("reading", None))
+
+    from stoker.errors import InvalidRequest
+
+    if file != "-" and not os.path.isfile(file):
+        raise InvalidRequest("file_missing", f"there is no file {file}", "stoker snapshot export SNAPSHOT FILE makes one")
+    made = with_client(work)
+    if as_json:
+        return show_json(made)
+    label = made.name or made.id
+    click.echo(label)
+    if made.unfit:
+        click.echo(f"its memory is of no use here: {made.unfit}; stoker create --cold --from {label} boots from its disk", err=True)
 
 
 @snapshot.command("prune")

@@ -6,6 +6,7 @@ Without a client of their own, sandboxes share one per event loop and configurat
 from __future__ import annotations
 
 import asyncio
+import os
 import weakref
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING
@@ -41,8 +42,11 @@ from stoker.api.models import (
 from stoker.api.models import Sandbox as SandboxInfo
 from stoker.api.units import parse_size
 from stoker.client.api import Api, path
+from stoker.client.data import chunks
 from stoker.client.endpoint import Endpoint, parse_endpoint
-from stoker.client.feed import AsyncFeed, events_feed
+from stoker.client.feed import AsyncFeed, bytes_feed, events_feed
+from stoker.client.files import OnBytes, counted
+from stoker.client.results import Data
 from stoker.client.transport import Transport
 from stoker.client.volumes import AsyncVolumes
 from stoker.settings import Settings, load_settings
@@ -183,6 +187,29 @@ class AsyncClient:
     async def snapshot(self, name: str) -> Snapshot:
         """One snapshot, by id or name."""
         return await self.api.call("GET", path("snapshots", name), Snapshot)
+
+    async def export_snapshot(
+        self, name: str, destination: str | os.PathLike[str], *, image: bool = True, on_progress: OnBytes | None = None
+    ) -> None:
+        """Writes a snapshot into one file, whole or not at all. Without ``image`` the host it goes to has to have its image."""
+        from stoker.client.archive import save
+
+        async with await self.read_snapshot(name, image=image) as pieces:
+            await save(counted(pieces, on_progress), destination, 0o600)
+
+    async def read_snapshot(self, name: str, *, image: bool = True) -> AsyncFeed[bytes]:
+        """That file, as bytes."""
+        where = path("snapshots", name, "file")
+        feed, _ = await bytes_feed(
+            self.api.stream("GET", where, query={"image": image}, timeout=UPKEEP_TIMEOUT, idle=UPKEEP_TIMEOUT)
+        )
+        return feed
+
+    async def import_snapshot(self, data: Data, *, name: str | None = None, on_progress: OnBytes | None = None) -> Snapshot:
+        """A snapshot out of such a file: an open file, bytes, or an iterable. ``unfit`` says why its memory is of no use."""
+        pieces = counted(chunks(data), on_progress)
+        async with self.api.stream("POST", path("snapshots"), query={"name": name}, body=pieces, timeout=None) as stream:
+            return decode_answer(await stream.read(), Snapshot)
 
     async def remove_snapshot(self, name: str) -> None:
         """Removes a snapshot. What was started from it stays."""

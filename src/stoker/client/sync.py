@@ -565,6 +565,20 @@ class Client:
         """One snapshot, by id or name."""
         return call(self._async.snapshot(name))
 
+    def export_snapshot(
+        self, name: str, destination: str | os.PathLike[str], *, image: bool = True, on_progress: OnBytes | None = None
+    ) -> None:
+        """Writes a snapshot into one file, whole or not at all. Without ``image`` the host it goes to has to have its image."""
+        calling_back(self._async.export_snapshot, {"on_progress": on_progress}, name, destination, image=image)
+
+    def read_snapshot(self, name: str, *, image: bool = True) -> Feed[bytes]:
+        """That file, as bytes."""
+        return Feed._wrap(call(self._async.read_snapshot(name, image=image)))
+
+    def import_snapshot(self, data: Data, *, name: str | None = None, on_progress: OnBytes | None = None) -> Snapshot:
+        """A snapshot out of such a file: an open file, bytes, or an iterable. ``unfit`` says why its memory is of no use."""
+        return calling_back(self._async.import_snapshot, {"on_progress": on_progress}, data, name=name)
+
     def remove_snapshot(self, name: str) -> None:
         """Removes a snapshot. What was started from it stays."""
         call(self._async.remove_snapshot(name))

@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -26,10 +26,12 @@ from stoker.engine.build import begin
 from stoker.engine.copies import begin_copy, check_copyable, intend, planned
 from stoker.engine.core import Box, Core, Live
 from stoker.engine.layers import flatten_in_time, flatten_now
-from stoker.engine.ledger import Kind, Ledger
 from stoker.engine.pause import about, prepare_guest, saved_place
+from stoker.engine.snapshot_rows import intend_in, ready_in, remove
 from stoker.engine.state import Record, SnapshotRecord, new_id, require
 from stoker.engine.trace import trace
+from stoker.engine.travel.inward import bring_in
+from stoker.engine.travel.outward import exported
 from stoker.errors import Conflict, HostError, NotFound, StokerError
 from stoker.guest.copies import BeforeSnapshot
 from stoker.host.laps import Laps
@@ -46,15 +48,8 @@ __all__ = ["Snapshots"]
 log = logging.getLogger(__name__)
 S = SandboxState
 ROOT: Final = 0
+COLD: Final = "stoker create --from {0} --cold boots from its disk"
 Warm = Callable[["Live"], Awaitable[None]]
-
-
-def _put(db: sqlite3.Connection, record: SnapshotRecord) -> None:
-    db.execute(
-        "INSERT INTO snapshots (id, owner, name, created, record) VALUES (?, ?, ?, ?, ?)"
-        " ON CONFLICT (id) DO UPDATE SET record = excluded.record",
-        (record.id, record.owner, record.name, record.created_at, msgspec.json.encode(record).decode()),
-    )
 
 
 class Snapshots:
@@ -136,6 +131,7 @@ class Snapshots:
             resources=box.resources,
             own=own,
             shared=shared,
+            unfit=record.unfit,
             operation=record.operation,
             steps=record.steps,
         )
@@ -166,12 +162,6 @@ class Snapshots:
                 operation.end(error)
         flatten_in_time(core, box)
         return await asyncio.to_thread(self._value, record)
-
-    def _things(self, record: SnapshotRecord) -> Sequence[tuple[Kind, str]]:
-        things = [*self._core.pools.things(record.box.pool, record.id)]
-        if record.memory:
-            things.append((Kind.SAVED, str(saved_place(self._core, record.id))))
-        return things
 
     async def take(
         self,
@@ -239,16 +229,8 @@ class Snapshots:
         """``make`` does it, between the intent and the row that says that it is whole."""
         core, laps = self._core, Laps()
 
-        def intend_in(db: sqlite3.Connection) -> None:
-            if record.name is not None:
-                taken = db.execute("SELECT id FROM snapshots WHERE owner = ? AND name = ?", (record.owner, record.name)).fetchone()
-                if taken is not None:
-                    raise Conflict("name_taken", f"there is a snapshot {record.name} already: {taken[0]}", "another name")
-            _put(db, record)
-            Ledger.intend_in(db, record.id, self._things(record))
-
         with laps.lap("mark"):
-            await core.database.write(intend_in, durable=True)
+            await core.database.write(lambda db: intend_in(core, db, record), durable=True)
         core.snapshots[record.id] = record
         trace("snapshot.after_mark")
         try:
@@ -257,15 +239,11 @@ class Snapshots:
             steps = {name: round(seconds * 1000, 3) for name, seconds in laps.seconds.items()}
             record = replace(record, state=SnapshotState.READY, steps=steps)
 
-            def ready_in(db: sqlite3.Connection) -> None:
-                _put(db, record)
-                for kind, name in self._things(record):
-                    Ledger.live_in(db, record.id, kind, name)
-
+            also = partial(ready_in, core, record)
             if box is not None and not record.template:
-                await core.save(box, event="sandbox.snapshot", also=ready_in, durable=True, ancestor=record.id)
+                await core.save(box, event="sandbox.snapshot", also=also, durable=True, ancestor=record.id)
             else:
-                await core.database.write(ready_in, durable=True)
+                await core.database.write(also, durable=True)
             core.snapshots[record.id] = record
         except BaseException:
             with anyio.CancelScope(shield=True):
@@ -331,6 +309,9 @@ class Snapshots:
     async def start(self, who: Principal, snapshot: str, request: CopySandbox, quota: Quota | None) -> Operation:
         """A new sandbox out of a snapshot; the rest goes on by itself."""
         core, record = self._core, self.find_whole(who, snapshot)
+        if record.memory and record.unfit and not request.cold:
+            why = f"the memory of {record.label} is of no use here: {record.unfit}"
+            raise Conflict("saved_unusable", why, COLD.format(record.label))
         core.filling.check(record.box.pool)
         source = replace(record.box, ancestor=record.id)
         [row] = planned(core, who.owner, source, request, 1, record.id)
@@ -349,11 +330,23 @@ class Snapshots:
         def over(done: asyncio.Future[StokerError | None]) -> None:
             error = done.result() if not done.cancelled() else None
             if error is not None and error.code.startswith("saved_"):
-                error.hint = f"stoker create --from {record.label} --cold boots from its disk"
+                error.hint = COLD.format(record.label)
             operation.end(error)
 
         copy.add_done_callback(over)
         return operation.value
+
+    # -- to other hosts and from them -------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def export_file(self, who: Principal, snapshot: str, *, image: bool) -> AsyncIterator[AsyncIterator[bytes]]:
+        """All of it as one file (:mod:`stoker.engine.travel.format`)."""
+        async with exported(self._core, self.find_whole(who, snapshot), image=image) as pieces:
+            yield pieces
+
+    async def import_file(self, who: Principal, source: AsyncIterator[bytes], name: str | None) -> Snapshot:
+        """It is there whole or not at all."""
+        return await asyncio.to_thread(self._value, await bring_in(self._core, who, source, name))
 
     # -- removing -----------------------------------------------------------------------------------------------------
 
@@ -370,21 +363,4 @@ class Snapshots:
 
     async def discard(self, record: SnapshotRecord) -> None:
         """Row and files."""
-        core = self._core
-        children = [one for one in core.snapshots.values() if one.parent == record.id]
-
-        def unmark(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM snapshots WHERE id = ?", (record.id,))
-            for child in children:
-                _put(db, replace(child, parent=record.parent))
-
-        await core.database.write(unmark)
-        core.snapshots.pop(record.id, None)
-        for child in children:
-            core.snapshots[child.id] = replace(child, parent=record.parent)
-        trace("snapshot.after_unmark")
-        # From here on its things are nobody's: a start of the daemon removes what is left of them.
-        for entry in await core.ledger.of(record.id):
-            await core.release(entry)
-        await core.database.write(lambda db: Ledger.released_in(db, record.id))
-        trace("snapshot.after_gone")
+        await remove(self._core, record)

@@ -141,6 +141,9 @@ class SnapshotRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The template that it belongs to: nobody sees it but through that one."""
     operation: str | None = None
     steps: dict[str, float] = field(default_factory=dict)
+    imported: bool = False
+    unfit: str = ""
+    """Why its memory is of no use here."""
 
     @property
     def label(self) -> str:

@@ -77,8 +77,15 @@ TEMPLATE = (
     "template.after_unusable",
     "template.after_again",
 )
+IMPORT = (
+    "import.after_mark",
+    "import.after_unpacked",
+    "import.after_image",
+    "import.after_disk",
+    "import.after_ready",
+)
 POINTS = declare(*CREATE, *DESTROY, *STOP, *START)
-MEMORY = declare(*PAUSE, *RESUME, *FORK, *SNAPSHOT, *TEMPLATE)
+MEMORY = declare(*PAUSE, *RESUME, *FORK, *SNAPSHOT, *TEMPLATE, *IMPORT)
 """Only where machines have memory: real ones."""
 UNIT = declare("unit.after_enter")
 """Only where machines are units of systemd's."""

@@ -17,7 +17,8 @@ from stoker.engine.start import Watch, explained, first_word, launched
 from stoker.engine.trace import trace
 from stoker.errors import GuestError, StokerError
 from stoker.guest.copies import AfterRestore
-from stoker.vmm.kept import load
+from stoker.images.progress import NullProgress
+from stoker.vmm.kept import differs, load
 from stoker.vmm.machine import GuestMemory
 from stoker.vmm.qemu.facts import qemu_facts
 from stoker.vmm.saved import portable
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from stoker.vmm.driver import Machine
     from stoker.vmm.memory import Delta
 
-__all__ = ["Identity", "Memory", "TakeMemory", "certificate", "kept_memory", "wake"]
+__all__ = ["Identity", "Memory", "TakeMemory", "certificate", "kept_memory", "unfit", "wake"]
 
 TIMEOUT: Final = 60.0
 """Seconds that a machine has to answer after it was taken up."""
@@ -154,6 +155,15 @@ async def wake(
         )
         live.held = held.pop_all()
         return live
+
+
+async def unfit(request: MachineRequest, settings: Settings, directory: Path, disk: MakeDisk, made_by: Mapping[str, Any]) -> str:
+    """Why a machine like this could not take up memory that was made so; empty: it could. Nothing is made or started."""
+    with ExitStack() as held:
+        made = await plan(request, settings, directory, disk, Watch(), held, NullProgress(), detached=True, cgroup=None)
+        spec = replace(made.spec, guest_memory=GuestMemory(0), restore=True)
+        different = differs({"made_by": made_by}, portable(spec, await qemu_facts(settings)))
+    return f"it is of a machine with another {different}" if different else ""
 
 
 def _linked(file: Path | None, name: Path) -> bool:

@@ -95,7 +95,7 @@ def _decompress(payload: memoryview, expected: int, name: str) -> bytes:
         if head[:4] == b"\x02\x21\x4c\x18":
             return _lz4_legacy(payload, expected)
         if head[:4] == b"\x28\xb5\x2f\xfd":
-            from stoker.images.zstd import ZstdDecompressor
+            from stoker.host.zstd import ZstdDecompressor
 
             return ZstdDecompressor().decompress(payload, expected + 1)
         if head[:2] == b"\x1f\x8b":

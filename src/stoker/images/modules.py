@@ -87,7 +87,7 @@ def _decompress(path: Path) -> bytes:
 
             data = lzma.LZMADecompressor().decompress(data, MAX_MODULE)
         elif path.suffix == ".zst":
-            from stoker.images.zstd import ZstdDecompressor
+            from stoker.host.zstd import ZstdDecompressor
 
             data = ZstdDecompressor().decompress(data, MAX_MODULE)
         elif path.suffix == ".gz":

@@ -40,7 +40,7 @@ from typing import Any
 
 import msgspec
 
-from stoker.errors import HostError, NotFound
+from stoker.errors import HostError, InvalidRequest, NotFound
 from stoker.host.durable import sync_directory, sync_filesystem, write_atomically
 from stoker.host.files import mounts_below, remove_tree, tree_sums
 from stoker.host.lock import hold_directory, locked
@@ -48,7 +48,7 @@ from stoker.host.mounts import umount
 from stoker.images.progress import NullProgress, Progress
 from stoker.settings import Settings
 
-__all__ = ["Manifest", "Stage", "Store", "no_space", "translate_errors"]
+__all__ = ["Manifest", "Stage", "Store", "described", "no_space", "translate_errors"]
 
 log = logging.getLogger(__name__)
 ELSEWHERE = ".elsewhere"
@@ -251,10 +251,17 @@ class Store:
 
     def publish(self, stage: Stage, tree: Path, kind: str, name: str, facts: dict[str, Any]) -> str:
         """Makes ``tree`` (inside the stage) an entry of the store and returns its digest. Names are left to the caller."""
-        sums = "".join(f"{digest}  {file}\n" for file, digest in tree_sums(tree, without=OWN)).encode()
-        manifest = Manifest(kind, name, facts, hashlib.sha256(sums).hexdigest())
-        data = msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2)
-        digest = hashlib.sha256(data).hexdigest()
+        return self._publish(stage, tree, kind, *described(kind, name, facts, tree_sums(tree, without=OWN)))
+
+    def publish_as(self, stage: Stage, tree: Path, data: bytes) -> str:
+        """The same with a manifest that came along: ``digest_mismatch`` (InvalidRequest) when it is not that of just this."""
+        manifest = _DECODER.decode(data)
+        sums, _, _ = described(manifest.kind, manifest.name, manifest.facts, tree_sums(tree, without=OWN))
+        if hashlib.sha256(sums).hexdigest() != manifest.sums:
+            raise InvalidRequest("digest_mismatch", "the content is not what its manifest says")
+        return self._publish(stage, tree, manifest.kind, sums, data, hashlib.sha256(data).hexdigest())
+
+    def _publish(self, stage: Stage, tree: Path, kind: str, sums: bytes, data: bytes, digest: str) -> str:
         (tree / "SUMS").write_bytes(sums)
         (tree / "manifest.json").write_bytes(data)
         (tree / "SEAL").write_text(_seal(tree / MAIN[kind]))
@@ -290,6 +297,14 @@ class Store:
         """Around whatever fills the store: a full disk, met by us or by a tool, becomes ``no_space``."""
         with translate_errors(self.root, what):
             yield
+
+
+def described(kind: str, name: str, facts: dict[str, Any], files: list[tuple[str, str]]) -> tuple[bytes, bytes, str]:
+    """SUMS, the manifest and the digest of an entry with these files (name and SHA-256, sorted by name)."""
+    sums = "".join(f"{digest}  {file}\n" for file, digest in files).encode()
+    manifest = Manifest(kind, name, facts, hashlib.sha256(sums).hexdigest())
+    data = msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2)
+    return sums, data, hashlib.sha256(data).hexdigest()
 
 
 @contextmanager

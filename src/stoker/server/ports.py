@@ -266,6 +266,12 @@ class Snapshots(Protocol):
 
     async def remove(self, who: Principal, snapshot: str) -> None: ...
 
+    def export_file(self, who: Principal, snapshot: str, *, image: bool) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """``snapshot_tied``, ``image_unnamed`` (Conflict): it cannot leave, or not without its image."""
+
+    async def import_file(self, who: Principal, source: AsyncIterator[bytes], name: str | None) -> Snapshot:
+        """``bad_snapshot_file``, ``snapshot_format`` (InvalidRequest), ``image_missing``, ``kernel_missing`` (NotFound)."""
+
     async def prune(self, who: Principal) -> Sequence[Snapshot]:
         """Removes those with neither name nor tag, and tells which."""
 

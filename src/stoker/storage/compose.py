@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from stoker.host.reflink import copy_range
 
-__all__ = ["Piece", "compose"]
+__all__ = ["Piece", "compose", "visible"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,15 @@ class Piece:
 
 def compose(layers: Sequence[tuple[int, Iterable[Piece]]], size: int, out: int) -> None:
     """Writes a disk of ``size`` bytes into an empty file. ``layers``: open files with what they have, ascending, from the top."""
+    for number, piece in visible([pieces for _, pieces in layers], size):
+        if piece.at is not None:
+            copy_range(layers[number][0], piece.at, piece.length, out, piece.start)
+
+
+def visible(layers: Sequence[Iterable[Piece]], size: int) -> Iterator[tuple[int, Piece]]:
+    """What shows of layers in a disk of ``size`` bytes, each piece with its layer's number: layer by layer, ascending in each."""
     covered: list[tuple[int, int]] = []
-    for number, (fd, pieces) in enumerate(layers):
+    for number, pieces in enumerate(layers):
         own: list[tuple[int, int]] = []
         for piece in pieces:
             length = min(piece.length, size - piece.start)
@@ -31,9 +38,8 @@ def compose(layers: Sequence[tuple[int, Iterable[Piece]]], size: int, out: int) 
                 continue
             if number + 1 < len(layers):
                 own.append((piece.start, length))
-            if piece.at is not None:
-                for begin, there in _uncovered(piece.start, length, covered):
-                    copy_range(fd, piece.at + begin - piece.start, there, out, begin)
+            for begin, there in _uncovered(piece.start, length, covered):
+                yield number, Piece(begin, there, None if piece.at is None else piece.at + begin - piece.start)
         covered = _joined(covered + own)
 
 

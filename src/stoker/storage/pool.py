@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,7 @@ from stoker.errors import CapacityExhausted, Conflict, HostError, InvalidRequest
 from stoker.host import devicemapper
 from stoker.host.files import allocated
 from stoker.host.lock import try_flock
+from stoker.storage.compose import Piece
 from stoker.storage.copied import Copied
 from stoker.storage.layout import LAYER, Layout, no_space
 from stoker.storage.qcow2 import Qcow2
@@ -80,8 +82,9 @@ class Pool:
         self._lock = lock
         self._layout = layout = Layout.make(directory)
         self._devices = SnapshotDevices(layout)
+        self._qcow2 = Qcow2(layout)
         self._by_strategy: dict[Strategy, CloneStrategy] = {
-            Strategy.QCOW2: Qcow2(layout),
+            Strategy.QCOW2: self._qcow2,
             Strategy.DM_SNAPSHOT: self._devices,
             Strategy.REFLINK: Reflink(layout),
             Strategy.COPY: Copied(layout),
@@ -225,6 +228,24 @@ class Pool:
     def streamed(self, name: str) -> None:
         """See :meth:`stoker.storage.qcow2.Qcow2.streamed`."""
         self._layered(name).streamed(name)
+
+    def written(self, name: str, stack: ExitStack) -> tuple[int, list[tuple[int, Piece]]]:
+        """See :meth:`stoker.storage.qcow2.Qcow2.written`."""
+        return self._layered(name).written(name, stack)
+
+    def receive(self, name: str) -> Path:
+        """See :meth:`stoker.storage.qcow2.Qcow2.receive`. Its files are qcow2 whatever new disks here are made by."""
+        return self._qcow2.receive(name)
+
+    def received(self, name: str, base: Base) -> None:
+        """See :meth:`stoker.storage.qcow2.Qcow2.received`."""
+        with self._guard:
+            self._coming += 1
+        try:
+            self._qcow2.received(name, base)
+        finally:
+            with self._guard:
+                self._coming -= 1
 
     def open_clone(self, name: str) -> Clone:
         return self._of(name).open(name)

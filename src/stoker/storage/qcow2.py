@@ -17,7 +17,7 @@ from pathlib import Path
 from stoker.errors import Conflict
 from stoker.host.reflink import data_ranges
 from stoker.host.trace import trace
-from stoker.storage.compose import Piece, compose
+from stoker.storage.compose import Piece, compose, visible
 from stoker.storage.layout import LAYER, Layout, Record, no_space, write
 from stoker.storage.overlay import allocated, grow_overlay, read_header, write_overlay
 from stoker.storage.strategy import Base, Clone, Strategy, Thing, Usage
@@ -135,6 +135,31 @@ class Qcow2:
             record = self._layout.layer(layer)
             found.append(self._layout.layers / layer / record.disk)
         return (*found, self._layout.base_path(record.key))
+
+    def written(self, name: str, stack: ExitStack) -> tuple[int, list[tuple[int, Piece]]]:
+        """The size of a clone, and what it has besides its base: pieces, ascending, each with the open file that it is in."""
+        clone = self.open(name)
+        files = [(_opened(path, stack), path) for path in (clone.path, *clone.backing[:-1])]
+        shown = visible([allocated(fd, path) for fd, path in files], clone.size)
+        return clone.size, sorted(((files[number][0], piece) for number, piece in shown), key=lambda one: one[1].start)
+
+    def receive(self, name: str) -> Path:
+        """Where to write the overlay of a disk that comes from elsewhere. Until :meth:`received` it is half made."""
+        self._layout.check()
+        if self._layout.find(name) is not None:
+            raise Conflict("clone_exists", f"there is a disk {name} in the pool already", f"stoker rm {name}, or another name")
+        self._layout.discard(name)
+        with no_space():
+            self._layout.place(name).mkdir(mode=0o700)
+        return self._layout.place(name) / "disk.0"
+
+    def received(self, name: str, base: Base) -> None:
+        """That overlay is whole, on the host's disk, and stands on ``base``: it becomes a layer, with an empty clone above it."""
+        record = Record(Strategy.QCOW2, 0, self._layout.base_key(base), "", "disk.0")
+        with no_space():
+            self._layout.refer(name, record)
+            write(self._layout.place(name), record)
+        self.freeze(name)
 
     def remove(self, name: str) -> None:
         self._layout.check()

@@ -16,8 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +31,7 @@ from stoker.vmm.memory import Delta, new_memory, sealed
 from stoker.vmm.memory_file import copy_memory, flatten, read_delta, write_delta
 from stoker.vmm.saved import digest_of_memory
 
-__all__ = ["Base", "Kept", "again", "differs", "keep", "load", "missing", "sealed_copy", "staging"]
+__all__ = ["Base", "Kept", "again", "describe", "differs", "keep", "load", "missing", "opened", "sealed_copy", "staging"]
 
 FORMAT: Final = 1
 MOST_DELTA: Final = 16 << 20
@@ -172,6 +173,44 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError):
         raise _damaged(directory, "its manifest") from None
     return dict(manifest)
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[tuple[dict[str, Any], dict[str, int]]]:
+    """The manifest and its files, open and found to be what was written: for whoever takes them elsewhere."""
+    manifest = read_manifest(directory)
+    with ExitStack() as stack:
+        files = {}
+        for name, part in manifest["files"].items():
+            fd = files[name] = os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            stack.callback(os.close, fd)
+            if os.fstat(fd).st_size != part["size"] or (digest_of_memory if name == "memory" else _digest)(fd) != part["sha256"]:
+                raise _damaged(directory, name)
+        yield manifest, files
+
+
+def describe(place: Path, made_by: Mapping[str, Any], about: Mapping[str, Any], size: int) -> None:
+    """Writes the manifest of files that came from elsewhere: a machine's of ``size`` bytes of memory. What cannot be such files is
+    ``saved_damaged``."""
+    parts: dict[str, Any] = {}
+    for name in ("memory", "state", "delta"):
+        try:
+            fd = os.open(place / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            if name != "delta":
+                raise _damaged(place, "what should have its memory") from None
+            continue
+        with open(fd, "rb"):
+            length = os.fstat(fd).st_size
+            wrong = length > _MOST_STATE if name == "state" else name == "memory" and length != size
+            if wrong or (name == "delta" and read_delta(fd).size != size):
+                raise _damaged(place, name)
+            parts[name] = {"size": length, "sha256": (digest_of_memory if name == "memory" else _digest)(fd)}
+            if name == "memory":
+                os.fchmod(fd, 0o666)  # see _new_base
+            os.fsync(fd)
+    manifest = {"format": FORMAT, "made_by": dict(made_by), **about, "files": parts, "memory_as": _as(place / "memory")}
+    write_synced(place / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 
 def missing(directory: Path) -> str:

@@ -26,7 +26,7 @@ from stoker.vmm.memory_file import copy_memory
 from stoker.vmm.qemu.command import DiskHandles, Handles, command
 from stoker.vmm.qemu.facts import QemuFacts
 
-__all__ = ["Saved", "digest_of_memory", "fingerprint", "load", "orphaned", "portable", "save"]
+__all__ = ["Saved", "digest_of_memory", "fingerprint", "load", "orphaned", "portable", "program", "save"]
 
 FORMAT: Final = 2
 AGAIN: Final = "it is made anew by itself"
@@ -73,7 +73,7 @@ def fingerprint(spec: MachineSpec, qemu: QemuFacts) -> dict[str, Any]:
     disks = [[disk.name, disk.format, [_identity(path) for path in disk.backing]] for disk in spec.disks]
     return {
         "vmm": ".".join(map(str, qemu.version)),
-        "program": [*_identity(Path(qemu.path)), os.stat(qemu.path).st_mtime_ns],
+        "program": program(qemu),
         # The clock's frequency is measured anew in each run directory; the guest keeps the one it was told.
         "command": [word for word in command(spec, replace(qemu, tsc_khz=0), handles) if word != spec.name],
         "kernel": _identity(spec.kernel),
@@ -82,6 +82,11 @@ def fingerprint(spec: MachineSpec, qemu: QemuFacts) -> dict[str, Any]:
         "memory": spec.memory,
         "host": os.uname().release,
     }
+
+
+def program(qemu: QemuFacts) -> list[Any]:
+    """Which VMM's program it is, without reading it."""
+    return [*_identity(Path(qemu.path)), os.stat(qemu.path).st_mtime_ns]
 
 
 def portable(spec: MachineSpec, qemu: QemuFacts) -> dict[str, Any]:

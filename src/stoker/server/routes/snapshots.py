@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from stoker.api.models import CopySandbox, CreateSnapshot, Operation, Sandbox, Snapshot, SnapshotList
-from stoker.server.endpoint import SANDBOX, Call, Routes
-from stoker.server.replies import Reply, json_reply
+from stoker.api.types import Name
+from stoker.server.bodies import stream_body
+from stoker.server.endpoint import SANDBOX, Call, Content, Routes
+from stoker.server.query import Query
+from stoker.server.replies import ByteStream, Reply, json_reply
+from stoker.server.routes.files import MAX_UPLOAD
 from stoker.server.routes.sandboxes import CreateQuery, finished
 
 __all__ = ["routes"]
 
 routes: Routes[Any] = Routes("snapshots")
+FILE = Content(("application/zstd",), "A snapshot's file.")
 
 
 @routes.post("/v1/sandboxes/{sandbox}/snapshots", answers={201: Snapshot}, errors=(403, *SANDBOX, 429, 502, 503, 504))
@@ -22,6 +29,36 @@ async def create_snapshot(call: Call, body: CreateSnapshot) -> Reply:
     and goes on; a paused one stays paused.
     """
     made = await call.engine.snapshot(call.principal, call.sandbox, body)
+    return json_reply(made, 201, [(b"location", f"/v1/snapshots/{made.id}".encode())])
+
+
+class ExportQuery(Query, frozen=True):
+    image: Annotated[bool, Meta(description="With the image that its disk lies above.")] = True
+
+
+class ImportQuery(Query, frozen=True):
+    name: Annotated[Name | None, Meta(description="Of the new snapshot; its name elsewhere is not kept.")] = None
+
+
+@routes.get("/v1/snapshots/{snapshot}/file", answers={200: FILE}, errors=(404, 409, 429, 502, 503, 504))
+async def export_snapshot(call: Call, query: ExportQuery) -> ByteStream:
+    """Download a snapshot as one file, to be imported on another host.
+
+    One zstd frame with disk, memory and devices, and the digest of each. Without its image the other host has to have that already.
+    """
+    source = call.engine.snapshots.export_file(call.principal, call.path["snapshot"], image=query.image)
+    return ByteStream(source, FILE.media[0].encode(), 200, [])
+
+
+@routes.post("/v1/snapshots", answers={201: Snapshot}, errors=(404, 409, 413, 429, 502, 503, 504), upload=FILE)
+async def import_snapshot(call: Call, query: ImportQuery) -> Reply:
+    """Make a snapshot out of such a file.
+
+    It is there whole or not at all: every digest is checked first. One whose memory cannot be used here (another VMM or processor)
+    is there all the same, with the reason in `unfit`: its disk boots. Memory is only used of what administrators import.
+    """
+    body = stream_body(call.headers, call.request.receive, MAX_UPLOAD)
+    made = await call.engine.snapshots.import_file(call.principal, body, query.name)
     return json_reply(made, 201, [(b"location", f"/v1/snapshots/{made.id}".encode())])
 
 

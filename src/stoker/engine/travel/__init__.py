@@ -1,0 +1,1 @@
+"""Snapshots that leave a host in one file, and come into another."""

@@ -1,0 +1,47 @@
+"""Joins work in a thread that reads to an asynchronous source of bytes. Ending the one ends the other."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
+
+__all__ = ["Pull"]
+
+T = TypeVar("T")
+
+
+class Pull:
+    """Made on the event loop that ``source`` is of."""
+
+    def __init__(self, source: AsyncIterator[bytes]) -> None:
+        self._source = source
+        self._loop = asyncio.get_running_loop()
+        self._pending: concurrent.futures.Future[bytes] | None = None
+        self._ended = False
+
+    async def _next(self) -> bytes:
+        async for piece in self._source:
+            if piece:
+                return piece
+        return b""
+
+    def more(self) -> bytes:
+        """The next piece, nothing at the end. To be called in :meth:`run`'s thread."""
+        if self._ended:
+            raise concurrent.futures.CancelledError
+        self._pending = asyncio.run_coroutine_threadsafe(self._next(), self._loop)
+        return self._pending.result()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """``work``, in a thread. It has ended when this returns, cancelled or not."""
+        task = asyncio.ensure_future(asyncio.to_thread(work))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._ended = True
+            if self._pending is not None:
+                self._pending.cancel()
+            await asyncio.wait({task})
+            raise
