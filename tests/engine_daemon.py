@@ -85,6 +85,13 @@ async def command(engine: Engine, words: dict[str, Any]) -> Any:
                 yield data
 
             return {"id": (await engine.volumes.import_tar(ADMIN, words["name"], 64 << 20, pieces())).id}
+        case "import_snapshot":
+            file = Path(words["file"]).read_bytes()
+
+            async def parts() -> AsyncIterator[bytes]:
+                yield file
+
+            return {"id": (await engine.snapshots.import_file(ADMIN, parts(), "came")).id}
         case "app":
             return {"entries": (await put_app(engine, Path(words["file"]).read_bytes())).entries}
         case "job":

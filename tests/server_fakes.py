@@ -629,6 +629,23 @@ class FakeSnapshots:
     async def list(self, who: Principal) -> Sequence[Snapshot]:
         return list(self.kept.values())[::-1]
 
+    @asynccontextmanager
+    async def export_file(self, who: Principal, snapshot: str, *, image: bool) -> AsyncIterator[AsyncIterator[bytes]]:
+        found = await self.get(who, snapshot)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield f"{found.id} {image}".encode()
+
+        yield pieces()
+
+    async def import_file(self, who: Principal, source: AsyncIterator[bytes], name: str | None) -> Snapshot:
+        data = b"".join([piece async for piece in source])
+        if not data.startswith(b"sn-"):
+            raise InvalidRequest("bad_snapshot_file", "this is not a whole snapshot file: it is cut off")
+        made = replace(await self.get(who, data.decode().split()[0]), id=new_id("sn"), name=name)
+        self.kept[made.id] = made
+        return made
+
     async def remove(self, who: Principal, snapshot: str) -> None:
         del self.kept[(await self.get(who, snapshot)).id]
 

@@ -18,7 +18,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import anyio
-import msgspec
 from msgspec.structs import replace
 
 from stoker.api.models import CopySandbox, CreateSnapshot, Operation, Principal, Quota, SandboxState, Snapshot, SnapshotState
@@ -211,7 +210,7 @@ class Snapshots:
             box=row,
             name=None,
             tags=[],
-            memory=memory and source.memory,
+            memory=memory and source.memory and not source.unfit,
             template=template,
             operation=operation.value.id,
             steps={},

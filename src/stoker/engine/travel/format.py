@@ -89,6 +89,8 @@ class Machine(Struct, frozen=True, forbid_unknown_fields=True):
 
     id: Annotated[str, Meta(pattern=r"^sb-[a-z2-7]{20}\Z")]
     request: CreateSandbox
+    cpus: Annotated[int, Meta(ge=1, le=256)]
+    memory: Annotated[int, Meta(ge=16 << 20, le=MOST_SIZE)]
     disk: Size
     env: Annotated[dict[str, str], Meta(max_length=4096)] = {}
     user: Word = ""

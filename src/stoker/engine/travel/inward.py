@@ -134,7 +134,7 @@ def _check(core: Core, manifest: Manifest) -> None:
     if manifest.image.size % 512 or (image is not None and image.size != manifest.image.size):
         raise damaged("the size of its image")
     _check_image(manifest.image)
-    if memory is not None and memory.size != manifest.machine.request.memory:
+    if memory is not None and memory.size != manifest.machine.memory:
         raise damaged("the size of its memory")
     for part in manifest.parts:
         if part.bytes > part.size:
@@ -205,7 +205,7 @@ def _record(core: Core, who: Principal, manifest: Manifest, name: str | None, ke
         state=SandboxState.STOPPED,
         request=request,
         created_at=manifest.created_at,
-        resources=Resources(cpus=request.cpus, memory=request.memory, disk=machine.disk),
+        resources=Resources(cpus=machine.cpus, memory=machine.memory, disk=machine.disk),
         image_digest=manifest.image.digest,
         image_path=str(place),
         kernel_path=kernel,
@@ -250,7 +250,10 @@ def _unpack(core: Core, arrival: _Arrival, reader: Reader) -> None:
                 _write(reader, part, beside / part.name)
         reader.end()
         if beside is not None:
-            describe(beside, arrival.made_by, {**about(record.box), "snapshot": record.id}, record.box.resources.memory)
+            try:
+                describe(beside, arrival.made_by, {**about(record.box), "snapshot": record.id}, record.box.resources.memory)
+            except HostError as error:
+                raise damaged(error.message) from None
 
 
 def _disk(reader: Reader, part: Part, path: Path) -> None:
@@ -306,16 +309,17 @@ def _take_disk(core: Core, arrival: _Arrival) -> None:
 
 
 async def _made_by(core: Core, manifest: Manifest) -> dict[str, Any]:
-    """As it came, but that the VMM's program is called by this host's names where it is the same by its content."""
+    """As it came, but that the VMM's program has this host's name where it is the same by its content, and none where it is not."""
+    if manifest.program is None:
+        return {**manifest.made_by, "program": None}
     facts = await qemu_facts(core.settings)
 
     def digest() -> str:
         with open(facts.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    if manifest.program is None or manifest.program.sha256 != await asyncio.to_thread(digest):
-        return {**manifest.made_by, "program": None}
-    return {**manifest.made_by, "program": program(facts)}
+    same = await asyncio.to_thread(digest) == manifest.program.sha256
+    return {**manifest.made_by, "program": program(facts) if same else None}
 
 
 async def _unfit(core: Core, who: Principal, arrival: _Arrival) -> str:
@@ -323,6 +327,8 @@ async def _unfit(core: Core, who: Principal, arrival: _Arrival) -> str:
     if not who.admin:
         return FOREIGN
     record, manifest = arrival.record, arrival.manifest
+    if arrival.made_by["program"] is None:
+        return "another build of the virtual machine made it"
     facts = await qemu_facts(core.settings)
     clocks = (manifest.program.tsc_khz if manifest.program is not None else 0, facts.tsc_khz)
     if manifest.machine.accelerator == "tcg" and all(clocks) and abs(clocks[0] - clocks[1]) > CLOCK * clocks[1]:

@@ -172,7 +172,9 @@ def _whole(name: str, fd: int) -> _Source:
 def _machine(box: Record) -> Machine:
     return Machine(
         id=box.id,
-        request=replace(portable_request(box.request), memory=box.resources.memory, cpus=box.resources.cpus),
+        request=portable_request(box.request),
+        cpus=box.resources.cpus,
+        memory=box.resources.memory,
         disk=box.resources.disk,
         env=box.env,
         user=box.user,
