@@ -87,6 +87,7 @@ OPERATIONS = [
     if mode is GenerationMode.POSITIVE or endpoint.body or endpoint.query or "{" in endpoint.path
 ]
 schemathesis.serializer.alias("application/x-tar", "application/octet-stream")
+schemathesis.serializer.alias("application/zstd", "application/octet-stream")
 
 
 @pytest.fixture(scope="module")
