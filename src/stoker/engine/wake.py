@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, replace
@@ -185,6 +186,7 @@ async def _tell(agent: Agent, identity: Identity, keys: MakeKeys | None) -> Repo
         copy=identity.copy,
         hostname=identity.hostname,
         machine_id=os.urandom(16).hex() if identity.copy else None,
+        boot_id=str(uuid.uuid4()) if identity.copy else None,
         drop_connections=identity.copy,
         env=identity.env,
         user=identity.user,
