@@ -6,6 +6,7 @@ A base is mapped by all machines of its template and by nobody for writing: it i
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -52,8 +53,13 @@ class Memories:
         return take
 
     async def _load(self, snapshot: str, made_by: dict[str, Any]) -> _Held:
-        kept = await asyncio.to_thread(load, self._place / snapshot, made_by)
-        held = self._held[snapshot] = _Held(kept, await asyncio.to_thread(sealed_copy, kept))
+        try:
+            kept = await asyncio.to_thread(load, self._place / snapshot, made_by)
+            held = self._held[snapshot] = _Held(kept, await asyncio.to_thread(sealed_copy, kept))
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EIO):
+                raise  # such as no memory: nothing is wrong with what is there
+            raise HostError("saved_damaged", f"its memory cannot be read: {error.strerror}") from None
         while len(self._held) > LOADED:
             os.close(self._held.popitem(last=False)[1].base)
         return held

@@ -235,6 +235,8 @@ def load(directory: Path, made_by: Mapping[str, Any]) -> Kept:
     manifest = read_manifest(directory)
     if different := differs(manifest, made_by):
         raise HostError("saved_unusable", f"the memory in {directory} is of a machine with another {different}")
+    if lost := missing(directory):
+        raise HostError("saved_damaged", f"what was kept in {directory} is not whole: {lost}")
     files = manifest["files"]
     state = (directory / "state").read_bytes()
     if len(state) > _MOST_STATE or hashlib.sha256(state).hexdigest() != files["state"]["sha256"]:

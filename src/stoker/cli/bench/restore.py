@@ -1,4 +1,4 @@
-"""``stoker bench restore``: creates that start from golden memory, against cold ones, each until a first command has run."""
+"""``stoker bench restore``: creates from golden memory or a template, against cold ones, each until a first command has run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ __all__ = ["restore"]
 
 LEARNING = 120.0
 """Seconds that golden memory may take to be made."""
+MEMORY = 256 << 20
+RESTORED = ("golden", "template")
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Samples:
     failures: list[str] = field(default_factory=list)
 
 
-async def _one(client: AsyncClient, image: str, memory: int, cold: bool) -> tuple[str, float, float]:
+async def _one(client: AsyncClient, image: str, memory: int | None, cold: bool) -> tuple[str, float, float]:
     from stoker.client.sandbox import AsyncSandbox
 
     began = time.perf_counter()
@@ -46,13 +48,17 @@ async def _one(client: AsyncClient, image: str, memory: int, cold: bool) -> tupl
         await box.kill()
 
 
-async def _measure(image: str, memory: int, runs: int, cold: int) -> Samples:
+async def _measure(image: str, memory: int | None, runs: int, cold: int) -> Samples:
     from stoker.client.client import AsyncClient
+    from stoker.client.templates import AsyncTemplate
 
     samples = Samples()
     async with AsyncClient() as client:
         deadline = time.monotonic() + LEARNING
-        while (await _one(client, image, memory, False))[0] != "golden":
+        name = image.removeprefix("template:")
+        if memory is None and all(name not in (one.name, one.id) for one in await AsyncTemplate.list(client=client)):
+            memory = MEMORY
+        while (await _one(client, image, memory, False))[0] not in RESTORED:
             if time.monotonic() > deadline:
                 raise GuestError("no_golden_memory", "no golden memory is made of this image", "see the daemon's log")
             await asyncio.sleep(1.0)
@@ -64,7 +70,7 @@ async def _measure(image: str, memory: int, runs: int, cold: int) -> Samples:
             except StokerError as error:
                 samples.failures.append(error.message)
                 continue
-            if origin == "golden":
+            if origin in RESTORED:
                 samples.ready.append(ready)
                 samples.used.append(used)
             else:
@@ -76,10 +82,10 @@ async def _measure(image: str, memory: int, runs: int, cold: int) -> Samples:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("-n", "--runs", type=click.IntRange(1, 10000), default=40, show_default=True, help="How many from golden memory.")
 @click.option("--cold", type=click.IntRange(0, 1000), default=5, show_default=True, help="How many cold ones.")
-@click.option("--memory", "-m", type=SIZE, default="256M", show_default=True, help="Memory of each.")
+@click.option("--memory", "-m", type=SIZE, help="Memory of each.  [default: 256M, or the template's]")
 @click.argument("image", default="debian:12")
-def restore(as_json: bool, runs: int, cold: int, memory: int, image: str) -> int:
-    """Time creates from golden memory until the first command's output, against cold creates."""
+def restore(as_json: bool, runs: int, cold: int, memory: int | None, image: str) -> int:
+    """Time creates from golden memory, or from a template, until the first command's output, against cold creates."""
     samples = asyncio.run(_measure(image, memory, runs, cold))
     ratios = {}
     if samples.cold and samples.used:
