@@ -91,7 +91,7 @@ def test_from_a_program(stoker: CommandLine, monkeypatch: pytest.MonkeyPatch) ->
         with Sandbox.create("py", client=here) as box, Sandbox.create("py", env={"A": "b"}, client=here) as other:
             assert box.info.origin == other.info.origin == "template"
             assert other.commands.run("echo $A; test -s /run/beat").stdout == "b\n"
-            assert [one.tag for one in box.commands.list()] == ["start"]
+            assert [one.tag for one in box.commands.list()] == ["start"], "and nothing of the build"
             made_anew = Template.create("now", box.id, client=here)
             assert [one.name for one in Template.list(client=here)] == ["now", "py"]
             assert Template.get("now", client=here).id == made_anew.id

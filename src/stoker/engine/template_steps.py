@@ -7,6 +7,7 @@ import codecs
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from stoker.api.models import OperationLog, ProcessInfo, StartProcess
@@ -156,6 +157,9 @@ async def run_step(
             info = None
         finally:
             await client.aclose()
+        if info is not None:
+            with suppress(StokerError):  # else every sandbox of the template would remember it
+                live.hub.forget(info.id)
     if info is not None and info.exit_code == 0 and not info.timed_out:
         return
     lines, _ = log.read(max(before, log.next - TAIL))
