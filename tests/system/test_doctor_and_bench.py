@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 
 import pytest
 
 from command_line import CommandLine
+from leaks import wait_gone
 
 FACILITIES = {
     "agent",
@@ -67,3 +70,23 @@ def test_bench_channel_prints_one_object(stoker: CommandLine) -> None:
     assert (report["name"], report["n"], report["failures"]) == ("channel", 100, 0)
     assert report["out_mb_s"] > 1 and report["in_mb_s"] > 1
     assert report["agent_resident_kib"] <= 1024
+
+
+@pytest.mark.timeout(600)
+def test_bench_density_prints_one_object_and_leaves_nothing(stoker: CommandLine) -> None:
+    done = stoker("bench", "density", "-n", "3", "--at-once", "2", "--rest", "1", "--json", timeout=300)
+    assert done.code == 0, done.error
+    report = json.loads(done.out)
+    assert (report["name"], report["n"], report["failures"], report["machines"]) == ("density", 3, 0, 3)
+    assert 5 < report["private_mib"]["p50"] <= report["pss_mib"]["p50"] < 200
+    assert 3 * report["pss_mib"]["p50"] > report["pss_together_mib"] / 2
+    assert json.loads(stoker("ls", "--json").out) == []
+    # In the middle of it, by Ctrl-C.
+    process = stoker.popen("bench", "density", "-n", "20", "--at-once", "3")
+    while len(json.loads(stoker("ls", "--json").out)) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert wait_gone(lambda: json.loads(stoker("ls", "--json").out)) == []

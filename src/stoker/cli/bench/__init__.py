@@ -16,6 +16,7 @@ bench = LazyGroup(
         "restore": ("stoker.cli.bench.restore:restore", "Creates from golden memory, against cold ones."),
         "fork": ("stoker.cli.bench.memory:fork", "Copies of a running machine."),
         "pause": ("stoker.cli.bench.memory:pause", "Machines put away, and taken up again."),
+        "density": ("stoker.cli.bench.density:density", "Many idle machines at once: the memory of each."),
         "api": ("stoker.cli.bench.api:api", "Lists, `stoker ls`, and the daemon at rest."),
         "files": ("stoker.cli.bench.files:files", "A big file in and out, and small ones."),
         "exec": ("stoker.cli.bench.exec:exec_bench", "A command in a running sandbox, against the agent's own work and SSH."),
