@@ -285,6 +285,7 @@ unsigned long mount_flags(const struct mp *names);
 void mount_grow(const char *device, const char *path); /* the mounted file system, to its device */
 int mount_enlarge(const char *device, const char *path, uint64_t *size); /* the same; an errno (0: done), and the device's bytes */
 bool mount_wait(const char *device);
+bool mount_disk(const char *device, const char *path, const char *type, const struct mp *flags, char *options);
 bool mount_find(const char *serial, char *device, size_t size); /* the disk with this serial number as /dev/NAME */
 bool mount_all(const struct mp *mounts, struct failure *f);
 

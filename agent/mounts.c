@@ -134,6 +134,18 @@ static bool make_path(char *path)
 	}
 }
 
+bool mount_disk(const char *device, const char *path, const char *type, const struct mp *flags, char *options)
+{
+	if (!mount(device, path, type, mount_flags(flags), options))
+		return true;
+	/* What older kernels do not know, and can do without, comes last. */
+	char *last = errno == EINVAL ? strrchr(options, ',') : NULL;
+	if (!last)
+		return false;
+	*last = '\0';
+	return !mount(device, path, type, mount_flags(flags), options);
+}
+
 static bool mount_one(const struct mp *m, struct failure *f)
 {
 	char serial[SERIAL_ROOM] = "", device[160] = "", path[PATH_ROOM], type[32] = "ext4", options[512] = "";
@@ -147,7 +159,7 @@ static bool mount_one(const struct mp *m, struct failure *f)
 		return fail(f, "mount_failed", ENODEV, "there is no disk %s for %.100s", *serial ? serial : device, path);
 	if (!make_path(path))
 		return fail(f, "mount_failed", errno, "cannot make the directory %.100s: %s", path, strerror(errno));
-	if (mount(device, path, type, mount_flags(&flags), options))
+	if (!mount_disk(device, path, type, &flags, options))
 		return fail(f, "mount_failed", errno, "cannot mount %s at %.100s: %s", *serial ? serial : device, path, strerror(errno));
 	if (mp_bool_or(m, "grow", false))
 		mount_grow(device, path);

@@ -65,7 +65,7 @@ static bool mount_root(const struct mp *root, struct failure *f)
 		return fail(f, "mount_failed", ENODEV, "no device %s", device);
 	mkdir("/newroot", 0755);
 	/* The image's own devices and set-uid programs work: the machine is the boundary. */
-	if (mount(device, "/newroot", type, mount_flags(&flags), options))
+	if (!mount_disk(device, "/newroot", type, &flags, options))
 		return fail(f, "mount_failed", errno, "cannot mount %s as %s: %s", device, type, strerror(errno));
 	if (mp_bool_or(root, "grow", false))
 		mount_grow(device, "/newroot");

@@ -27,6 +27,7 @@ from stoker.api.models import (
     ForkSandbox,
     Principal,
     SandboxState,
+    SetWarm,
     StartProcess,
 )
 from stoker.api.volumes import parse_mount
@@ -97,6 +98,12 @@ async def command(engine: Engine, words: dict[str, Any]) -> Any:
         case "job":
             request = StartProcess(argv=["sh", "-c", words["script"]], tag="job")
             return {"process": (await engine.processes.start(ADMIN, words["name"], request)).id}
+        case "warm":
+            request = SetWarm(sandbox=CreateSandbox(image="debian:12", memory=256 << 20), size=words["size"])
+            await engine.warm.set(ADMIN, request)
+            async with asyncio.timeout(120):
+                while (await engine.warm.list(ADMIN))[0].ready < words["size"]:
+                    await asyncio.sleep(0.05)
         case "pause":
             return {"state": (await engine.pause(ADMIN, words["name"])).state}
         case "template":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from guest_host import children
-from stoker.engine.core import Booted
+from stoker.engine.booter import Booted
 from stoker.engine.pools import MakeDisk
 from stoker.engine.trace import trace
 from stoker.errors import GuestError
@@ -116,7 +116,7 @@ class HostMachine:
 
 
 class HostBooter:
-    """Fits ``stoker.engine.core.Booter``."""
+    """Fits ``stoker.engine.booter.Booter``."""
 
     def __init__(self, faults: Faults | None = None) -> None:
         self.faults = faults or Faults()
@@ -134,6 +134,9 @@ class HostBooter:
             return await self._start(request, directory, disk)
         finally:
             faults.running -= 1
+
+    async def still(self, record: Any) -> bool:
+        return True
 
     async def _start(self, request: Any, directory: Path, disk: MakeDisk) -> Booted:
         base = directory.parent.parent / "base.img"

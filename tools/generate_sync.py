@@ -61,6 +61,7 @@ from stoker.api.models import (
     Snapshot,
     Volume,
     VolumeMount,
+    WarmSet,
     WatchEvent,
 )
 from stoker.api.models import Sandbox as SandboxInfo

@@ -55,7 +55,7 @@ GOLDEN = """
 """
 APPEND = (
     "console=ttyS0 quiet loglevel=1 panic=-1 reboot=t cryptomgr.notests "
-    "tsc=reliable init_on_alloc=0 norandmaps tsc_early_khz=2445428 stoker.debug=1"
+    "tsc=reliable init_on_alloc=0 spectre_v2=off norandmaps tsc_early_khz=2445428 stoker.debug=1"
 )
 FILE = {"driver": "file", "aio": "threads", "discard": "unmap", "cache": {"direct": False, "no-flush": True}}
 LAYER = {"discard": "unmap", "cache": {"direct": False, "no-flush": True}}

@@ -78,6 +78,7 @@ from stoker.api.templates import BuildTemplate, OperationLog, Template, Template
 from stoker.api.types import InitMode, NetworkMode, Origin, SandboxState, Terminal
 from stoker.api.upkeep import Difference, Freed, Fsck, FsckReport, Gc, GcReport
 from stoker.api.volumes import AppInfo, CreateVolume, ResizeVolume, Volume, VolumeMount, VolumePage, VolumeUser
+from stoker.api.warm import SetWarm, WarmSet, WarmSetId, WarmSetList
 
 __all__ = [
     "PoolList",
@@ -100,6 +101,10 @@ __all__ = [
     "Template",
     "TemplateId",
     "TemplateList",
+    "SetWarm",
+    "WarmSet",
+    "WarmSetId",
+    "WarmSetList",
     "Snapshot",
     "SnapshotId",
     "SnapshotList",

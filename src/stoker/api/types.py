@@ -155,13 +155,15 @@ class InitMode(StrEnum):
 
 class Origin(StrEnum):
     """What a machine began as: ``boot``: its own kernel's start; ``golden``: memory of a machine that was told nothing yet;
-    ``fork``: the memory of a running one; ``snapshot``: the memory of one that was kept; ``template``: that of a template."""
+    ``fork``: the memory of a running one; ``snapshot``: the memory of one that was kept; ``template``: that of a template;
+    ``warm``: it was up, and waited."""
 
     BOOT = "boot"
     GOLDEN = "golden"
     FORK = "fork"
     SNAPSHOT = "snapshot"
     TEMPLATE = "template"
+    WARM = "warm"
 
 
 class NetworkMode(StrEnum):

@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pool": ("stoker.cli.pool:pool", "Make, list and remove pools: where disks are."),
     "snapshot": ("stoker.cli.snapshot:snapshot", "Keep what sandboxes are, and start others from it."),
     "template": ("stoker.cli.template:template", "Make names that sandboxes are created from, all set up."),
+    "warm": ("stoker.cli.warm:warm", "Keep machines ready for the next creates."),
     "volume": ("stoker.cli.volume:volume", "Make, list, copy and remove volumes."),
     "events": ("stoker.cli.events:events", "Print what happens, as it happens."),
     "image": ("stoker.cli.images:image", "List, look at and remove images."),

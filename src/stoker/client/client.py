@@ -18,6 +18,7 @@ from stoker.api.models import (
     CreatedKey,
     CreateKey,
     CreatePool,
+    CreateSandbox,
     Event,
     Fsck,
     FsckReport,
@@ -34,10 +35,13 @@ from stoker.api.models import (
     PoolList,
     Quota,
     SandboxPage,
+    SetWarm,
     Snapshot,
     SnapshotList,
     StartProcess,
     Version,
+    WarmSet,
+    WarmSetList,
 )
 from stoker.api.models import Sandbox as SandboxInfo
 from stoker.api.units import parse_size
@@ -49,6 +53,7 @@ from stoker.client.files import OnBytes, counted
 from stoker.client.results import Data
 from stoker.client.transport import Transport
 from stoker.client.volumes import AsyncVolumes
+from stoker.client.words import network_mode
 from stoker.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -214,6 +219,40 @@ class AsyncClient:
     async def remove_snapshot(self, name: str) -> None:
         """Removes a snapshot. What was started from it stays."""
         await self.api.send("DELETE", path("snapshots", name), timeout=UPKEEP_TIMEOUT)
+
+    async def keep_warm(
+        self,
+        image: str,
+        size: int,
+        *,
+        memory: str | int | None = None,
+        cpus: int | None = None,
+        disk: str | int = 0,
+        kernel: str = "",
+        network: str | None = None,
+        user: str | None = None,
+        workdir: str | None = None,
+    ) -> WarmSet:
+        """Has ``size`` machines wait for creates that ask for the same (0: none any more). They are made in the background."""
+        wanted = CreateSandbox(
+            image=image,
+            kernel=kernel,
+            cpus=cpus,
+            memory=None if memory is None else parse_size(memory),
+            disk=parse_size(disk),
+            network=None if network is None else network_mode(network),
+            user=user,
+            workdir=workdir,
+        )
+        return await self.api.call("PUT", path("warm"), WarmSet, body=SetWarm(sandbox=wanted, size=size))
+
+    async def warm_sets(self) -> list[WarmSet]:
+        """How many machines wait, and for what."""
+        return (await self.api.call("GET", path("warm"), WarmSetList)).items
+
+    async def remove_warm_set(self, warm: str) -> None:
+        """Ends a warm set, by its id. Sandboxes that were served from it stay."""
+        await self.api.send("DELETE", path("warm", warm), timeout=UPKEEP_TIMEOUT)
 
     async def prune_snapshots(self) -> list[Snapshot]:
         """Removes those that have neither a name nor a tag; which they were."""

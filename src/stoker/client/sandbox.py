@@ -20,9 +20,7 @@ from stoker.api.models import (
     Event,
     ForkResult,
     ForkSandbox,
-    InitMode,
     Metrics,
-    NetworkMode,
     Operation,
     OperationPage,
     PingResult,
@@ -43,12 +41,13 @@ from stoker.client.commands import AsyncCommands, AsyncPty
 from stoker.client.feed import AsyncFeed, events_feed
 from stoker.client.files import AsyncFiles
 from stoker.client.operations import OnProgress, begin_create, destroy_made, finish_operation, wait_for_state
+from stoker.client.words import init_mode, network_mode
 from stoker.errors import InvalidRequest, NotFound, error_from_wire
 
 if TYPE_CHECKING:
     from stoker.client.lease import Lease
 
-__all__ = ["AsyncSandbox", "created", "network_mode"]
+__all__ = ["AsyncSandbox", "created"]
 
 LONG = 600.0
 """Seconds that memory of any size gets to be written or read."""
@@ -139,7 +138,7 @@ class AsyncSandbox:
             user=user,
             workdir=workdir,
             network=None if network is None else network_mode(network),
-            init=None if init is None else _init(init),
+            init=None if init is None else init_mode(init),
             volumes=[parse_mount(one) if isinstance(one, str) else one for one in volumes],
             app=None if app is None else await _app(client, app),
             timeout=_timeout(timeout, idle_timeout),
@@ -381,20 +380,6 @@ async def _lease(client: AsyncClient, sandbox: str) -> Lease:
     from stoker.client.lease import Lease
 
     return await Lease.hold(client.api, sandbox)
-
-
-def network_mode(mode: str) -> NetworkMode:
-    try:
-        return NetworkMode(mode)
-    except ValueError:
-        raise InvalidRequest("bad_network", f"there is no network mode {mode!r}", "user or none") from None
-
-
-def _init(mode: str) -> InitMode:
-    try:
-        return InitMode(mode)
-    except ValueError:
-        raise InvalidRequest("bad_init", f"process 1 cannot be {mode!r}", "agent or image") from None
 
 
 def _timeout(absolute: float | str | None, idle: float | str | None) -> Timeout | None:

@@ -31,6 +31,7 @@ from stoker.api.models import (
     Version,
     Volume,
     VolumeMount,
+    WarmSet,
     WatchEvent,
 )
 from stoker.api.models import Sandbox as SandboxInfo
@@ -582,6 +583,34 @@ class Client:
     def remove_snapshot(self, name: str) -> None:
         """Removes a snapshot. What was started from it stays."""
         call(self._async.remove_snapshot(name))
+
+    def keep_warm(
+        self,
+        image: str,
+        size: int,
+        *,
+        memory: str | int | None = None,
+        cpus: int | None = None,
+        disk: str | int = 0,
+        kernel: str = "",
+        network: str | None = None,
+        user: str | None = None,
+        workdir: str | None = None,
+    ) -> WarmSet:
+        """Has ``size`` machines wait for creates that ask for the same (0: none any more). They are made in the background."""
+        return call(
+            self._async.keep_warm(
+                image, size, memory=memory, cpus=cpus, disk=disk, kernel=kernel, network=network, user=user, workdir=workdir
+            )
+        )
+
+    def warm_sets(self) -> list[WarmSet]:
+        """How many machines wait, and for what."""
+        return call(self._async.warm_sets())
+
+    def remove_warm_set(self, warm: str) -> None:
+        """Ends a warm set, by its id. Sandboxes that were served from it stay."""
+        call(self._async.remove_warm_set(warm))
 
     def prune_snapshots(self) -> list[Snapshot]:
         """Removes those that have neither a name nor a tag; which they were."""

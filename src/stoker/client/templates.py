@@ -17,7 +17,7 @@ from stoker.client.api import Api, path
 from stoker.client.client import AsyncClient, default_client
 from stoker.client.feed import events_feed
 from stoker.client.operations import cancel_operation, finish_operation
-from stoker.client.sandbox import network_mode
+from stoker.client.words import network_mode
 from stoker.errors import HostError, NotFound, StokerError
 
 __all__ = ["AsyncTemplate", "OnLog"]

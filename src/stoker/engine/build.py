@@ -29,7 +29,8 @@ from stoker.api.models import (
     SandboxState,
     Versions,
 )
-from stoker.engine.core import Booted, Box, Core, Live, Places, released_in
+from stoker.engine.booter import Booted
+from stoker.engine.core import Box, Core, Live, Places, released_in
 from stoker.engine.ending import detach, ended, release_all
 from stoker.engine.hub import Hub, Started, decode_started
 from stoker.engine.ledger import Entry, Kind, Ledger
@@ -62,6 +63,7 @@ __all__ = [
     "machine_request",
     "make_hub",
     "make_places",
+    "run_main",
     "running",
     "serve",
     "undo",
@@ -309,7 +311,7 @@ async def running(core: Core, box: Box, booted: Booted, hub: Hub | None = None, 
         core.spawn(core.units.register(box.id, identity.pid), f"machine {box.id}")
     trace("create.after_running" if record.boots == 0 else "start.after_running")
     if record.request.start and booted.command:
-        await _main(core, box, live, booted.command)
+        await run_main(core, box, live, booted.command)
 
 
 def _identity(record: Record, booted: Booted) -> dict[str, Any]:
@@ -338,7 +340,7 @@ async def let_go(machine: Machine, live: Live) -> None:
     await machine.close()
 
 
-async def _main(core: Core, box: Box, live: Live, command: tuple[str, ...]) -> None:
+async def run_main(core: Core, box: Box, live: Live, command: tuple[str, ...]) -> None:
     """The image's own command, in the background. That it cannot be started is the create's failure no more: it is an event."""
     from stoker.api.models import StartProcess
 

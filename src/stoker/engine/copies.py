@@ -97,7 +97,7 @@ async def intend(core: Core, records: list[Record], operation: Running, quota: Q
     events: list[Event] = []
     try:
         for box in boxes:
-            core.admit(box, quota)
+            await core.admit(box, quota)
 
         def work(db: sqlite3.Connection) -> None:
             for box in boxes:

@@ -11,16 +11,16 @@ import logging
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
-from stoker.api.models import Origin, Principal, Quota, Sandbox, SandboxState, TimeoutAction, TimeoutMode
+from stoker.api.models import Principal, Quota, Sandbox, SandboxState, TimeoutAction, TimeoutMode
 from stoker.engine.admission import Admission, BootQueue
 from stoker.engine.consoles import Console
 from stoker.engine.database import Database
@@ -31,97 +31,29 @@ from stoker.engine.ledger import Entry, Kind, Ledger
 from stoker.engine.metrics import Rings
 from stoker.engine.operations import Operations
 from stoker.engine.places import Places
-from stoker.engine.pools import MakeDisk, Pools
+from stoker.engine.pools import Pools
 from stoker.engine.release import release
-from stoker.engine.state import ASLEEP, WITH_MACHINE, Mounted, Record, SnapshotRecord, VolumeRecord, require, to_sandbox
+from stoker.engine.state import ASLEEP, WITH_MACHINE, Record, SnapshotRecord, VolumeRecord, require, to_sandbox
 from stoker.engine.units import Units, unit_name
-from stoker.errors import GuestError, HostError, NotFound
+from stoker.errors import CapacityExhausted, GuestError, HostError, NotFound
 from stoker.storage.app import app_image
 from stoker.storage.volume import size_of
 from stoker.vmm.memory import Scratch
 
 if TYPE_CHECKING:
-    from stoker.engine.boot import MachineRequest
+    from stoker.engine.booter import Booter
     from stoker.engine.hub import Hub
     from stoker.engine.templates import TemplateRecord
-    from stoker.engine.wake import Identity, TakeMemory
+    from stoker.engine.warm import WarmSets
     from stoker.guest.agent import Agent
-    from stoker.guest.copies import Report
-    from stoker.images.progress import Progress
     from stoker.settings import Settings
     from stoker.vmm.driver import Machine
 
-__all__ = ["Booted", "Booter", "Box", "Core", "Live", "Places"]
+__all__ = ["Box", "Core", "Live", "Places"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Change = Callable[[sqlite3.Connection], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Booted:
-    """A machine that just came up, and what is worth remembering of it."""
-
-    machine: Machine
-    agent: Agent
-    image_digest: str = ""
-    image_path: str = ""
-    kernel_path: str = ""
-    kernel: str = ""
-    disk: int = 0
-    env: dict[str, str] = field(default_factory=dict)
-    user: str = ""
-    workdir: str = ""
-    command: tuple[str, ...] = ()
-    accelerator: str = ""
-    vmm: str = ""
-    origin: Origin = Origin.BOOT
-    base: str = ""
-    """The digest of its memory's base, where a file of it is linked to ``MachineRequest.base_file``."""
-    report: Report | None = None
-    timings: dict[str, float] = field(default_factory=dict)
-    held: ExitStack = field(default_factory=ExitStack)
-    """What must not be removed until the sandbox's row names it."""
-
-    def milliseconds(self) -> dict[str, float]:
-        """The timings, and, of the guest's own clock, when the agent began and when it could be spoken to."""
-        laps = {name: round(seconds * 1000, 3) for name, seconds in self.timings.items()}
-        welcome = self.agent.welcome
-        return {**laps, "agent_started": welcome.started_us / 1000, "agent_ready": welcome.ready_us / 1000}
-
-
-class Booter(Protocol):
-    """Who starts, finds and reaches machines; :class:`stoker.engine.machines.RealBooter` but in tests of failures."""
-
-    async def boot(
-        self, request: MachineRequest, directory: Path, disk: MakeDisk, cgroup: Path | None, progress: Progress
-    ) -> Booted: ...
-
-    async def resume(
-        self,
-        request: MachineRequest,
-        directory: Path,
-        disk: MakeDisk,
-        cgroup: Path | None,
-        progress: Progress,
-        memory: Path | TakeMemory,
-        identity: Identity,
-        ready: Callable[[Machine], Awaitable[None]],
-    ) -> Booted:
-        """Takes a machine up where it was put away, or copied. ``ready`` is awaited when it is whole and has not gone on yet."""
-        ...
-
-    async def adopt(self, directory: Path) -> Machine | None: ...
-
-    async def connect(self, machine: Machine) -> Agent: ...
-
-    async def helper(self, name: str, directory: Path, mounted: Mounted, file: Path) -> tuple[Machine, Agent]:
-        """A small machine without a root, which ends with this process, with one volume mounted."""
-        ...
-
-    async def aclose(self) -> None:
-        """Ends what it does in the background. Machines live on."""
-        ...
 
 
 @dataclass(slots=True)
@@ -227,6 +159,7 @@ class Core:
         self.scratch = Scratch()
         self.copying = asyncio.Lock()
         """Held while the scratch holds a machine's memory."""
+        self.warm: WarmSets | None = None
         self.wake: Callable[[Box], Awaitable[None]] | None = None
         """Resumes a sandbox that somebody wants to use."""
         self.upkeep = asyncio.Lock()
@@ -243,7 +176,7 @@ class Core:
             if identity is None and who.admin:
                 identity = next((i for (_, name), i in self.names.items() if name == reference), None)
             box = self.boxes.get(identity) if identity else None
-        if box is None or not (who.admin or box.record.owner == who.owner):
+        if box is None or box.record.warm or not (who.admin or box.record.owner == who.owner):
             raise NotFound("sandbox_unknown", f"there is no sandbox {reference}", "stoker ls")
         return box
 
@@ -279,8 +212,20 @@ class Core:
         app = record.request.app
         return record.resources.disk + (size_of(app_image(self.settings.data_dir, app)) if app is not None else 0)
 
-    def admit(self, box: Box, quota: Quota | None) -> None:
-        """Reserves what a sandbox's machine and disks may come to take. ``capacity_exhausted`` where there is not as much."""
+    async def admit(self, box: Box, quota: Quota | None) -> None:
+        """Reserves what a sandbox's machine and disks may come to take; machines that only wait give way to it.
+        ``capacity_exhausted`` where there is not as much."""
+        while True:
+            try:
+                self.admit_now(box, quota)
+                return
+            except CapacityExhausted as error:
+                owner = box.record.owner if error.details.get("scope") == "key" else None
+                if self.warm is None or not await self.warm.give_way(owner):
+                    raise
+
+    def admit_now(self, box: Box, quota: Quota | None) -> None:
+        """The same, and nobody gives way."""
         record, has = box.record, box.record.resources
         self.admission.admit(
             record.id, owner=record.owner, memory=has.memory, cpus=has.cpus, disk=self.disk_of(record), quota=quota
@@ -312,7 +257,7 @@ class Core:
                 data["reason"] = record.reason
             if record.error is not None and record.state in (SandboxState.FAILED, SandboxState.LOST):
                 data["error"] = {"code": record.error.code, "message": record.error.message}
-        happened = self.events.make(event, box.id, **data) if event else None
+        happened = self.events.make(event, box.id, **data) if event and not record.warm else None
         box.record = record
 
         def work(db: sqlite3.Connection) -> None:
@@ -332,6 +277,8 @@ class Core:
 
     async def happen(self, box: Box, kind: str, **data: Any) -> None:
         """An event without a change of the row."""
+        if box.record.warm:
+            return
         event = self.events.make(kind, box.id, **data)
         await self.database.write(lambda db: self.events.insert_in(db, event))
         self.events.tell(box.record.owner, event)
@@ -356,7 +303,8 @@ class Core:
         self.admission.release(record.id)
         box.gone = True
         box.console.close()
-        self.events.tell(record.owner, event)
+        if not record.warm:
+            self.events.tell(record.owner, event)
         self.events.forget(record.id)
         box.notify()
 
@@ -447,7 +395,8 @@ def put(db: sqlite3.Connection, record: Record) -> None:
     """Writes a row as it is now."""
     db.execute(
         "INSERT INTO sandboxes (id, owner, name, state, created, record) VALUES (?, ?, ?, ?, ?, ?)"
-        " ON CONFLICT (id) DO UPDATE SET state = excluded.state, record = excluded.record",
+        " ON CONFLICT (id) DO UPDATE SET name = excluded.name, created = excluded.created, state = excluded.state,"
+        " record = excluded.record",
         (record.id, record.owner, record.name, record.state.value, record.created_at, msgspec.json.encode(record).decode()),
     )
 

@@ -31,13 +31,14 @@ from stoker.engine.claims import claim_in
 from stoker.engine.core import Box, Core, put
 from stoker.engine.ledger import Ledger
 from stoker.engine.state import Mounted, Record, new_id, require
+from stoker.engine.takeover import take_over
 from stoker.engine.trace import trace
 from stoker.errors import Conflict, Forbidden, HostError
 
 if TYPE_CHECKING:
     from stoker.engine.operations import Running
 
-__all__ = ["Source", "create", "expiry", "settled", "start", "whole"]
+__all__ = ["Source", "check_host_paths", "create", "expiry", "first_row", "settled", "start", "whole"]
 
 MIB: Final = 1 << 20
 MEMORY: Final = 512 * MIB
@@ -71,12 +72,17 @@ class Source(Protocol):
     def begin(self, box: Box, operation: Running) -> None:
         """Starts the work."""
 
+    @property
+    def key(self) -> str:
+        """What two sources have to have in common for their sandboxes to begin as the same."""
+
 
 def expiry(timeout: Timeout | None) -> float | None:
     return time.time() + timeout.seconds if timeout is not None and timeout.mode is TimeoutMode.ABSOLUTE else None
 
 
-def _check(who: Principal, request: CreateSandbox) -> None:
+def check_host_paths(who: Principal, request: CreateSandbox) -> None:
+    """Refuses files of the host to all but its own users."""
     if not who.admin and (request.initrd or request.kernel.startswith(("/", ".", "~")) or request.image.startswith("ext4:")):
         raise Forbidden("host_path", "files of the daemon's host are for its own users", "ask over the Unix socket, or use a name")
 
@@ -109,34 +115,18 @@ async def create(
 
     With ``builds`` it ends with the daemon, as what is made in it does.
     """
-    _check(who, request)
+    check_host_paths(who, request)
     if core.closing:
         raise HostError("daemon_stopping", "the daemon is ending", "try again in a moment")
     digest = digest_of(request)
-    request = whole(request)
-    record = Record(
-        id=new_id("sb"),
-        owner=who.owner,
-        state=SandboxState.CREATING,
-        request=request,
-        created_at=time.time(),
-        name=request.name,
-        resources=Resources(cpus=request.cpus or 1, memory=request.memory or MEMORY, disk=request.disk),
-        hostname=request.hostname or request.name or "",
-        pool=core.pools.default,
-        volumes=volumes,
-        timeout=settled(request.timeout),
-        expires_at=expiry(request.timeout),
-        versions=Versions(daemon=stoker.__version__),
-        builds=builds,
-    )
-    if source is not None:
-        record = source.row(record)
+    record = first_row(core, who.owner, request, volumes, source, builds=builds)
     core.filling.check(record.pool, further=bool(volumes or request.app))
     box = Box(record)
     if key is not None and (former := await _former(core, who, key)) is not None:
         return _again(core, who, *former, digest)
-    core.admit(box, quota)
+    if core.warm is not None and (waiting := core.warm.take(record, source)) is not None:
+        return await _take_over(core, who, waiting, record, key, digest, source)
+    await core.admit(box, quota)
     operation = core.operations.begin("create", who.owner, box.id)
     box.record = record = replace(record, operation=operation.value.id)
     event = core.events.make("sandbox.created", box.id, name=record.name, image=record.request.image)
@@ -149,16 +139,95 @@ async def create(
         if isinstance(error, _Repeated):
             return _again(core, who, error.sandbox, error.digest, digest)
         raise
-    core.add(box)
-    core.events.tell(record.owner, event)
-    if request.lease:
-        box.lease_until = time.monotonic() + core.lease_grace
-    trace("create.after_intent")
+    _began(core, box, event)
+    _begin(core, box, operation, source)
+    return operation.value
+
+
+def first_row(
+    core: Core,
+    owner: str,
+    request: CreateSandbox,
+    volumes: list[Mounted],
+    source: Source | None,
+    *,
+    builds: str = "",
+    warm: str = "",
+) -> Record:
+    """The row that a sandbox of this request begins with."""
+    asked = whole(request)
+    record = Record(
+        id=new_id("sb"),
+        owner=owner,
+        state=SandboxState.CREATING,
+        request=asked,
+        created_at=time.time(),
+        name=request.name,
+        resources=Resources(cpus=asked.cpus or 1, memory=asked.memory or MEMORY, disk=request.disk),
+        hostname=request.hostname or request.name or "",
+        pool=core.pools.default,
+        volumes=volumes,
+        timeout=settled(request.timeout),
+        expires_at=expiry(request.timeout),
+        versions=Versions(daemon=stoker.__version__),
+        builds=builds,
+        warm=warm,
+    )
+    return record if source is None else source.row(record)
+
+
+def _begin(core: Core, box: Box, operation: Running, source: Source | None) -> None:
     if source is not None:
         source.begin(box, operation)
     else:
         begin(core, box, operation, "create")
+
+
+async def _take_over(
+    core: Core, who: Principal, box: Box, wanted: Record, key: str | None, digest: str, source: Source | None
+) -> Operation:
+    """The same with a machine that waits: its row becomes the new sandbox's. It is admitted already."""
+    waits = box.record
+    operation = core.operations.begin("create", who.owner, box.id)
+    box.record = replace(
+        waits,
+        state=SandboxState.CREATING,
+        request=wanted.request,
+        created_at=wanted.created_at,
+        name=wanted.name,
+        env={**waits.env, **wanted.request.env},
+        user=wanted.request.user or waits.user,
+        workdir=wanted.request.workdir or waits.workdir,
+        hostname=wanted.hostname,
+        timeout=wanted.timeout,
+        expires_at=wanted.expires_at,
+        operation=operation.value.id,
+        boots=0,
+        started_at=None,
+        warm="",
+    )
+    event = core.events.make("sandbox.created", box.id, name=wanted.name, image=wanted.request.image)
+    try:
+        await _intend(core, who, box, key, digest, event)
+    except BaseException as error:
+        box.record = waits
+        core.operations.discard(operation)
+        if core.warm is not None:
+            core.warm.put_back(box)
+        if isinstance(error, _Repeated):
+            return _again(core, who, error.sandbox, error.digest, digest)
+        raise
+    _began(core, box, event)
+    take_over(core, box, operation, lambda: _begin(core, box, operation, source))
     return operation.value
+
+
+def _began(core: Core, box: Box, event: Event) -> None:
+    core.add(box)
+    core.events.tell(box.record.owner, event)
+    if box.record.request.lease:
+        box.lease_until = time.monotonic() + core.lease_grace
+    trace("create.after_intent")
 
 
 async def _former(core: Core, who: Principal, key: str) -> tuple[str, str] | None:
@@ -214,7 +283,7 @@ async def start(core: Core, box: Box, quota: Quota | None) -> Operation:
     require(box.record, "start")
     async with box.lock:
         require(box.record, "start")
-        core.admit(box, quota)
+        await core.admit(box, quota)
         operation = core.operations.begin("start", box.record.owner, box.id)
         try:
             places = core.places(box.id)

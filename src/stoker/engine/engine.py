@@ -56,7 +56,9 @@ from stoker.api.models import (
 )
 from stoker.engine import build, create, ending, fork, pause, verbs
 from stoker.engine.apps import Apps
-from stoker.engine.core import Booter, Box, Core
+from stoker.engine.booter import Booter
+from stoker.engine.core import Box, Core
+from stoker.engine.create import Source
 from stoker.engine.database import Database, lock_data
 from stoker.engine.files import Files
 from stoker.engine.images import Images
@@ -68,6 +70,7 @@ from stoker.engine.processes import Processes
 from stoker.engine.reconcile import load_all, private_directory, reconcile
 from stoker.engine.resize import resize
 from stoker.engine.snapshots import Snapshots
+from stoker.engine.state import Record
 from stoker.engine.template_build import Builds
 from stoker.engine.template_use import use
 from stoker.engine.templates import Templates
@@ -76,6 +79,7 @@ from stoker.engine.trace import arm
 from stoker.engine.units import Units
 from stoker.engine.upkeep import Upkeep
 from stoker.engine.volumes import Volumes, check_paths
+from stoker.engine.warm import WarmSets
 from stoker.errors import GuestError, NotFound
 from stoker.storage.app import prepare_apps, sweep_apps
 
@@ -106,6 +110,7 @@ class Engine:
         self.templates = Templates(core, self.snapshots)
         self.builds = Builds(core, self.templates, keys.quota)
         self.apps = Apps(core, keys.quota)
+        self.warm = core.warm = WarmSets(core, keys.quota, self._source)
 
     @classmethod
     @asynccontextmanager
@@ -177,6 +182,7 @@ class Engine:
         await self.apps.begin()
         await reconcile(core)
         await asyncio.to_thread(sweep_apps, core.settings.data_dir)
+        await self.warm.begin()
         core.spawn(reap(core), "deadlines")
         core.spawn(core.filling.watch(), "space")
         core.spawn(sample(core), "metrics")
@@ -194,6 +200,7 @@ class Engine:
         core.closing = True
         await core.end_tasks()
         self.templates.memories.close()
+        await self.warm.aclose()
         await core.booter.aclose()
         reason = GuestError("daemon_stopped", "the daemon ended; the sandbox goes on", "connect again")
         for box in core.boxes.values():
@@ -203,6 +210,10 @@ class Engine:
             if live is not None:
                 await live.machine.close()
         await self._keys.close()
+
+    @staticmethod
+    def _sees(who: Principal, record: Record) -> bool:
+        return not record.warm and (who.admin or record.owner == who.owner)
 
     def _find(self, who: Principal, sandbox: str) -> Box:
         return self._core.find(who, sandbox)
@@ -216,9 +227,12 @@ class Engine:
         await self.volumes.left({volume.id for volume in volumes})
         if request.app is not None:
             await self.apps.get(who, request.app)
-        source = use(self.templates, who, request, self.builds.remake)
+        source = self._source(who, request)
         quota = self._keys.quota(who.owner)
         return await core.shielded(create.create(core, who, request, idempotency_key, quota, volumes, source=source))
+
+    def _source(self, who: Principal, request: CreateSandbox) -> Source | None:
+        return use(self.templates, who, request, self.builds.remake)
 
     async def get(self, who: Principal, sandbox: str) -> Sandbox:
         return self._find(who, sandbox).value
@@ -234,7 +248,7 @@ class Engine:
     ) -> SandboxPage:
         def wanted(box: Box) -> bool:
             record = box.record
-            if not (who.admin or record.owner == who.owner) or (states and record.state not in states):
+            if not self._sees(who, record) or (states and record.state not in states):
                 return False
             has = record.request.labels
             return all(key in has and value in (None, has[key]) for key, value in (labels or {}).items())
@@ -383,7 +397,7 @@ class Engine:
         return {
             box.id: Metrics(sandbox=box.id, step=0.5, window=0.5, samples=[box.rings.latest])
             for box in self._core.boxes.values()
-            if box.live is not None and box.rings.latest is not None and (who.admin or box.record.owner == who.owner)
+            if box.live is not None and box.rings.latest is not None and self._sees(who, box.record)
         }
 
     # -- keys, health -------------------------------------------------------------------------------------------------
@@ -411,11 +425,12 @@ class Engine:
 
         core = self._core
         states: dict[str, int] = {}
-        for box in core.boxes.values():
+        seen = [box for box in core.boxes.values() if not box.record.warm]
+        for box in seen:
             states[box.record.state.value] = states.get(box.record.state.value, 0) + 1
         held, budget = core.admission.totals(), core.admission.budget()
         return {
-            "sandboxes": sum(box.live is not None or box.work is not None for box in core.boxes.values()),
+            "sandboxes": sum(box.live is not None or box.work is not None for box in seen),
             "states": states,
             "boot_id": boot_id(),
             "held": {"sandboxes": held.sandboxes, "memory": held.memory, "cpus": held.cpus, "disk": held.disk},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stoker.api.models import Origin
 from stoker.engine.bases import Bases
-from stoker.engine.core import Booted
-from stoker.engine.state import Attached, Mounted
+from stoker.engine.booter import Booted
+from stoker.engine.state import Attached, Mounted, Record
 
 if TYPE_CHECKING:
     from stoker.engine.boot import LiveMachine, MachineRequest
@@ -29,7 +30,7 @@ CONNECT: Final = 5.0
 
 
 class RealBooter:
-    """See :class:`stoker.engine.core.Booter`."""
+    """See :class:`stoker.engine.booter.Booter`."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -91,6 +92,16 @@ class RealBooter:
         self._bases.close()
         if self._goldens is not None:
             await self._goldens.aclose()
+
+    async def still(self, record: Record) -> bool:
+        from stoker.images.inventory import held_image, held_kernel
+        from stoker.images.progress import NullProgress
+
+        request, settings = record.request, self._settings
+        with ExitStack() as held:
+            image = await held_image(request.image, settings, NullProgress(), held)
+            kernel = await held_kernel(request.kernel or settings.default_kernel, settings, NullProgress(), held)
+        return (image.digest, kernel.digest) == (record.image_digest, record.kernel_path)
 
     async def adopt(self, directory: Path) -> Machine | None:
         from stoker.vmm.qemu.driver import adopt

@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from stoker.api.models import Operation, SandboxState, TimeoutAction
+from stoker.engine.booter import Booted
 from stoker.engine.build import enter_machine, kept_rows, let_go, machine_request, made_in, make_hub, make_places, serve
-from stoker.engine.core import Booted, Box, Core, Live
+from stoker.engine.core import Box, Core, Live
 from stoker.engine.create import expiry
 from stoker.engine.ending import lay_down
 from stoker.engine.ledger import OF_A_MACHINE, Entry, Kind, Ledger
@@ -250,7 +251,7 @@ async def resume(core: Core, box: Box, quota: Quota | None) -> Operation:
 
 async def _resume(core: Core, box: Box, quota: Quota | None) -> Operation:
     core.filling.check(box.record.pool)
-    core.admit(box, quota)
+    await core.admit(box, quota)
     operation = core.operations.begin("resume", box.record.owner, box.id)
     began = time.perf_counter()
     error: StokerError | None = None

@@ -5,6 +5,7 @@ the row says              after a restart
 ========================  =======================================================================================
 doomed                    the destroy is finished
 a template was built in   it is removed
+waits in a warm set       it is removed
 creating, never ran       unwound; ``failed`` (``create_interrupted``)
 creating, ran before      the half-started machine is ended; ``stopped``, its disk is whole
 running, frozen, lost     adopted where the VMM lives, its agent reached again (in the background); else ``failed`` or
@@ -117,8 +118,8 @@ async def settle(core: Core, box: Box) -> None:
     record = box.record
     if record.request.lease:
         box.lease_until = time.monotonic() + core.lease_grace
-    if record.doomed or record.builds:
-        log.info("finishing the destroy of %s" if record.doomed else "removing %s: what was being made in it is lost", box.id)
+    if record.doomed or record.builds or record.warm:
+        log.info("finishing the destroy of %s" if record.doomed else "removing %s: its daemon is gone", box.id)
         await release_all(core, box)
         await core.drop(box)
     elif record.state is S.CREATING and not record.boots:

@@ -207,6 +207,8 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The template it was made from, by its name then."""
     builds: str = ""
     """The template that is being made in it: it ends with that, or with the daemon."""
+    warm: str = ""
+    """The warm set in which its machine waits for a create. Nobody sees it."""
     doomed: bool = False
     """A destroy has begun; nothing but finishing it is left."""
 

@@ -103,6 +103,10 @@ class Use:
     request: CreateSandbox
     remake: Remake
 
+    @property
+    def key(self) -> str:
+        return self.prospect.template.id
+
     def row(self, record: Record) -> Record:
         asked, snapshot, restores = self.request, self.prospect.snapshot, self.prospect.restores
         source = snapshot.box

@@ -89,6 +89,7 @@ MEMORY = declare(*PAUSE, *RESUME, *FORK, *SNAPSHOT, *TEMPLATE, *IMPORT)
 """Only where machines have memory: real ones."""
 UNIT = declare("unit.after_enter")
 """Only where machines are units of systemd's."""
+WARM = declare("warm.after_intent", "warm.after_frozen", "warm.after_thaw")
 VOLUMES = declare(
     "volume.after_intent",
     "volume.after_made",

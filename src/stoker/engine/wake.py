@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from stoker.vmm.driver import Machine
     from stoker.vmm.memory import Delta
 
-__all__ = ["Identity", "Memory", "TakeMemory", "certificate", "kept_memory", "unfit", "wake"]
+__all__ = ["Identity", "Memory", "TakeMemory", "certificate", "introduce", "kept_memory", "unfit", "wake"]
 
 TIMEOUT: Final = 60.0
 """Seconds that a machine has to answer after it was taken up."""
@@ -136,7 +136,7 @@ async def wake(
                 undo.push_async_callback(agent.aclose)
                 watch.lap("guest")
                 trace("resume.after_hello")
-                report = await _tell(agent, identity, request.keys)
+                report = await introduce(agent, identity, request.keys)
                 if identity.copy and report is not None and report.unhandled:
                     names = ", ".join(f"{one.name} ({one.detail})" for one in report.unhandled)
                     raise GuestError("copy_unsafe", f"the copy would be a twin: {names}", "see its console: stoker logs")
@@ -178,7 +178,7 @@ def _linked(file: Path | None, name: Path) -> bool:
     return True
 
 
-async def _tell(agent: Agent, identity: Identity, keys: MakeKeys | None) -> Report | None:
+async def introduce(agent: Agent, identity: Identity, keys: MakeKeys | None) -> Report | None:
     """Before anything else is asked of it: who it is now, and what time. An older agent is told what it understands."""
     words = AfterRestore(
         entropy=os.urandom(64),

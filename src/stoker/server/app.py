@@ -40,6 +40,7 @@ from stoker.server.routes import (
     templates,
     upkeep,
     volumes,
+    warm,
 )
 from stoker.server.services import Services
 from stoker.server.signing import Signer
@@ -66,6 +67,7 @@ def all_endpoints() -> list[Endpoint]:
         pools,
         snapshots,
         templates,
+        warm,
     )
     return [endpoint for module in modules for endpoint in module.routes.endpoints]
 

@@ -37,6 +37,7 @@ PATH_PARAMETERS: dict[str, dict[str, Any]] = {
         "description": "A template's name or id.",
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", "maxLength": 64, "minLength": 1},
     },
+    "warm": {"description": "A warm set's id.", "schema": {"type": "string", "pattern": "^ws-[a-z2-7]{20}$"}},
     "pool": {
         "description": "A pool's name; `directory` is the data directory itself.",
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", "maxLength": 64, "minLength": 1},

@@ -31,7 +31,7 @@ WORDS = ("console=ttyS0", "quiet", "loglevel=1", "panic=-1", "reboot=t", "crypto
 """A console that says what matters only; a panic that ends the machine (triple fault, ``-no-reboot``); no self-tests of the
 kernel's ciphers, which take a fifth of a stock kernel's boot under TCG. Measured and left out, being lost in the noise:
 no_timer_check, noreplace-smp, i8042.*, pci=off, rcupdate.rcu_expedited, random.trust_cpu, nowatchdog, audit=0. The guest's
-mitigations stay."""
+mitigations stay, where they are any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,9 @@ def kernel_cmdline(spec: MachineSpec, qemu: QemuFacts) -> str:
 # Under TCG the guest reads the host's time stamp counter and has nothing steady to measure it against: on a busy host the
 # calibration fails, the kernel gives the counter up, and hangs, as this machine type has no other timer for it. It is told instead.
 # Debian's kernels fill every page with zeros before they hand it out, which costs a third of what goes through a pipe in emulation.
-TCG_WORDS = ("tsc=reliable", "init_on_alloc=0")
+# A retpoline is no protection there, and costs three blocks of code for each indirect call: software emulation makes the same
+# lookup and the same jump of the host's out of a return as out of an indirect branch.
+TCG_WORDS = ("tsc=reliable", "init_on_alloc=0", "spectre_v2=off")
 
 # An older TCG knows what it has translated by its virtual address. Where that is another in each process, it translates the loader
 # and the C library anew for each: of /bin/true that is three quarters of the work. Nothing outside the guest is protected by it; a
