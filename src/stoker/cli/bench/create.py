@@ -24,7 +24,7 @@ async def _usable(client: AsyncClient, image: str, memory: int, cold: bool) -> A
 
     box = await AsyncSandbox.create(image, memory=memory, cold=cold, client=client, ready_timeout=3600.0, lease=True)
     try:
-        await box.commands.run("true", check=True)
+        await box.commands.run(["/bin/true"], check=True)
     except BaseException:
         await box.kill()
         raise
