@@ -85,7 +85,7 @@ def kind_of(record: Record, source: Source | None) -> bytes:
 
 
 class WarmSets:
-    """Fits :class:`stoker.server.ports.Warm`. :meth:`begin` once; :meth:`aclose` ends the machines that wait."""
+    """Fits :class:`stoker.server.template_ports.Warm`. :meth:`begin` once; :meth:`aclose` ends the machines that wait."""
 
     def __init__(self, core: Core, quota: Callable[[str], Quota | None], find: Find) -> None:
         self._core = core

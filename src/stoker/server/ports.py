@@ -54,18 +54,16 @@ from stoker.api.models import (
     Sandbox,
     SandboxPage,
     SandboxState,
-    SetWarm,
     Snapshot,
     StartProcess,
     Timeout,
     Volume,
     VolumePage,
-    WarmSet,
     WatchEvent,
 )
 from stoker.server.template_ports import TemplateEngine
 
-__all__ = ["Apps", "Volumes", "Attachment", "EngineProtocol", "Files", "Images", "Output", "Pools", "Processes", "Upkeep", "Warm"]
+__all__ = ["Apps", "Volumes", "Attachment", "EngineProtocol", "Files", "Images", "Output", "Pools", "Processes", "Upkeep"]
 
 
 class Output(Protocol):
@@ -278,17 +276,6 @@ class Snapshots(Protocol):
         """Removes those with neither name nor tag, and tells which."""
 
 
-class Warm(Protocol):
-    """Machines that are up and wait for a create."""
-
-    async def set(self, who: Principal, request: SetWarm) -> WarmSet:
-        """How many wait; 0 ends the set. ``warm_unfit`` (InvalidRequest), ``too_many_warm_sets`` (CapacityExhausted)."""
-
-    async def list(self, who: Principal) -> Sequence[WarmSet]: ...
-
-    async def remove(self, who: Principal, warm: str) -> None: ...
-
-
 class Pools(Protocol):
     """Where disks are. ``pool`` is a name; ``directory`` is the data directory itself. For administrators."""
 
@@ -330,9 +317,6 @@ class EngineProtocol(TemplateEngine, Protocol):
 
     @property
     def snapshots(self) -> Snapshots: ...
-
-    @property
-    def warm(self) -> Warm: ...
 
     @property
     def apps(self) -> Apps: ...

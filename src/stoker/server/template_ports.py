@@ -1,4 +1,4 @@
-"""What the server needs of an engine for templates; a part of :mod:`stoker.server.ports`."""
+"""What the server needs of an engine for templates and warm sets; a part of :mod:`stoker.server.ports`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from stoker.api.models import BuildTemplate, Operation, OperationLog, Principal, Template
+from stoker.api.models import BuildTemplate, Operation, OperationLog, Principal, SetWarm, Template, WarmSet
 
-__all__ = ["TemplateEngine", "Templates"]
+__all__ = ["TemplateEngine", "Templates", "Warm"]
 
 
 class Templates(Protocol):
@@ -23,9 +23,23 @@ class Templates(Protocol):
         """Sandboxes that were made from it stay."""
 
 
+class Warm(Protocol):
+    """Machines that are up and wait for a create."""
+
+    async def set(self, who: Principal, request: SetWarm) -> WarmSet:
+        """How many wait; 0 ends the set. ``warm_unfit`` (InvalidRequest), ``too_many_warm_sets`` (CapacityExhausted)."""
+
+    async def list(self, who: Principal) -> Sequence[WarmSet]: ...
+
+    async def remove(self, who: Principal, warm: str) -> None: ...
+
+
 class TemplateEngine(Protocol):
     @property
     def templates(self) -> Templates: ...
+
+    @property
+    def warm(self) -> Warm: ...
 
     async def build_template(self, who: Principal, request: BuildTemplate) -> Operation:
         """Begins; ``operation.template`` is the id of what there will be. ``template_building`` (Conflict),
