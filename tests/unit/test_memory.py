@@ -99,6 +99,23 @@ def test_exactly_what_was_written_is_taken_even_zeros(base: int, way: str, monke
         assert runs(capture(child.pid, base, Scratch())) == runs(delta)
 
 
+@pytest.mark.parametrize("count", [1, 511, 512, 513, 700, 1024, 4095, 4096, 4097, 9000])
+@pytest.mark.parametrize("way", ["scan", "entries"])
+def test_many_runs_come_once_each(count: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel hands them over in pieces."""
+    if way == "entries":
+        monkeypatch.setattr(pagemap, "_scan", lambda *_: False)
+    size = 20000 * PAGE
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        area.madvise(mmap.MADV_NOHUGEPAGE)
+        for number in range(count):
+            area[2 * number * PAGE] = 1
+        start = memory.address_of(area)
+        starts, ends = pagemap.private_runs(os.getpid(), [(start, start + size)])
+    assert list(starts) == [start + 2 * number * PAGE for number in range(count)]
+    assert [end - begin for begin, end in zip(starts, ends, strict=True)] == [PAGE] * count
+
+
 def test_a_page_that_was_given_back_is_the_bases_again(base: int) -> None:
     with holder(base) as one:
         one.do(WRITES)

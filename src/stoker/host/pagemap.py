@@ -126,7 +126,10 @@ def _scan(fd: int, start: int, end: int, starts: array[int], ends: array[int]) -
             raise
         starts.extend(regions[0 : 3 * count : 3])
         ends.extend(regions[1 : 3 * count : 3])
-        start = arguments.walk_end
+        if count < _REGIONS:
+            break
+        # Not from `walk_end`: a walk that reached its end with more than 512 regions says where its last 512 began (seen in 6.18).
+        start = ends[-1]
     return True
 
 
