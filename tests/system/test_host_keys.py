@@ -163,3 +163,4 @@ async def test_copies_with_an_sshd(settings: Settings, short_dir: Path, tmp_path
         assert (await said(engine, "cold", IDENTITY)).split()[:2] == identity[:2]
         assert await stored(engine, "cold") == shown[-1]
         await engine.snapshots.remove(ADMIN, "one")
+        assert (await engine.upkeep.fsck(repair=False)).clean

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import anyio
@@ -16,6 +16,7 @@ from stoker.engine.boot import LiveMachine, MachineRequest, boot
 from stoker.engine.pools import MakeDisk
 from stoker.engine.run import overlay_at
 from stoker.errors import InvalidRequest
+from stoker.guest.agent import MakeKeys
 from stoker.guest.files import Files
 from stoker.guest.messages import ExecRequest
 from stoker.settings import Settings
@@ -56,13 +57,13 @@ async def booted(settings: Settings, short_dir: Path) -> AsyncIterator[Boot]:
     machines: list[LiveMachine] = []
     image = short_dir / "image.ext4"
 
-    async def start(init: str = "image", change: Callable[[Path], None] | None = None) -> LiveMachine:
+    async def start(init: str = "image", change: Callable[[Path], None] | None = None, keys: MakeKeys | None = None) -> LiveMachine:
         again = image.exists()
         if not again:
             make_image(short_dir, change)
         directory = short_dir / f"machine{len(machines)}"
         directory.mkdir(mode=0o700)
-        request = MachineRequest("init", f"ext4:{image}", network="none", init=init)
+        request = MachineRequest("init", f"ext4:{image}", network="none", init=init, keys=keys)
         disk = the_same(short_dir / "disk.qcow2") if again else overlay_at(short_dir / "disk.qcow2")
         live = await boot(request, settings, directory, disk, detached=False)
         machines.append(live)
@@ -94,6 +95,38 @@ async def test_init_starts_as_the_kernel_would_have_started_it(booted: Boot) -> 
     assert _lines(report, "SigBlk:") == _lines(report, "SigIgn:") == ["0000000000000000"]
     assert int(_lines(report, "files")[0]) <= 4096
     assert _lines(report, "0::") == ["/"]
+
+
+@pytest.mark.parametrize("init", ["image", "agent"])
+async def test_the_disk_of_another_gets_keys_before_anything_of_it_runs(booted: Boot, init: str) -> None:
+    asked: list[list[str]] = []
+
+    def with_sshd(tree: Path) -> None:
+        for path, text, mode in (
+            ("usr/sbin/sshd", "", 0o755),
+            ("etc/ssh/ssh_host_rsa_key", "old", 0o600),
+            ("etc/ssh/ssh_host_rsa_key.pub", "old", 0o644),
+            ("etc/ssh/ssh_host_dsa_key", "old", 0o600),
+            ("etc/machine-id", f"{'0' * 32}\n", 0o644),
+        ):
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            (tree / path).write_text(text)
+            (tree / path).chmod(mode)
+
+    async def make(paths: Sequence[str]) -> list[tuple[str, int, str]]:
+        asked.append(sorted(paths))
+        return [("/etc/ssh/ssh_host_rsa_key", 0o600, "new")]
+
+    live = await booted(init, with_sshd, make)
+    files = Files(live.agent)
+    assert asked == [["/etc/ssh/ssh_host_dsa_key", "/etc/ssh/ssh_host_rsa_key"]]
+    assert await files.read("/etc/ssh/ssh_host_rsa_key") == b"new"
+    assert not await files.exists("/etc/ssh/ssh_host_rsa_key.pub") and not await files.exists("/etc/ssh/ssh_host_dsa_key")
+    machine_id = await files.read("/etc/machine-id")
+    assert len(machine_id) == 33 and machine_id != b"0" * 32 + b"\n"
+    assert live.report is not None and not live.report.unhandled
+    if init == "image":
+        assert _lines(await _report(live), "pid") == ["1"]
 
 
 async def test_the_agent_lives_on_in_a_group_of_its_own(booted: Boot) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,13 +18,15 @@ from engine_host import HostBooter
 from stoker.api.models import Principal, Snapshot
 from stoker.engine import trace
 from stoker.engine.engine import Engine
-from stoker.engine.travel import inward
+from stoker.engine.travel import looking
+from stoker.engine.travel.pull import Pull
 from stoker.errors import CapacityExhausted, Conflict, InvalidRequest, NotFound, StokerError
 from stoker.host.run import run
 from stoker.host.zstd import CompressionParameter, ZstdCompressor
 from stoker.images.store import Store
 from stoker.settings import Settings
 from stoker.storage.overlay import CLUSTER
+from stoker.storage.overlay_writer import OverlayWriter
 from travel_file import MEMORY, MIB, SIZE, Travel, an_image, data, pack, zeros
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
@@ -346,9 +349,46 @@ async def test_a_daemon_that_dies_here(settings: Settings, image: bytes, tmp_pat
         await nothing(engine, settings)
 
 
+async def test_a_disk_that_fills_up_meanwhile(settings: Settings, image: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(OverlayWriter, "zeros", full)
+    async with opened(settings) as engine:
+        with pytest.raises(CapacityExhausted, match="filled up"):
+            await come(engine, Travel(image, memory=True).packed())
+        await nothing(engine, settings)
+
+
 async def test_room(settings: Settings, image: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inward, "ROOM", 1 << 60)
+    monkeypatch.setattr(looking, "ROOM", 1 << 60)
     async with opened(settings) as engine:
         with pytest.raises(CapacityExhausted):
             await come(engine, Travel(image).packed())
         await nothing(engine, settings)
+
+
+async def test_who_is_given_up_reads_no_more() -> None:
+    """Whenever it happens: the thread may be about to ask, asking, or between two pieces."""
+    for number in range(300):
+        seen = asyncio.Event()
+
+        async def pieces(seen: asyncio.Event = seen) -> AsyncIterator[bytes]:
+            yield b"x"
+            seen.set()
+            await asyncio.Event().wait()
+
+        pull = Pull(pieces())
+
+        def read(pull: Pull = pull) -> None:
+            while pull.more():
+                pass
+
+        task = asyncio.create_task(pull.run(read))
+        if number % 2:
+            await seen.wait()
+        else:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task

@@ -11,6 +11,7 @@ Whether its memory can be taken up here is asked as a restore asks it; what spea
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import logging
 import os
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
-import msgspec
 from msgspec.structs import replace
 
 from stoker.api.models import Principal, Resources, SandboxState, SnapshotState, Versions
@@ -31,17 +31,16 @@ from stoker.engine.pause import about, saved_place
 from stoker.engine.snapshot_rows import intend_in, ready_in, remove
 from stoker.engine.state import Record, SnapshotRecord, new_id
 from stoker.engine.trace import trace
-from stoker.engine.travel.format import Image, Manifest, Part, Reader, damaged
-from stoker.engine.travel.outward import FACTS, portable_request
+from stoker.engine.travel.format import Manifest, Part, Reader, damaged
+from stoker.engine.travel.looking import check, image_here, kernel_here
+from stoker.engine.travel.outward import portable_request
 from stoker.engine.travel.pull import Pull
 from stoker.engine.wake import unfit
-from stoker.errors import CapacityExhausted, HostError, NotFound, StokerError
+from stoker.errors import CapacityExhausted, HostError, StokerError
 from stoker.host.durable import whole_directory
 from stoker.host.ext4 import read_superblock
-from stoker.images import inventory
 from stoker.images.store import MAIN, Store
-from stoker.images.store import Manifest as Entry
-from stoker.storage.overlay import CLUSTER, MAX_SIZE
+from stoker.storage.overlay import CLUSTER
 from stoker.storage.overlay_writer import OverlayWriter
 from stoker.storage.strategy import Base
 from stoker.vmm.kept import describe, staging
@@ -54,10 +53,7 @@ if TYPE_CHECKING:
 __all__ = ["bring_in"]
 
 log = logging.getLogger(__name__)
-ORDER: Final = ("image", "disk", "memory", "delta", "state")
 GRAIN: Final = 4096
-ROOM: Final = 64 << 20
-"""Bytes that stay free besides what the file says it unpacks to."""
 CLOCK: Final = 1e-3
 """By so much may the frequency of the clock that a guest was told of differ from this host's."""
 FOREIGN: Final = "the state of devices is taken from administrators of this host only"
@@ -82,13 +78,13 @@ async def bring_in(core: Core, who: Principal, source: AsyncIterator[bytes], nam
     reader = Reader(pull.more)
     began = time.perf_counter()
     manifest = await pull.run(reader.manifest)
-    _check(core, manifest)
+    await asyncio.to_thread(check, core, manifest)
     core.filling.check(core.pools.default)
     store = Store(core.settings)
     async with AsyncExitStack() as stack:
-        here = await _here(store, manifest, stack)
+        here = await image_here(store, manifest, stack)
         stage = None if here else await stack.enter_async_context(store.stage())
-        kernel = _kernel(store, manifest)
+        kernel = kernel_here(store, manifest)
         record = _record(core, who, manifest, name, kernel)
         arrival = _Arrival(manifest, record, await _made_by(core, manifest), None if stage is None else stage.path / "image")
         await core.database.write(lambda db: intend_in(core, db, record), durable=True)
@@ -99,7 +95,7 @@ async def bring_in(core: Core, who: Principal, source: AsyncIterator[bytes], nam
             trace("import.after_unpacked")
             if stage is not None and arrival.stage is not None:
                 await asyncio.to_thread(store.publish_as, stage, arrival.stage, manifest.image.entry.encode())
-                await _here(store, manifest, stack)
+                await image_here(store, manifest, stack)
                 trace("import.after_image")
             await asyncio.to_thread(_take_disk, core, arrival)
             trace("import.after_disk")
@@ -107,9 +103,11 @@ async def bring_in(core: Core, who: Principal, source: AsyncIterator[bytes], nam
             steps = {"all": round((time.perf_counter() - began) * 1000, 3)}
             ready = replace(record, state=SnapshotState.READY, unfit=why, steps=steps)
             await core.database.write(lambda db: ready_in(core, ready, db), durable=True)
-        except BaseException:
+        except BaseException as problem:
             with anyio.CancelScope(shield=True):
                 await remove(core, record)
+            if isinstance(problem, OSError):
+                raise _words(problem) from None
             raise
     core.snapshots[record.id] = ready
     trace("import.after_ready")
@@ -117,82 +115,13 @@ async def bring_in(core: Core, who: Principal, source: AsyncIterator[bytes], nam
     return ready
 
 
-# -- looking ----------------------------------------------------------------------------------------------------------
+def _words(problem: OSError) -> StokerError:
+    if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CapacityExhausted("no_space", "the disk filled up while the snapshot was unpacked", "stoker rm, stoker gc")
+    return HostError("host_failed", f"{problem.strerror}: {problem.filename or 'the host refused it'}", "stoker doctor")
 
 
-def _check(core: Core, manifest: Manifest) -> None:
-    """What the parts are, and whether there is room for them."""
-    names = [part.name for part in manifest.parts]
-    if names != [name for name in ORDER if name in names] or "disk" not in names:
-        raise damaged("its parts are " + ", ".join(names))
-    memory, state, delta = manifest.part("memory"), manifest.part("state"), manifest.part("delta")
-    if (memory is None) != (state is None) or (delta is not None and memory is None):
-        raise damaged("it has a part of a machine's memory")
-    disk, image = manifest.part("disk"), manifest.part("image")
-    if disk is None or disk.size % 512 or not manifest.image.size <= disk.size <= MAX_SIZE or disk.size != manifest.machine.disk:
-        raise damaged("the size of its disk")
-    if manifest.image.size % 512 or (image is not None and image.size != manifest.image.size):
-        raise damaged("the size of its image")
-    _check_image(manifest.image)
-    if memory is not None and memory.size != manifest.machine.memory:
-        raise damaged("the size of its memory")
-    for part in manifest.parts:
-        if part.bytes > part.size:
-            raise damaged(f"the size of its {part.name}")
-    wanted = sum(part.bytes for part in manifest.parts) + ROOM
-    status = os.statvfs(core.settings.data_dir)
-    free = min(status.f_bavail * status.f_frsize, core.pools.space(core.pools.default).free)
-    if wanted > free:
-        raise CapacityExhausted(
-            "no_space", f"the snapshot unpacks to {wanted >> 20} MiB and {free >> 20} MiB are free", "stoker rm, stoker gc"
-        )
-
-
-def _check_image(image: Image) -> None:
-    """Its entry is of the kind that the store makes of a root file system, and has the digest that it says."""
-    data = image.entry.encode()
-    try:
-        entry = msgspec.json.decode(data, type=Entry)
-    except msgspec.DecodeError:
-        raise damaged("its image's entry") from None
-    facts = entry.facts
-    known = facts.keys() <= FACTS and facts.get("size") == image.size and facts.get("fstype") == "ext4"
-    named = isinstance(facts.get("suite", ""), str) and len(entry.name) <= 1024
-    if entry.kind != "images" or not known or not named or hashlib.sha256(data).hexdigest() != image.digest:
-        raise damaged("its image's entry")
-
-
-async def _here(store: Store, manifest: Manifest, stack: AsyncExitStack) -> bool:
-    """Whether its image is in the store; it stays there until the stack is closed."""
-    digest = manifest.image.digest
-    if store.lookup("images", digest) is None:
-        if manifest.part("image") is None:
-            label = manifest.image.label or digest
-            raise NotFound(
-                "image_missing", f"the file is without its image, {label} ({digest}), which is not here", "export it with its image"
-            )
-        return False
-    fd = inventory.hold(store, "images", digest)
-    if fd is None:
-        raise HostError("image_going", f"the image {digest} is just being removed", "try again")
-    stack.callback(os.close, fd)
-    await store.require_intact("images", digest)
-    if os.stat(store.entry("images", digest) / MAIN["images"]).st_size != manifest.image.size:
-        raise damaged("the size of its image")
-    return True
-
-
-def _kernel(store: Store, manifest: Manifest) -> str:
-    """The kernel it boots with: its own, or else what its name stands for here. (Memory brings its kernel along.)"""
-    machine = manifest.machine
-    for name in (machine.kernel_digest, inventory.pointer(machine.kernel)):
-        if name and "/" not in name and (found := store.lookup("kernels", name)) is not None:
-            return found[0]
-    raise NotFound(
-        "kernel_missing",
-        f"the snapshot's kernel, {machine.kernel} ({machine.kernel_digest}), is not here, nor any of that name",
-        f"stoker run --kernel {machine.kernel or 'NAME'} {manifest.image.label or 'IMAGE'} true gets it",
-    )
+# -- what it becomes ----------------------------------------------------------------------------------------------------
 
 
 def _record(core: Core, who: Principal, manifest: Manifest, name: str | None, kernel: str) -> SnapshotRecord:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
@@ -13,26 +12,29 @@ T = TypeVar("T")
 
 
 class Pull:
-    """Made on the event loop that ``source`` is of."""
+    """Made on the event loop that ``source`` is of. Who reads, and that it has ended, is known on that loop alone."""
 
     def __init__(self, source: AsyncIterator[bytes]) -> None:
         self._source = source
         self._loop = asyncio.get_running_loop()
-        self._pending: concurrent.futures.Future[bytes] | None = None
+        self._reading: asyncio.Task[bytes] | None = None
         self._ended = False
 
     async def _next(self) -> bytes:
-        async for piece in self._source:
-            if piece:
-                return piece
-        return b""
+        if self._ended:
+            raise asyncio.CancelledError
+        self._reading = asyncio.current_task()
+        try:
+            async for piece in self._source:
+                if piece:
+                    return piece
+            return b""
+        finally:
+            self._reading = None
 
     def more(self) -> bytes:
         """The next piece, nothing at the end. To be called in :meth:`run`'s thread."""
-        if self._ended:
-            raise concurrent.futures.CancelledError
-        self._pending = asyncio.run_coroutine_threadsafe(self._next(), self._loop)
-        return self._pending.result()
+        return asyncio.run_coroutine_threadsafe(self._next(), self._loop).result()
 
     async def run(self, work: Callable[[], T]) -> T:
         """``work``, in a thread. It has ended when this returns, cancelled or not."""
@@ -41,7 +43,7 @@ class Pull:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             self._ended = True
-            if self._pending is not None:
-                self._pending.cancel()
+            if self._reading is not None:
+                self._reading.cancel()
             await asyncio.wait({task})
             raise
