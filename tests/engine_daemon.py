@@ -16,10 +16,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from engine_guests import run
 from engine_host import HostBooter
 from stoker.api.models import (
     AppInfo,
     BuildTemplate,
+    CopySandbox,
     CreatePool,
     CreateSandbox,
     CreateSnapshot,
@@ -126,8 +128,17 @@ async def command(engine: Engine, words: dict[str, Any]) -> Any:
             return {"id": (await engine.snapshot(ADMIN, words["name"], CreateSnapshot())).id}
         case "remove_snapshots":
             return {"removed": len(await engine.snapshots.prune(ADMIN))}
+        case "start_snapshot":
+            begun = await engine.start_snapshot(ADMIN, words["snapshot"], CopySandbox(name=words["name"]))
+            ended = await engine.wait_operation(ADMIN, begun.id, 120)
+            return {"state": ended.state, **({"error": ended.error.message} if ended.error else {})}
+        case "remove_snapshot":
+            await engine.snapshots.remove(ADMIN, words["snapshot"])
         case "fork":
-            return {"copies": len((await engine.fork(ADMIN, words["name"], ForkSandbox())).items)}
+            return {"copies": len((await engine.fork(ADMIN, words["name"], ForkSandbox(name=words.get("copy")))).items)}
+        case "run":
+            code, data = await run(engine, words["name"], words["script"])
+            return {"code": code, "output": data.decode(errors="replace")}
         case "resume":
             return {"state": (await engine.resume(ADMIN, words["name"])).state}
         case "freeze":
