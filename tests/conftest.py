@@ -33,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         root = tempfile.mkdtemp(prefix="stk-", dir="/tmp")
         os.chmod(root, 0o755)
         os.environ[ROOT_VARIABLE] = root
+        # Most tests count the machines that there are. (tests/system/test_parked.py has some.)
+        os.environ["STOKER_PARKED"] = "0"
         # A daemon of a test makes no file system by itself, but where that is what is tested.
         os.environ.setdefault("STOKER_POOL", "directory")
         config.stash[_ROOT] = Path(root)

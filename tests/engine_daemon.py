@@ -40,11 +40,12 @@ from stoker.settings import Settings
 from stoker.storage.filesystem import LEAST
 
 ADMIN = Principal()
+PARKED = int(os.environ["STOKER_PARKED"])
 SETTLED = frozenset({SandboxState.RUNNING, SandboxState.FAILED, SandboxState.STOPPED})
 
 
 def settings(data: Path, run: Path) -> Settings:
-    return Settings(data, run, data / "none.toml", accel=os.environ.get("STOKER_ACCEL", "tcg"))
+    return Settings(data, run, data / "none.toml", accel=os.environ.get("STOKER_ACCEL", "tcg"), parked=PARKED)
 
 
 async def put_app(engine: Engine, data: bytes) -> AppInfo:
@@ -106,6 +107,10 @@ async def command(engine: Engine, words: dict[str, Any]) -> Any:
             async with asyncio.timeout(120):
                 while (await engine.warm.list(ADMIN))[0].ready < words["size"]:
                     await asyncio.sleep(0.05)
+        case "park":
+            async with asyncio.timeout(60):
+                while not engine._parking.waiting:
+                    await asyncio.sleep(0.02)
         case "pause":
             return {"state": (await engine.pause(ADMIN, words["name"])).state}
         case "template":

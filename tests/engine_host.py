@@ -135,6 +135,8 @@ class HostBooter:
         finally:
             faults.running -= 1
 
+    parks = False
+
     async def still(self, record: Any) -> bool:
         return True
 

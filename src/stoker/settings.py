@@ -34,6 +34,8 @@ class Settings:
     default_kernel: str = "debian:12"
     golden: int = 1
     """0: machines always boot, and no memory is put away to start later ones from."""
+    parked: int = 1
+    """How many VMMs wait, started, for the next create of a kind that golden memory serves."""
     boot_timeout: float = 120.0
     kvm_probe_timeout: float = 30.0
     start_timeout: float = 30.0

@@ -46,7 +46,7 @@ def home(session_root: Path, data_dir: Path, accelerator: str) -> Iterator[Comma
     """A daemon's directories for all of this module; whoever comes first starts the daemon."""
     directory = Path(tempfile.mkdtemp(prefix="sdk", dir=session_root))
     (directory / "run").mkdir(mode=0o755)
-    base = replace(load_settings({"STOKER_CONFIG": "/nonexistent"}, root=os.geteuid() == 0), data_dir=data_dir)
+    base = replace(load_settings({"STOKER_CONFIG": "/nonexistent"}, root=os.geteuid() == 0), data_dir=data_dir, parked=0)
     settings = replace(own_data(base, directory), run_dir=directory / "run", accel=accelerator)
     env = {
         "STOKER_DATA_DIR": str(settings.data_dir),

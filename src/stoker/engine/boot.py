@@ -9,29 +9,33 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stoker.engine.door import LOST
 from stoker.engine.golden import Shape
 from stoker.engine.start import Started, Watch, explained, start
 from stoker.engine.state import Attached
 from stoker.engine.trace import trace
-from stoker.errors import InvalidRequest
+from stoker.errors import HostError, InvalidRequest
 from stoker.guest.copies import booted_copy
 from stoker.guest.messages import Configuration, Mount, NetworkConfiguration, Resolver, RootMount
 from stoker.host.binaries import agent_path
 from stoker.images.initramfs import build_initramfs
 from stoker.images.inventory import held_image, held_kernel
+from stoker.images.kernel import resolve_kernel
 from stoker.images.progress import NullProgress, Progress
+from stoker.images.rootfs import resolve_image
 from stoker.storage.overlay import create_overlay
 from stoker.storage.strategy import Base
 from stoker.vmm.accel import verdict
 from stoker.vmm.machine import Disk, Gate, MachineSpec, UserNetwork
 
 if TYPE_CHECKING:
+    from stoker.engine.door import Door
     from stoker.engine.golden import Goldens
     from stoker.engine.pools import MakeDisk
     from stoker.guest.agent import Agent, MakeKeys
@@ -75,6 +79,8 @@ class MachineRequest:
     """Always boot; never start from memory that was put away. (There is nothing else yet.)"""
     gate: Gate | None = None
     """See :class:`stoker.vmm.machine.MachineSpec`. A machine with one writes to the host's journal."""
+    door: Door | None = None
+    """Where the machine waits, over golden memory, for the create it is for."""
     init: str = "agent"
     """``agent``: ours is process 1; ``image``: the image's own ``/sbin/init`` is, and the agent stays beside it."""
     attached: tuple[Attached, ...] = ()
@@ -298,11 +304,20 @@ async def _boot(
     shape = await _shape(request, made.spec, words, made.clone, settings) if goldens is not None else None
     fresh: list[str] = []
     keys = _told(request.keys, fresh) if request.keys is not None else None
-    up = await _bring_up(made.spec, settings, words, watch, goldens, shape, request.base_file, keys)
+
+    async def asked(late: MachineRequest) -> Configuration:
+        """What a machine that waited is told; what it stands on may have become another meanwhile."""
+        image = await resolve_image(late.image, settings, report)
+        kernel = await resolve_kernel(late.kernel or settings.default_kernel, settings, report)
+        if (image.digest, kernel.digest) != (made.rootfs.digest, made.kernel.digest):
+            raise HostError(LOST, "a machine that waited stands on an image or kernel that is another now")
+        return configuration(late, made.rootfs, made.network)
+
+    up = await _bring_up(made.spec, settings, words, watch, goldens, shape, request.base_file, keys, request.door, asked)
     if goldens is not None and shape is not None and not up.golden:
         goldens.learn(shape)
     return LiveMachine(
-        request,
+        up.request or request,
         up.machine,
         up.agent,
         made.rootfs,
@@ -347,15 +362,24 @@ async def _bring_up(
     shape: Shape | None = None,
     base_file: Path | None = None,
     keys: MakeKeys | None = None,
+    door: Door | None = None,
+    asked: Callable[[MachineRequest], Awaitable[Configuration]] | None = None,
 ) -> Started:
-    """Starts a machine and configures its guest; a failure ends it again."""
+    """Starts a machine and configures its guest; a failure ends it again. One that waits at a ``door`` is told what ``asked`` makes
+    of the request it is opened with."""
+    late: list[Configuration] = []
+
+    async def opened(request: MachineRequest) -> None:
+        if asked is not None:
+            late.append(await asked(request))
+
     async with AsyncExitStack() as undo:
-        up = await start(spec, settings, watch, goldens, shape, base_file)
+        up = await start(spec, settings, watch, goldens, shape, base_file, door, opened)
         undo.push_async_callback(up.machine.close)
         undo.push_async_callback(up.machine.kill)
         undo.push_async_callback(up.agent.aclose)
         async with explained(up.machine, settings):
-            await up.agent.configure(words, keys=keys)
+            await up.agent.configure(late[0] if late else words, keys=keys)
         watch.lap("configure")
         trace("boot.after_configure")
         undo.pop_all()

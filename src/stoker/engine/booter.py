@@ -58,6 +58,11 @@ class Booted:
 class Booter(Protocol):
     """Who starts, finds and reaches machines; :class:`stoker.engine.machines.RealBooter` but in tests of failures."""
 
+    @property
+    def parks(self) -> bool:
+        """Whether machines may be parked: asked to boot with a ``door`` they wait there."""
+        ...
+
     async def boot(
         self, request: MachineRequest, directory: Path, disk: MakeDisk, cgroup: Path | None, progress: Progress
     ) -> Booted: ...

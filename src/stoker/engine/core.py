@@ -42,7 +42,9 @@ from stoker.vmm.memory import Scratch
 
 if TYPE_CHECKING:
     from stoker.engine.booter import Booter
+    from stoker.engine.door import Door
     from stoker.engine.hub import Hub
+    from stoker.engine.parking import Parking
     from stoker.engine.templates import TemplateRecord
     from stoker.engine.warm import WarmSets
     from stoker.guest.agent import Agent
@@ -80,6 +82,8 @@ class Box:
         """The resume that everybody who wants to use it waits for."""
         self.work: asyncio.Task[None] | None = None
         """The create or start that is going on."""
+        self.door: Door | None = None
+        """Where its machine waits for a create, or did."""
         self.changed = asyncio.Event()
         self.gone = False
         self.holders = 0
@@ -160,6 +164,7 @@ class Core:
         self.copying = asyncio.Lock()
         """Held while the scratch holds a machine's memory."""
         self.warm: WarmSets | None = None
+        self.parking: Parking | None = None
         self.wake: Callable[[Box], Awaitable[None]] | None = None
         """Resumes a sandbox that somebody wants to use."""
         self.upkeep = asyncio.Lock()
@@ -221,7 +226,8 @@ class Core:
                 return
             except CapacityExhausted as error:
                 owner = box.record.owner if error.details.get("scope") == "key" else None
-                if self.warm is None or not await self.warm.give_way(owner):
+                parked = owner is None and self.parking is not None and await self.parking.give_way()
+                if not parked and (self.warm is None or not await self.warm.give_way(owner)):
                     raise
 
     def admit_now(self, box: Box, quota: Quota | None) -> None:
@@ -395,8 +401,8 @@ def put(db: sqlite3.Connection, record: Record) -> None:
     """Writes a row as it is now."""
     db.execute(
         "INSERT INTO sandboxes (id, owner, name, state, created, record) VALUES (?, ?, ?, ?, ?, ?)"
-        " ON CONFLICT (id) DO UPDATE SET name = excluded.name, created = excluded.created, state = excluded.state,"
-        " record = excluded.record",
+        " ON CONFLICT (id) DO UPDATE SET owner = excluded.owner, name = excluded.name, created = excluded.created,"
+        " state = excluded.state, record = excluded.record",
         (record.id, record.owner, record.name, record.state.value, record.created_at, msgspec.json.encode(record).decode()),
     )
 

@@ -126,6 +126,8 @@ async def create(
         return _again(core, who, *former, digest)
     if core.warm is not None and (waiting := core.warm.take(record, source)) is not None:
         return await _take_over(core, who, waiting, record, key, digest, source)
+    if core.parking is not None and (parked := core.parking.take(record, source)) is not None:
+        return await _walk_in(core, who, parked, record, key, digest, quota)
     await core.admit(box, quota)
     operation = core.operations.begin("create", who.owner, box.id)
     box.record = record = replace(record, operation=operation.value.id)
@@ -219,6 +221,29 @@ async def _take_over(
         raise
     _began(core, box, event)
     take_over(core, box, operation, lambda: _begin(core, box, operation, source))
+    return operation.value
+
+
+async def _walk_in(
+    core: Core, who: Principal, box: Box, wanted: Record, key: str | None, digest: str, quota: Quota | None
+) -> Operation:
+    """The same with a machine that was parked: it gets this create's row, and goes on."""
+    assert box.door is not None and core.parking is not None
+    waits, operation = box.record, box.door.operation
+    box.record = replace(wanted, id=box.id, operation=operation.value.id)
+    event = core.events.make("sandbox.created", box.id, name=wanted.name, image=wanted.request.image)
+    try:
+        await core.admit(box, quota)
+        await _intend(core, who, box, key, digest, event)
+    except BaseException as error:
+        box.record = waits
+        core.parking.put_back(box)
+        if isinstance(error, _Repeated):
+            return _again(core, who, error.sandbox, error.digest, digest)
+        raise
+    core.operations.show(operation, who.owner)
+    _began(core, box, event)
+    core.parking.let_in(box)
     return operation.value
 
 

@@ -61,10 +61,12 @@ from stoker.engine.core import Box, Core
 from stoker.engine.create import Source
 from stoker.engine.database import Database, lock_data
 from stoker.engine.files import Files
+from stoker.engine.hidden import PARKED
 from stoker.engine.images import Images
 from stoker.engine.keys import Keys
 from stoker.engine.metrics import sample
 from stoker.engine.pages import page_after
+from stoker.engine.parking import Parking
 from stoker.engine.pooling import Pooling
 from stoker.engine.processes import Processes
 from stoker.engine.reconcile import load_all, private_directory, reconcile
@@ -110,6 +112,7 @@ class Engine:
         self.templates = Templates(core, self.snapshots)
         self.builds = Builds(core, self.templates, keys.quota)
         self.apps = Apps(core, keys.quota)
+        self._parking = core.parking = Parking(core, core.settings.parked)
         self.warm = core.warm = WarmSets(core, keys.quota, self._source)
 
     @classmethod
@@ -183,6 +186,7 @@ class Engine:
         await reconcile(core)
         await asyncio.to_thread(sweep_apps, core.settings.data_dir)
         await self.warm.begin()
+        self._parking.begin()
         core.spawn(reap(core), "deadlines")
         core.spawn(core.filling.watch(), "space")
         core.spawn(sample(core), "metrics")
@@ -201,6 +205,7 @@ class Engine:
         await core.end_tasks()
         self.templates.memories.close()
         await self.warm.aclose()
+        await self._parking.clear()
         await core.booter.aclose()
         reason = GuestError("daemon_stopped", "the daemon ended; the sandbox goes on", "connect again")
         for box in core.boxes.values():
@@ -443,6 +448,7 @@ class Engine:
         return bool(core.operations.running) or any(
             box.live is not None or box.work is not None or box.deadline is not None or box.lease_until is not None
             for box in core.boxes.values()
+            if box.record.warm != PARKED
         )
 
 

@@ -37,9 +37,15 @@ def users(core: Core, kind: str, digest: str) -> list[User]:
         )
 
     boxes = [box.record for box in core.boxes.values() if box.record.state is not SandboxState.FAILED or box.record.boots]
-    found = [User(record.owner, record.label, f"rm {record.label}") for record in boxes if needs(record)]
+    found = {
+        User(record.owner, f"warm set {record.warm}", "warm IMAGE --size 0")
+        if record.warm
+        else User(record.owner, record.label, f"rm {record.label}")
+        for record in boxes
+        if needs(record)
+    }
     templates = [one for one in core.templates.values() if needs(core.snapshots[one.snapshot].box)]
-    return found + [User(one.owner, f"template {one.name}", f"template rm {one.name}") for one in templates]
+    return [*found] + [User(one.owner, f"template {one.name}", f"template rm {one.name}") for one in templates]
 
 
 def is_used(core: Core, kind: str, digest: str) -> bool:
@@ -123,6 +129,8 @@ class Images:
             if name is not None and len(item.names) > 1:
                 inventory.forget_name(self._store, kind, name, item.digest)
                 return
+            if core.parking is not None:
+                await core.parking.clear()
             if not await inventory.remove(self._store, item, refused=lambda: is_used(core, kind, item.digest)):
                 raise self._in_use(kind, reference, item)
 

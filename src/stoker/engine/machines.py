@@ -40,6 +40,10 @@ class RealBooter:
     def _golden_base(self, digest: str) -> int | None:
         return self._goldens.by_digest(digest) if self._goldens is not None else None
 
+    @property
+    def parks(self) -> bool:
+        return bool(self._settings.golden)
+
     async def boot(
         self, request: MachineRequest, directory: Path, disk: MakeDisk, cgroup: Path | None, progress: Progress
     ) -> Booted:

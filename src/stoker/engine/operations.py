@@ -18,7 +18,7 @@ from stoker.engine.pages import page_after
 from stoker.engine.state import Record, new_id, to_body
 from stoker.errors import NotFound, StokerError
 
-__all__ = ["Operations", "Running"]
+__all__ = ["Operations", "Running", "hidden"]
 
 KEPT = 1000
 
@@ -59,6 +59,11 @@ class Running:
         self._set(replace(self.value, state=state, ended_at=time.time(), error=to_body(error) if error else None))
 
 
+def hidden(kind: str, sandbox: str) -> Running:
+    """One that nobody sees until it is shown (:meth:`Operations.show`)."""
+    return Running(Operation(id=new_id("op"), kind=kind, state=OperationState.RUNNING, created_at=time.time(), sandbox=sandbox), "")
+
+
 class Operations:
     """All of them: the running ones, and the last that ended."""
 
@@ -96,6 +101,12 @@ class Operations:
             ended_at=None if state is OperationState.RUNNING else record.ended_at or record.started_at,
             error=record.error,
         )
+
+    def show(self, running: Running, owner: str) -> None:
+        """From here on it is one of this owner's, which begins now."""
+        running.owner = owner
+        running.value = replace(running.value, created_at=time.time())
+        self._all[running.value.id] = running
 
     def begin(self, kind: str, owner: str, sandbox: str | None) -> Running:
         operation = Operation(id=new_id("op"), kind=kind, state=OperationState.RUNNING, created_at=time.time(), sandbox=sandbox)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stoker.engine.door import LOST, NOT_PARKED
 from stoker.engine.golden import begin_disk
 from stoker.engine.trace import trace
-from stoker.errors import DeadlineExceeded, StokerError
+from stoker.errors import DeadlineExceeded, HostError, StokerError
 from stoker.guest.channel import connect
 from stoker.vmm.diagnosis import explain
 from stoker.vmm.machine import GuestMemory, MachineSpec
@@ -21,6 +22,8 @@ from stoker.vmm.memory import empty_memory
 from stoker.vmm.qemu.driver import QemuMachine, launch
 
 if TYPE_CHECKING:
+    from stoker.engine.boot import MachineRequest
+    from stoker.engine.door import Door
     from stoker.engine.golden import Golden, Goldens, Shape
     from stoker.guest.agent import Agent
     from stoker.settings import Settings
@@ -40,6 +43,8 @@ class Started:
     agent: Agent
     golden: bool = False
     base: str = ""
+    request: MachineRequest | None = None
+    """What it was asked for when it waited at a door."""
 
 
 class Watch:
@@ -47,6 +52,11 @@ class Watch:
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def restart(self) -> None:
+        """What was before does not count."""
+        self.laps.clear()
         self._last = time.monotonic()
 
     def lap(self, name: str) -> None:
@@ -103,18 +113,27 @@ async def start(
     goldens: Goldens | None = None,
     shape: Shape | None = None,
     base_file: Path | None = None,
+    door: Door | None = None,
+    opened: Callable[[MachineRequest], Awaitable[None]] | None = None,
 ) -> Started:
-    """A running machine that answers. The laps of ``watch`` are ``vmm`` and ``guest``."""
+    """A running machine that answers. The laps of ``watch`` are ``vmm`` and ``guest``.
+
+    With a ``door`` it is one out of golden memory, which waits there before it takes that up; ``opened`` is told what it is for.
+    """
     golden = await goldens.take(shape) if goldens is not None and shape is not None else None
     if goldens is not None and golden is not None:
         try:
-            machine, agent = await _restored(spec, settings, watch, golden)
+            machine, agent, request = await _restored(spec, settings, watch, golden, door, opened)
             linked = base_file is not None and goldens.link(golden, base_file)
-            return Started(machine, agent, True, golden.saved.digest if linked else "")
+            return Started(machine, agent, True, golden.saved.digest if linked else "", request)
         except (StokerError, TimeoutError) as error:
+            if isinstance(error, StokerError) and error.code == LOST:
+                raise
             await goldens.failed(golden, error)
         finally:
             os.close(golden.saved.memory)
+    if door is not None and not door.opened:
+        raise HostError(NOT_PARKED, "there is no golden memory for this kind of machine")
     async with AsyncExitStack() as undo:
         # So that its memory can be taken out of it, a machine that boots has a base like any other: the empty one.
         empty = empty_memory()
@@ -139,7 +158,14 @@ async def launched(spec: MachineSpec, settings: Settings, watch: Watch, undo: As
     return machine
 
 
-async def _restored(spec: MachineSpec, settings: Settings, watch: Watch, golden: Golden) -> tuple[QemuMachine, Agent]:
+async def _restored(
+    spec: MachineSpec,
+    settings: Settings,
+    watch: Watch,
+    golden: Golden,
+    door: Door | None,
+    opened: Callable[[MachineRequest], Awaitable[None]] | None,
+) -> tuple[QemuMachine, Agent, MachineRequest | None]:
     async with AsyncExitStack() as undo:
         root = spec.disks[0].path
         before = await asyncio.to_thread(begin_disk, root, golden.saved)
@@ -147,6 +173,13 @@ async def _restored(spec: MachineSpec, settings: Settings, watch: Watch, golden:
         undo.push_async_callback(asyncio.to_thread, root.write_bytes, before)
         copy = replace(spec, guest_memory=GuestMemory(golden.saved.memory), restore=True)
         machine = await launched(copy, settings, watch, undo)
+        request = None
+        if door is not None:
+            await machine.status()  # it answers when all of it is made
+            request = await door.wait(machine)
+            watch.restart()
+            if opened is not None:
+                await opened(request)
         async with asyncio.timeout(RESTORE_TIMEOUT):
             await machine.restore(golden.saved.memory, None, golden.saved.state)
             await machine.thaw()
@@ -154,4 +187,4 @@ async def _restored(spec: MachineSpec, settings: Settings, watch: Watch, golden:
         watch.lap("guest")
         trace("boot.after_hello")
         undo.pop_all()
-    return machine, agent
+    return machine, agent, request

@@ -26,17 +26,16 @@ from msgspec.structs import replace
 
 from stoker.api.models import CreateSandbox, ErrorBody, Principal, Quota, SandboxState, SetWarm, WarmSet
 from stoker.engine.build import begin
-from stoker.engine.core import Box, Core, put
+from stoker.engine.core import Box, Core
 from stoker.engine.create import Source, check_host_paths, first_row
-from stoker.engine.ending import destroy
-from stoker.engine.ledger import Ledger
+from stoker.engine.hidden import discard, first_of, hide, kind_of
 from stoker.engine.state import Record, new_id, to_body
 from stoker.engine.trace import trace
 from stoker.engine.wake import Identity, introduce
 from stoker.errors import CapacityExhausted, HostError, InvalidRequest, NotFound, StokerError
 from stoker.guest.messages import ExecRequest
 
-__all__ = ["WarmSets", "kind_of"]
+__all__ = ["WarmSets"]
 
 log = logging.getLogger(__name__)
 S = SandboxState
@@ -73,15 +72,6 @@ class _Set:
 
 Find = Callable[[Principal, CreateSandbox], Source | None]
 """What a request's image argument means, where that is more than an image."""
-
-
-def kind_of(record: Record, source: Source | None) -> bytes:
-    """What the first rows of two creates have to have in common to be served by the same machine."""
-    request = record.request
-    shared = replace(
-        request, name=None, labels={}, hostname=None, env={}, user=None, workdir=None, timeout=None, lease=False, start=False
-    )
-    return msgspec.json.encode([shared, source.key if source is not None else ""], order="sorted")
 
 
 class WarmSets:
@@ -175,14 +165,14 @@ class WarmSets:
                 if _waits(box):
                     one.taken += 1
                     return box
-                self._core.spawn(self._discard(box), f"warm {box.id}")
+                self._core.spawn(discard(self._core, box), f"warm {box.id}")
         return None
 
     def put_back(self, box: Box) -> None:
         """The create was refused after all."""
         found = self._sets.get(box.record.warm)
         if found is None:
-            self._core.spawn(self._discard(box), f"warm {box.id}")
+            self._core.spawn(discard(self._core, box), f"warm {box.id}")
         else:
             found.taken -= 1
             found.ready.appendleft(box)
@@ -193,7 +183,7 @@ class WarmSets:
             if one.ready and owner in (None, one.record.owner):
                 box = one.ready.pop()
                 one.again_at = time.monotonic() + RETRY
-                await self._discard(box)
+                await discard(self._core, box)
                 return True
         return False
 
@@ -222,7 +212,7 @@ class WarmSets:
                     await self._shrink(one, 0)
                 for box in [box for box in one.ready if not _waits(box)]:
                     one.ready.remove(box)
-                    self._core.spawn(self._discard(box), f"warm {box.id}")
+                    self._core.spawn(discard(self._core, box), f"warm {box.id}")
                 if len(one.ready) >= one.record.size:
                     continue
                 now = time.monotonic()
@@ -232,7 +222,7 @@ class WarmSets:
                     self._wanted.set()
                 else:
                     wait = min(wait or RETRY, max(ripe, 0.05))
-            await _first((bell, self._wanted), wait)
+            await first_of((bell, self._wanted), wait)
 
     async def _fill(self, one: _Set) -> None:
         one.making = True
@@ -251,30 +241,16 @@ class WarmSets:
         finally:
             one.making = False
             if box is not None:
-                await self._discard(box)
+                await discard(self._core, box)
 
     async def _made(self, record: WarmRecord) -> Box:
         core = self._core
         who = Principal(owner=record.owner, admin=False)
         source = self._find(who, record.request)
-        hidden = first_row(core, record.owner, record.request, [], source, warm=record.id)
-        box = Box(hidden)
-        core.filling.check(hidden.pool)
-        core.admit_now(box, self._quota(record.owner))
+        row = first_row(core, record.owner, record.request, [], source, warm=record.id)
+        box = Box(row)
+        await hide(core, box, self._quota(record.owner))
         operation = core.operations.begin("warm", record.owner, box.id)
-        things = core.places(box.id, hidden.pool).things(lease=False, sandbox=box.id)
-
-        def work(db: sqlite3.Connection) -> None:
-            put(db, hidden)
-            Ledger.intend_in(db, box.id, things)
-
-        try:
-            await core.database.write(work, durable=True)
-        except BaseException:
-            core.admission.release(box.id)
-            core.operations.discard(operation)
-            raise
-        core.add(box)
         trace("warm.after_intent")
         try:
             if source is not None:
@@ -285,7 +261,7 @@ class WarmSets:
                 await asyncio.wait({box.work})
             await self._prepare(box)
         except BaseException:
-            await core.shielded(self._discard(box))
+            await core.shielded(discard(self._core, box))
             raise
         trace("warm.after_frozen")
         return box
@@ -304,15 +280,7 @@ class WarmSets:
 
     async def _shrink(self, one: _Set, size: int | None = None) -> None:
         while len(one.ready) > (one.record.size if size is None else size):
-            await self._discard(one.ready.pop())
-
-    async def _discard(self, box: Box) -> None:
-        if box.gone:
-            return
-        try:
-            await destroy(self._core, box)
-        except StokerError as error:
-            log.warning("%s could not be taken away; the next start of the daemon does it: %s", box.id, error)
+            await discard(self._core, one.ready.pop())
 
 
 def _waits(box: Box) -> bool:
@@ -332,13 +300,3 @@ def _value(one: _Set) -> WarmSet:
         taken=one.taken,
         problem=one.problem,
     )
-
-
-async def _first(events: tuple[asyncio.Event, ...], timeout: float | None) -> None:
-    """Until one of them is set, or for so many seconds."""
-    waits = [asyncio.ensure_future(event.wait()) for event in events]
-    try:
-        await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for wait in waits:
-            wait.cancel()
