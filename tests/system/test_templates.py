@@ -176,8 +176,12 @@ async def test_sandboxes_of_one_have_all_that_was_set_up_and_are_no_twins(settin
         with pytest.raises(Conflict) as refused:
             await engine.images.remove("images", image.digest)
         assert refused.value.code in ("image_shared", "image_in_use")
-        last = await made(engine, "py")
+        # It goes while sandboxes are just being made from it: they are made.
+        begun = [await engine.create(ADMIN, CreateSandbox(image="py")) for _ in range(3)]
         await engine.templates.remove(ADMIN, "py")
+        boxes = [(await engine.wait_operation(ADMIN, one.id, 120)).sandbox for one in begun]
+        last, *others = [await engine.get(ADMIN, one or "") for one in boxes]
+        assert [one.origin for one in (last, *others)] == ["template"] * 3
         assert (await said(engine, last.id, "cat /root/made")).startswith("set up")
         await engine.pause(ADMIN, last.id)
         assert (await said(engine, last.id, "cat /root/made")).startswith("set up")

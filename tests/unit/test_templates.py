@@ -27,6 +27,7 @@ from stoker.api.models import (
     VolumeMount,
 )
 from stoker.engine.engine import Engine
+from stoker.engine.images import Images, is_used, users
 from stoker.engine.state import Record, SnapshotRecord
 from stoker.engine.template_steps import LINE, LINES, MOST, SIZE, Log, _Lines
 from stoker.engine.template_use import prospect, use
@@ -168,6 +169,24 @@ def test_which_names_are_templates() -> None:
     assert used is not None and used.row(
         Record(id="sb-y", owner="local", state=SandboxState.CREATING, request=CreateSandbox(image="py", name="n"), created_at=2.0)
     ).env == {"A": "b", "C": "d"}
+
+
+def test_what_a_template_stands_on_is_in_use() -> None:
+    templates, _ = kept()
+    core = templates.core
+    box = msgspec.structs.replace(core.snapshots["sn-x"].box, image_digest="d1", image_path="/i/d1/rootfs.ext4", kernel_path="k1")
+    core.snapshots["sn-x"] = msgspec.structs.replace(core.snapshots["sn-x"], box=box)
+    core.boxes = {}
+    core.pools = SimpleNamespace(opened=dict)  # type: ignore[assignment]
+    for kind, digest in (("images", "d1"), ("kernels", "k1")):
+        assert [user.label for user in users(core, kind, digest)] == ["template py"] and is_used(core, kind, digest)
+        item: Any = SimpleNamespace(digest=digest)
+        refused = Images._in_use(SimpleNamespace(_core=core), kind, "debian:12", item)  # type: ignore[arg-type]
+        assert "template py" in refused.message and refused.hint == "stoker template rm py"
+        assert not users(core, kind, "other")
+    core.snapshots.clear()
+    core.templates.clear()
+    assert not is_used(core, "images", "d1")
 
 
 def test_there_are_not_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
