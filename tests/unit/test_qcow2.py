@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stoker.errors import InvalidRequest
-from stoker.storage.overlay import CLUSTER, create_overlay, render_overlay
+from stoker.storage.overlay import CLUSTER, L2_COVERS, REFCOUNTS_PER_BLOCK, allocated, create_overlay, render_overlay
+from stoker.storage.overlay_writer import OverlayWriter
 
 GIB = 1 << 30
 
@@ -73,3 +75,36 @@ def test_the_file_is_new_private_small_and_without_the_name_of_its_backing_file(
 def test_impossible_sizes_are_refused(size: int) -> None:
     with pytest.raises(InvalidRequest, match="cannot be made"):
         render_overlay(size)
+
+
+def test_a_disk_that_comes_from_elsewhere(tmp_path: Path) -> None:
+    """Data, zeros across tables, holes; QEMU's own tools find nothing wrong, and the same content."""
+    size, path, content = 3 * L2_COVERS + 5 * CLUSTER + 512, tmp_path / "disk", os.urandom(3 * CLUSTER)
+    with open(path, "xb+") as file:
+        writer = OverlayWriter(file.fileno(), size)
+        writer.data(CLUSTER, content)
+        writer.zeros(L2_COVERS - 2 * CLUSTER, L2_COVERS + 3 * CLUSTER)
+        writer.data(2 * L2_COVERS + CLUSTER, content[: CLUSTER + 512])
+        writer.zeros(3 * L2_COVERS, 5 * CLUSTER + 512)
+        writer.finish()
+        pieces = list(allocated(file.fileno(), path))
+    data, zero, partial, last = pieces
+    assert (data.start, data.length) == (CLUSTER, len(content)) and path.read_bytes()[data.at or 0 :][: len(content)] == content
+    assert (zero.start, zero.length, zero.at) == (L2_COVERS - 2 * CLUSTER, L2_COVERS + 3 * CLUSTER, None)
+    assert (partial.start, partial.length) == (2 * L2_COVERS + CLUSTER, 2 * CLUSTER)
+    assert (last.start, last.length, last.at) == (3 * L2_COVERS, 5 * CLUSTER + 512, None)
+    subprocess.run(["qemu-img", "check", "-f", "qcow2", path], check=True, capture_output=True)
+
+
+def test_one_with_more_than_a_block_of_counts(tmp_path: Path) -> None:
+    """More than 2 GiB of content: a second block counts what the first cannot."""
+    path = tmp_path / "disk"
+    with open(path, "xb+") as file:
+        writer = OverlayWriter(file.fileno(), 1 << 33)
+        writer._next += REFCOUNTS_PER_BLOCK - 5  # as if as much had been written
+        writer.data(0, b"x" * CLUSTER * 8)
+        writer.finish()
+        table = struct.unpack(">4Q", os.pread(file.fileno(), 32, CLUSTER))
+        assert table[0] == 2 * CLUSTER and table[1] and not table[2]
+        second = struct.unpack(f">{CLUSTER // 2}H", os.pread(file.fileno(), CLUSTER, table[1]))
+        assert sum(second) == os.fstat(file.fileno()).st_size // CLUSTER - REFCOUNTS_PER_BLOCK

@@ -48,7 +48,11 @@ class OverlayWriter:
 
     def zeros(self, start: int, length: int) -> None:
         """Reads as zeros, whatever lies below."""
-        self._map(start, length, 0)
+        for offset in range(start // L2_COVERS * L2_COVERS, start + length, L2_COVERS):
+            self._turn_to(offset // L2_COVERS)
+            first = max(start - offset, 0) // CLUSTER
+            last = -(-min(start + length - offset, L2_COVERS) // CLUSTER)
+            self._l2[first:last] = [ZEROS] * (last - first)
 
     def finish(self) -> None:
         """Writes the tables and the counts. The caller syncs."""
@@ -72,10 +76,13 @@ class OverlayWriter:
     def _map(self, start: int, length: int, entry: int) -> None:
         for offset in range(start, start + length, CLUSTER):
             table, within = divmod(offset, L2_COVERS)
-            if table != self._current:
-                self._flush()
-                self._current, self._l2 = table, [0] * ENTRIES
-            self._l2[within // CLUSTER] = entry + offset - start if entry else ZEROS
+            self._turn_to(table)
+            self._l2[within // CLUSTER] = entry + offset - start
+
+    def _turn_to(self, table: int) -> None:
+        if table != self._current:
+            self._flush()
+            self._current, self._l2 = table, [0] * ENTRIES
 
     def _flush(self) -> None:
         if self._current >= 0 and any(self._l2):

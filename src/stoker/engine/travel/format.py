@@ -28,6 +28,7 @@ __all__ = [
     "END",
     "LONGEST",
     "MAGIC",
+    "MOST_IMAGE",
     "MOST_ZEROS",
     "ZEROS",
     "Image",
@@ -51,6 +52,8 @@ MOST_MANIFEST: Final = 1 << 20
 WINDOW: Final = 23
 """Most that unpacking may have to remember: 8 MiB."""
 MOST_SIZE: Final = 64 << 40
+MOST_IMAGE: Final = 256 << 30
+"""All of an image is read, its holes included, to know it by its digest."""
 
 Size = Annotated[int, Meta(ge=0, le=MOST_SIZE)]
 Hex = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]

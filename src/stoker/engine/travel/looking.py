@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from stoker.engine.travel.format import Image, Manifest, damaged
+from stoker.engine.travel.format import MOST_IMAGE, Image, Manifest, damaged
 from stoker.engine.travel.outward import FACTS
 from stoker.errors import CapacityExhausted, HostError, NotFound
 from stoker.images import inventory
 from stoker.images.store import MAIN, Store
 from stoker.images.store import Manifest as Entry
-from stoker.storage.overlay import MAX_SIZE
+from stoker.storage.overlay import CLUSTER, L2_COVERS, MAX_SIZE
 
 if TYPE_CHECKING:
     from stoker.engine.core import Core
@@ -38,7 +38,7 @@ def check(core: Core, manifest: Manifest) -> None:
     disk, image = manifest.part("disk"), manifest.part("image")
     if disk is None or disk.size % 512 or not manifest.image.size <= disk.size <= MAX_SIZE or disk.size != manifest.machine.disk:
         raise damaged("the size of its disk")
-    if manifest.image.size % 512 or (image is not None and image.size != manifest.image.size):
+    if manifest.image.size % 512 or manifest.image.size > MOST_IMAGE or (image is not None and image.size != manifest.image.size):
         raise damaged("the size of its image")
     _check_image(manifest.image)
     if memory is not None and memory.size != manifest.machine.memory:
@@ -46,7 +46,8 @@ def check(core: Core, manifest: Manifest) -> None:
     for part in manifest.parts:
         if part.bytes > part.size:
             raise damaged(f"the size of its {part.name}")
-    wanted = sum(part.bytes for part in manifest.parts) + ROOM
+    # Zeros cost nothing in the file, and tables here.
+    wanted = sum(part.bytes for part in manifest.parts) + disk.size // L2_COVERS * CLUSTER + ROOM
     status = os.statvfs(core.settings.data_dir)
     free = min(status.f_bavail * status.f_frsize, core.pools.space(core.pools.default).free)
     if wanted > free:

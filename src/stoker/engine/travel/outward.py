@@ -22,6 +22,7 @@ from stoker.engine.travel.format import (
     DATA,
     END,
     LONGEST,
+    MOST_IMAGE,
     MOST_ZEROS,
     ZEROS,
     Image,
@@ -197,6 +198,10 @@ def _image(core: Core, box: Record, included: bool, stack: ExitStack) -> tuple[i
         raise HostError("base_missing", f"the image {path} is gone", "stoker fsck") from None
     stack.callback(os.close, fd)
     size = os.fstat(fd).st_size
+    if size > MOST_IMAGE:
+        raise Conflict(
+            "image_too_large", f"the image of {box.label} has {size} bytes, {MOST_IMAGE} at most can go", "a smaller image"
+        )
     store = Store(core.settings)
     entry = store.entry("images", path.parent.name)
     label = portable_request(box.request).image
