@@ -39,7 +39,7 @@ MIB = 1 << 20
 SIZE = 2 * MIB
 BIG = 24 * MIB
 """More than what a delta may have: what is put away with it has a base of its own."""
-MOST = 3
+MOST, SOME = 3, 8
 SEEDS = st.integers(1, 2**31)
 PLACES = st.sampled_from(["memory", "disk"])
 PATHS = {"memory": MEMORY, "disk": DISK}
@@ -70,6 +70,11 @@ class Box:
     content: Content = Content()
 
 
+def having(*states: str) -> Any:
+    """A rule for when there is a sandbox in such a state."""
+    return precondition(lambda self: self.of(0, *states) is not None)
+
+
 class Machine(RuleBasedStateMachine):
     """Rules over one daemon, a few sandboxes and a few snapshots."""
 
@@ -82,6 +87,8 @@ class Machine(RuleBasedStateMachine):
         self.boxes: dict[str, Box] = {}
         self.snapshots: dict[str, Content] = {}
         self.made = 0
+        self.asked = 0
+        """How often something was asked of this daemon."""
         self.context: Any = None
         self.daemon: Daemon | None = None
 
@@ -92,6 +99,7 @@ class Machine(RuleBasedStateMachine):
 
     def sure(self, verb: str, **words: Any) -> dict[str, Any]:
         assert self.daemon is not None
+        self.asked += 1
         answer = self.do(self.daemon.ask(do=verb, image="debian:12", **words))
         assert answer is not None, f"the daemon died in {verb}"
         assert answer.get("error") is None, (verb, words, answer)
@@ -117,6 +125,11 @@ class Machine(RuleBasedStateMachine):
         names = sorted(name for name, box in self.boxes.items() if box.state in states)
         return names[pick % len(names)] if names else None
 
+    def one(self, pick: int, *states: str) -> str:
+        name = self.of(pick, *states)
+        assert name is not None
+        return name
+
     def new(self) -> str:
         self.made += 1
         return f"m{self.made}"
@@ -134,9 +147,12 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.boxes) < MOST)
     @rule()
     def create(self) -> None:
+        """It begins with something to lose."""
         name = self.new()
         assert self.sure("create", name=name)["state"] == "running"
         self.boxes[name] = Box()
+        for place in PATHS:
+            self.write(name, place, self.made, SIZE)
 
     def write(self, name: str, place: str, seed: int, size: int) -> None:
         box = self.boxes[name]
@@ -146,62 +162,74 @@ class Machine(RuleBasedStateMachine):
         box.content = replace(box.content, **{place: (seed, size)})
         box.state = "running"
 
+    @having("running", "paused")
     @rule(pick=PICK, place=PLACES, seed=SEEDS, size=st.sampled_from([SIZE, SIZE, BIG]))
     def writes(self, pick: int, place: str, seed: int, size: int) -> None:
         """A paused one is resumed by that."""
-        if name := self.of(pick, "running", "paused"):
-            self.write(name, place, seed, size)
+        self.write(self.one(pick, "running", "paused"), place, seed, size)
 
+    @having("running")
     @rule(pick=PICK, place=PLACES)
     def clears(self, pick: int, place: str) -> None:
         """Pages of zeros, in place."""
-        if (name := self.of(pick, "running")) and (held := getattr(self.boxes[name].content, place)) is not None:
-            self.write(name, place, 0, held[1])
+        name = self.one(pick, "running")
+        held = getattr(self.boxes[name].content, place)
+        self.write(name, place, 0, SIZE if held is None else held[1])
 
+    @having("running")
     @rule(pick=PICK, place=PLACES)
     def removes(self, pick: int, place: str) -> None:
-        if name := self.of(pick, "running"):
-            self.run(name, f"rm -f {PATHS[place]}; sync")
-            self.boxes[name].content = replace(self.boxes[name].content, **{place: None})
+        name = self.one(pick, "running")
+        self.run(name, f"rm -f {PATHS[place]}; sync")
+        self.boxes[name].content = replace(self.boxes[name].content, **{place: None})
 
+    @having("running", "paused")
     @rule(pick=PICK)
     def looks(self, pick: int) -> None:
         """At the disk itself, too."""
-        if name := self.of(pick, "running", "paused"):
-            self.run(name, "sync; echo 3 > /proc/sys/vm/drop_caches")
-            self.boxes[name].state = "running"
-            self.look(name)
+        name = self.one(pick, "running", "paused")
+        self.run(name, "sync; echo 3 > /proc/sys/vm/drop_caches")
+        self.boxes[name].state = "running"
+        self.look(name)
 
     # -- states -------------------------------------------------------------------------------------------------------
 
+    @having("running", "frozen")
     @rule(pick=PICK)
     def pause(self, pick: int) -> None:
-        if name := self.of(pick, "running", "frozen"):
-            assert self.sure("pause", name=name)["state"] == "paused"
-            self.boxes[name].state = "paused"
+        name = self.one(pick, "running", "frozen")
+        assert self.sure("pause", name=name)["state"] == "paused"
+        self.boxes[name].state = "paused"
 
+    @having("paused")
     @rule(pick=PICK)
     def resume(self, pick: int) -> None:
-        if name := self.of(pick, "paused"):
-            assert self.sure("resume", name=name)["state"] == "running"
-            self.boxes[name].state = "running"
-            self.look(name)
+        name = self.one(pick, "paused")
+        assert self.sure("resume", name=name)["state"] == "running"
+        self.boxes[name].state = "running"
+        self.look(name)
 
+    @having("running")
     @rule(pick=PICK)
-    def freeze_and_thaw(self, pick: int) -> None:
-        if name := self.of(pick, "running"):
-            assert self.sure("freeze", name=name)["state"] == "frozen"
-            self.boxes[name].state = "frozen"
-        elif name := self.of(pick, "frozen"):
-            assert self.sure("thaw", name=name)["state"] == "running"
-            self.boxes[name].state = "running"
-            self.look(name)
+    def freeze(self, pick: int) -> None:
+        name = self.one(pick, "running")
+        assert self.sure("freeze", name=name)["state"] == "frozen"
+        self.boxes[name].state = "frozen"
+
+    @having("frozen")
+    @rule(pick=PICK)
+    def thaw(self, pick: int) -> None:
+        name = self.one(pick, "frozen")
+        assert self.sure("thaw", name=name)["state"] == "running"
+        self.boxes[name].state = "running"
+        self.look(name)
 
     @precondition(lambda self: len(self.snapshots) < MOST)
+    @having("running", "frozen", "paused")
     @rule(pick=PICK)
     def snapshot(self, pick: int) -> None:
-        if name := self.of(pick, "running", "frozen", "paused"):
-            self.snapshots[self.sure("snapshot", name=name)["id"]] = self.boxes[name].content
+        name = self.one(pick, "running", "frozen", "paused")
+        self.snapshots[self.sure("snapshot", name=name)["id"]] = self.boxes[name].content
 
     @precondition(lambda self: self.snapshots and len(self.boxes) < MOST)
     @rule(pick=PICK)
@@ -212,7 +240,7 @@ class Machine(RuleBasedStateMachine):
         self.boxes[name] = Box(content=self.snapshots[source])
         self.look(name)
 
-    @precondition(lambda self: self.snapshots)
+    @precondition(lambda self: len(self.snapshots) == MOST)
     @rule(pick=PICK)
     def remove_a_snapshot(self, pick: int) -> None:
         source = sorted(self.snapshots)[pick % len(self.snapshots)]
@@ -220,46 +248,52 @@ class Machine(RuleBasedStateMachine):
         del self.snapshots[source]
 
     @precondition(lambda self: len(self.boxes) < MOST)
+    @having("running")
     @rule(pick=PICK)
     def fork(self, pick: int) -> None:
-        if name := self.of(pick, "running"):
-            copy = self.new()
-            assert self.sure("fork", name=name, copy=copy)["copies"] == 1
-            self.boxes[copy] = Box(content=self.boxes[name].content)
-            self.look(copy)
-            self.look(name)
+        name, copy = self.one(pick, "running"), self.new()
+        assert self.sure("fork", name=name, copy=copy)["copies"] == 1
+        self.boxes[copy] = Box(content=self.boxes[name].content)
+        self.look(copy)
+        self.look(name)
 
+    @precondition(lambda self: len(self.boxes) == MOST)
     @rule(pick=PICK)
     def destroy(self, pick: int) -> None:
-        if name := self.of(pick, "running", "frozen", "paused", "failed"):
-            self.sure("destroy", name=name)
-            del self.boxes[name]
+        name = self.one(pick, "running", "frozen", "paused", "failed")
+        self.sure("destroy", name=name)
+        del self.boxes[name]
 
     # -- crashes ------------------------------------------------------------------------------------------------------
 
+    @having("running", "frozen")
     @rule(pick=PICK)
-    def its_machine_dies_and_it_boots_from_its_disk(self, pick: int) -> None:
-        if name := self.of(pick, "running", "frozen"):
-            if self.boxes[name].state == "running":
-                self.run(name, "sync")
-            identity = self.sure("id", name=name)["id"]
-            record = json.loads((self.run_dir / "sandboxes" / identity / "shim.json").read_text())
-            os.kill(record["vmm"]["pid"], signal.SIGKILL)
-            assert self.sure("wait", name=name, states=["failed"])["state"] == "failed"
-            self.boxes[name].state = "failed"
-            self.boxes[name].content = replace(self.boxes[name].content, memory=None)
+    def its_machine_dies(self, pick: int) -> None:
+        """Its disk is what it wrote out."""
+        name = self.one(pick, "running", "frozen")
+        if self.boxes[name].state == "running":
+            self.run(name, "sync")
+        identity = self.sure("id", name=name)["id"]
+        record = json.loads((self.run_dir / "sandboxes" / identity / "shim.json").read_text())
+        os.kill(record["vmm"]["pid"], signal.SIGKILL)
+        assert self.sure("wait", name=name, states=["failed"])["state"] == "failed"
+        self.boxes[name].state = "failed"
+        self.boxes[name].content = replace(self.boxes[name].content, memory=None)
 
+    @having("failed")
     @rule(pick=PICK)
     def start(self, pick: int) -> None:
-        if name := self.of(pick, "failed"):
-            assert self.sure("start", name=name)["state"] == "succeeded"
-            self.boxes[name].state = "running"
-            self.look(name)
+        name = self.one(pick, "failed")
+        assert self.sure("start", name=name)["state"] == "succeeded"
+        self.boxes[name].state = "running"
+        self.look(name)
 
+    @precondition(lambda self: self.asked > SOME)
     @rule()
     def the_daemon_is_killed_and_restarts(self) -> None:
         self.down()
         self.up()
+        self.asked = 0
 
     # -- what must always be so ---------------------------------------------------------------------------------------
 
@@ -326,7 +360,7 @@ def play(base: Settings, root: Path, *, examples: int, steps: int) -> None:
 
 
 def test_some(settings: Settings, short_dir: Path) -> None:
-    play(settings, short_dir, examples=2, steps=16)
+    play(settings, short_dir, examples=6, steps=18)
 
 
 @pytest.mark.full
