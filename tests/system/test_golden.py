@@ -119,3 +119,21 @@ async def test_an_engine_that_ends_meanwhile_leaves_no_machine(own: Settings, sh
     assert not processes(short_dir)
     assert not list((own.run_dir / "golden").iterdir())
     assert not list((own.data_dir / "golden").glob("*/"))
+
+
+async def test_an_idle_machine_rests(settings: Settings, short_dir: Path) -> None:
+    """The VMM's main thread has the timers: with the one that nobody reads it wakes 87 times a second, without 40 at most."""
+
+    def woken(pid: int) -> int:
+        text = Path(f"/proc/{pid}/task/{pid}/status").read_text()
+        return int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+    async with opened(own_data(settings, short_dir)) as engine:
+        box = await make(engine, name="box")
+        assert await said(engine, "box", "cat /proc/sys/vm/compaction_proactiveness") == "0\n"
+        live = engine._core.boxes[box.id].live
+        assert live is not None
+        await asyncio.sleep(5)
+        before = woken(live.machine.vmm.pid)
+        await asyncio.sleep(5)
+        assert woken(live.machine.vmm.pid) - before < 5 * 60
