@@ -123,18 +123,29 @@ static void reload(const struct sshd *all, unsigned n, struct others *o)
 	}
 }
 
+/* The kernel's own threads have no program; asking each for one takes longer than all the rest. */
+static bool is_kernel(const char *threads, const char *name)
+{
+	size_t n = strlen(name);
+	for (const char *at = threads; (at = strstr(at, name)); at += n)
+		if ((at == threads || at[-1] == ' ') && at[n] == ' ')
+			return true;
+	return false;
+}
+
 void others_visit(bool connections, bool sshd, struct others *o)
 {
 	static struct sshd found[SSHD_MAX];
+	static char threads[4096];
 	unsigned n = 0;
+	read_small("/proc/2/task/2/children", threads, sizeof threads);
 	DIR *d = opendir("/proc");
 	*o = (struct others){0};
 	for (struct dirent *e; d && (e = readdir(d));) {
 		char path[64], name[32];
 		pid_t pid = isdigit((unsigned char)e->d_name[0]) ? (int)text_number(e->d_name, NULL) : 0;
 		text_format(path, sizeof path, "/proc/%d/exe", (int)pid);
-		/* The kernel's own threads have no program. */
-		if (!pid || pid == getpid() || readlink(path, name, sizeof name) < 0)
+		if (!pid || pid == getpid() || is_kernel(threads, e->d_name) || readlink(path, name, sizeof name) < 0)
 			continue;
 		text_format(path, sizeof path, "/proc/%d/comm", (int)pid);
 		read_small(path, name, sizeof name);

@@ -68,8 +68,9 @@ def test_run_under_kvm(stoker: CommandLine) -> None:
     assert (done.code, done.text) == (7, "in and out\n1\n"), done.error
 
 
-def test_golden_memory_works_under_kvm(undecided: CommandLine) -> None:
-    """The first create boots and has the memory made, the second starts from it; each is itself."""
+@pytest.mark.lab("stable")
+def test_memory_is_taken_and_taken_up_under_kvm(undecided: CommandLine) -> None:
+    """The first create boots and has golden memory made, the second starts from it; each is itself. Then pause, fork, snapshot."""
     golden = undecided.settings.data_dir / "golden"
     stoker = replace(undecided, env={**undecided.env, "STOKER_GOLDEN": "1", "STOKER_ACCEL": "kvm"})
     create = ("create", "--json", "--network", "none", "debian:12")
@@ -87,6 +88,25 @@ def test_golden_memory_works_under_kvm(undecided: CommandLine) -> None:
         assert [box["origin"] for box in boxes] == ["golden", "golden"]
         told = [stoker("exec", box["id"], "--", "sh", "-c", IDENTITY).text.splitlines() for box in boxes]
         assert all(len(one) == 3 for one in told) and not set(told[0]) & set(told[1])
+        box = boxes[0]["id"]
+
+        def said(machine: str, script: str) -> str:
+            done = stoker("exec", machine, "--", "sh", "-c", script)
+            assert done.code == 0, done.error
+            return done.text
+
+        pattern = said(box, "head -c 8M /dev/urandom > /dev/shm/p; echo disk > /root/d; md5sum < /dev/shm/p; cat /root/d")
+        look = "md5sum < /dev/shm/p; cat /root/d"
+        assert stoker("pause", box).code == 0
+        assert said(box, look) == pattern
+        forked, kept = stoker("fork", box), stoker("snapshot", "create", box)
+        assert (forked.code, kept.code) == (0, 0), (forked.error, kept.error)
+        started = stoker("create", "--from", kept.text.strip())
+        assert started.code == 0, started.error
+        copies = [forked.text.strip(), started.text.strip()]
+        assert [said(one, look) for one in copies] == [pattern, pattern]
+        identities = [said(one, IDENTITY) for one in (box, *copies)]
+        assert len(set(identities)) == 3
     finally:
         stoker("rm", "--all")
         stoker("daemon", "stop")

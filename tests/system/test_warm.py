@@ -26,7 +26,6 @@ UNIQUE = (
     "cat /proc/sys/kernel/random/boot_id",
     "head -c 32 /dev/urandom | od -x",
     "cat /proc/sys/kernel/random/uuid",
-    "cat /etc/machine-id",
     "hostname",
 )
 
