@@ -327,7 +327,7 @@ bool generation_write(uint64_t generation)
 	char line[32];
 	size_t n = text_format(line, sizeof line, "%lu\n", (unsigned long)generation);
 	mkdir("/run/stoker", 0755);
-	return replace_file("/run/stoker/generation", line, n, 0444);
+	return put(open("/run/stoker/generation", O_WRONLY | O_NOFOLLOW | O_CLOEXEC), line) || replace_file("/run/stoker/generation", line, n, 0444);
 }
 
 /* ---- machine-id and host keys ----------------------------------------------------------------------------------------------------- */

@@ -125,8 +125,10 @@ static bool prepare_machine(const struct mp *m, bool network, bool own_files, st
 	if (root.type == MP_MAP && !mount_root(&root, f))
 		return false;
 	mount_rest(mp_bool_or(m, "tmpfs_tmp", false));
-	if (own_files && root.type == MP_MAP)
+	if (own_files && root.type == MP_MAP) {
 		names_prepare();
+		sshd_installed(); /* each copy asks, and then it is known */
+	}
 	network_loopback();
 	agent.prepared = true;
 	return true;

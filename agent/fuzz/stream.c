@@ -75,6 +75,13 @@ void modules_load_network(void) {}
 void mount_rest(bool tmpfs_tmp) { (void)tmpfs_tmp; }
 void root_empty(int old_root) { (void)old_root; }
 bool mount_wait(const char *device) { (void)device; abort(); }
+bool mount_disk(const char *device, const char *path, const char *type, const struct mp *flags, char *options)
+{
+	(void)device, (void)path, (void)type, (void)flags, (void)options;
+	errno = EPERM;
+	return false;
+}
+void mount_grow(const char *device, const char *path) { (void)device; (void)path; abort(); }
 bool mount_find(const char *serial, char *device, size_t size) { (void)serial; (void)device; (void)size; return false; }
 int mount_enlarge(const char *device, const char *path, uint64_t *size) { (void)device; (void)path; *size = 0; return ENODEV; }
 bool mount_all(const struct mp *mounts, struct failure *f) { (void)mounts; (void)f; abort(); }
