@@ -128,7 +128,9 @@ async def _gone_at_the_end(client: AsyncClient, samples: Samples) -> AsyncIterat
             )
 
 
-async def _measure(image: str, memory: int, count: int, at_once: int, create: bool, rest: float, run_dir: Path) -> Samples:
+async def _measure(
+    image: str, memory: int, count: int, at_once: int, create: bool, commands: int, rest: float, run_dir: Path
+) -> Samples:
     from stoker.client.client import AsyncClient
     from stoker.client.sandbox import AsyncSandbox
 
@@ -150,12 +152,16 @@ async def _measure(image: str, memory: int, count: int, at_once: int, create: bo
             for sandbox in samples.copies:
                 _footprints(run_dir, sandbox, samples)
             samples.used = before - _available()
+            busy = set(samples.copies[:: max(1, len(samples.copies) // commands)] if commands else [])
 
             async def ask(sandbox: str) -> None:
                 asked = time.perf_counter()
                 try:
                     copy = await AsyncSandbox.connect(sandbox, client=client)
-                    await copy.commands.run("/bin/true", check=True)
+                    if sandbox in busy:
+                        await copy.commands.run("/bin/true", check=True)
+                    else:
+                        await copy.files.stat("/")
                     samples.answered.append(time.perf_counter() - asked)
                 except StokerError as error:
                     samples.failures.append(error.message)
@@ -176,17 +182,19 @@ def _mib(values: Iterable[float]) -> dict[str, float]:
 @click.option("-n", "--count", type=click.IntRange(1, 10000), default=500, show_default=True, help="How many machines.")
 @click.option("--at-once", type=click.IntRange(1, 100), default=10, show_default=True, help="Copies of each fork.")
 @click.option("--create", is_flag=True, help="Creates from golden memory instead of forks of one machine.")
+@click.option("--commands", type=click.IntRange(0, 10000), default=50, show_default=True, help="So many run a command at the end.")
 @click.option("--memory", "-m", type=SIZE, default="256M", show_default=True, help="Memory of each.")
 @click.option("--rest", type=click.FloatRange(0, 600), default=5.0, show_default=True, help="Seconds before they are looked at.")
 @click.argument("image", default="debian:12")
-def density(*, as_json: bool, count: int, at_once: int, create: bool, memory: int, rest: float, image: str) -> int:
-    """Keep many idle machines, look at the memory of each (VMM and supervisor), and have each run a command.
+def density(*, as_json: bool, count: int, at_once: int, create: bool, commands: int, memory: int, rest: float, image: str) -> int:
+    """Keep many idle machines, look at the memory of each (VMM and supervisor), and have each answer.
 
-    Stops where the daemon has no room for more. The times are those of the commands, eight at a time.
+    Stops where the daemon has no room for more. The times are those of the answers, eight at a time: some run a command, which is
+    no longer an idle machine's work, of the others the agent looks at a file.
     """
     from stoker.settings import load_settings
 
-    samples = asyncio.run(_measure(image, memory, count, at_once, create, rest, load_settings().run_dir))
+    samples = asyncio.run(_measure(image, memory, count, at_once, create, commands, rest, load_settings().run_dir))
     each = [vmm + shim for vmm, shim in zip(samples.vmm, samples.shim, strict=True)]
     more = {
         "machines": len(samples.copies),
