@@ -175,7 +175,7 @@ async def test_sets_are_changed_and_refused(settings: Settings, short_dir: Path)
         made = await warm(engine, 2)
         assert (await warm(engine, 1)).id == made.id
         await waiting(engine, 1)
-        for unfit in ({"name": "x"}, {"cold": True}, {"lease": True}, {"app": "0" * 64}):
+        for unfit in ({"name": "x"}, {"env": {"A": "b"}}, {"user": "daemon"}, {"cold": True}, {"lease": True}, {"app": "0" * 64}):
             with pytest.raises(InvalidRequest):
                 await warm(engine, 1, CreateSandbox(image="debian:12", **unfit))  # type: ignore[arg-type]
         await warm(engine, 0)

@@ -103,6 +103,9 @@ async def test_processes(server: Running, stoker: Words) -> None:
     assert number.isdigit()
     row = (await stoker("ps", "web")).out.rstrip("\n").split("\t")
     assert row[0] == number and row[2:4] == ["running", "bg"] and row[-1] == "sh -c 'echo begun; exec sleep 600'"
+    async with asyncio.timeout(20):  # it may not have come to say it yet
+        while (await program("logs", "web", "--process", "bg")).out != "begun\n":
+            await asyncio.sleep(0.02)
     assert (await stoker("kill", "-s", "TERM", "web", "bg")).code == 0
     assert (await stoker("wait", "web", "--process", "bg", "--timeout", "10s")).code == 143
     assert (await stoker("ps", "web")).out == ""

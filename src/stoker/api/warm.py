@@ -20,7 +20,7 @@ Size: TypeAlias = Annotated[int, Meta(ge=0, le=256)]
 
 class SetWarm(Model, frozen=True):
     """How many machines are to wait, and for which creates: those that ask for the same image (or template), kernel, CPUs, memory,
-    disk, network, user and directory. Name, labels, host name, environment, timeout and lease are each create's own."""
+    disk and network. Everything else is each create's own, and refused here."""
 
     sandbox: CreateSandbox
     size: Size

@@ -26,7 +26,7 @@ def _shape(one: WarmSet) -> str:
         words.append(format_size(wanted.memory))
     if wanted.disk:
         words.append(f"disk {format_size(wanted.disk)}")
-    words += [word for word in (wanted.kernel, wanted.user, wanted.workdir) if word]
+    words += [wanted.kernel] if wanted.kernel else []
     if wanted.network is not None:
         words.append(f"network {wanted.network.value}")
     return ", ".join(words) or "-"
@@ -54,8 +54,6 @@ COLUMNS: tuple[Column[WarmSet], ...] = (
 @click.option("--memory", "-m", type=SIZE, help="Memory.")
 @click.option("--disk", type=SIZE, default=0, help="Size of the root file system.  [default: the image's own]")
 @click.option("--network", type=click.Choice(["none", "user"]), help="The guest's network.")
-@click.option("--user", "-u", metavar="U", help="Default user.  [default: the image's own]")
-@click.option("--workdir", "-w", metavar="D", help="Default directory.  [default: the image's own]")
 @json_option
 @click.argument("image", required=False)
 def warm(
@@ -66,14 +64,12 @@ def warm(
     memory: int | None,
     disk: int,
     network: str | None,
-    user: str | None,
-    workdir: str | None,
     as_json: bool,
     image: str | None,
 ) -> None:
     """Have machines of an image (or template) wait for creates that ask for the same; without an image, list what waits.
 
-    A create (and a run) that asks for the same image, kernel, CPUs, memory, disk, network, user and directory takes one over.
+    A create (and a run) that asks for the same image, kernel, CPUs, memory, disk and network takes one over.
     They use memory and count as sandboxes; they end with the daemon, and are made again when it starts.
     """
     if (image is None) != (size is None):
@@ -90,8 +86,6 @@ def warm(
             memory=memory,
             disk=disk,
             network=network,
-            user=user,
-            workdir=workdir,
         )
         return [made]
 

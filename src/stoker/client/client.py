@@ -230,8 +230,6 @@ class AsyncClient:
         disk: str | int = 0,
         kernel: str = "",
         network: str | None = None,
-        user: str | None = None,
-        workdir: str | None = None,
     ) -> WarmSet:
         """Has ``size`` machines wait for creates that ask for the same (0: none any more). They are made in the background."""
         wanted = CreateSandbox(
@@ -241,8 +239,6 @@ class AsyncClient:
             memory=None if memory is None else parse_size(memory),
             disk=parse_size(disk),
             network=None if network is None else network_mode(network),
-            user=user,
-            workdir=workdir,
         )
         return await self.api.call("PUT", path("warm"), WarmSet, body=SetWarm(sandbox=wanted, size=size))
 

@@ -594,15 +594,9 @@ class Client:
         disk: str | int = 0,
         kernel: str = "",
         network: str | None = None,
-        user: str | None = None,
-        workdir: str | None = None,
     ) -> WarmSet:
         """Has ``size`` machines wait for creates that ask for the same (0: none any more). They are made in the background."""
-        return call(
-            self._async.keep_warm(
-                image, size, memory=memory, cpus=cpus, disk=disk, kernel=kernel, network=network, user=user, workdir=workdir
-            )
-        )
+        return call(self._async.keep_warm(image, size, memory=memory, cpus=cpus, disk=disk, kernel=kernel, network=network))
 
     def warm_sets(self) -> list[WarmSet]:
         """How many machines wait, and for what."""

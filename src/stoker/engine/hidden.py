@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from stoker.api.models import Quota
+from stoker.api.models import CreateSandbox, Quota
 from stoker.engine.core import Box, Core, put
 from stoker.engine.create import Source
 from stoker.engine.ending import destroy
@@ -21,20 +21,23 @@ from stoker.engine.ledger import Ledger
 from stoker.engine.state import Record
 from stoker.errors import StokerError
 
-__all__ = ["PARKED", "discard", "first_of", "hide", "kind_of"]
+__all__ = ["PARKED", "common", "discard", "first_of", "hide", "kind_of"]
 
 log = logging.getLogger(__name__)
 PARKED: Final = "parked"
 """What ``warm`` says of one that waits in no set."""
 
 
-def kind_of(record: Record, source: Source | None) -> bytes:
-    """What the first rows of two creates have to have in common to be served by the same machine."""
-    request = record.request
-    shared = replace(
+def common(request: CreateSandbox) -> CreateSandbox:
+    """The same without what is each create's own."""
+    return replace(
         request, name=None, labels={}, hostname=None, env={}, user=None, workdir=None, timeout=None, lease=False, start=False
     )
-    return msgspec.json.encode([shared, source.key if source is not None else ""], order="sorted")
+
+
+def kind_of(record: Record, source: Source | None) -> bytes:
+    """What the first rows of two creates have to have in common to be served by the same machine."""
+    return msgspec.json.encode([common(record.request), source.key if source is not None else ""], order="sorted")
 
 
 async def hide(core: Core, box: Box, quota: Quota | None) -> None:

@@ -20,7 +20,7 @@ from stoker.engine.build import begin, machine_request
 from stoker.engine.core import Box, Core
 from stoker.engine.create import Source, first_row
 from stoker.engine.door import NOT_PARKED, Door
-from stoker.engine.hidden import PARKED, discard, first_of, hide, kind_of
+from stoker.engine.hidden import PARKED, common, discard, first_of, hide, kind_of
 from stoker.engine.operations import hidden
 from stoker.errors import HostError, StokerError
 
@@ -75,7 +75,7 @@ class Parking:
         kind = kind_of(record, None)
         spot = self._spots.get(kind)
         if spot is None:
-            spot = self._spots[kind] = _Spot(request, 0.0)
+            spot = self._spots[kind] = _Spot(common(request), 0.0)
         self._spots.move_to_end(kind)
         spot.used = time.monotonic()
         self._changed.set()

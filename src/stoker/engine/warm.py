@@ -28,7 +28,7 @@ from stoker.api.models import CreateSandbox, ErrorBody, Principal, Quota, Sandbo
 from stoker.engine.build import begin
 from stoker.engine.core import Box, Core
 from stoker.engine.create import Source, check_host_paths, first_row
-from stoker.engine.hidden import discard, first_of, hide, kind_of
+from stoker.engine.hidden import common, discard, first_of, hide, kind_of
 from stoker.engine.state import Record, new_id, to_body
 from stoker.engine.trace import trace
 from stoker.engine.wake import Identity, introduce
@@ -101,8 +101,9 @@ class WarmSets:
             raise InvalidRequest(
                 "warm_unfit", "a machine that waits has no volumes, no app, no initrd of its own, and is not cold", "leave them out"
             )
-        if wanted.name is not None or wanted.lease or wanted.start or wanted.timeout is not None:
-            raise InvalidRequest("warm_unfit", "name, lease, start and timeout are each create's own", "leave them out")
+        if wanted != common(wanted):
+            own = "name, labels, host name, variables, user, directory, lease, start and timeout are each create's own"
+            raise InvalidRequest("warm_unfit", own, "leave them out")
         check_host_paths(who, wanted)
         kind = self._kind(who, wanted)
         for one in self._sets.values():

@@ -19,6 +19,7 @@ from stoker.errors import HostError
 from stoker.host import devicemapper as dm
 from stoker.host import loop
 from stoker.host.devicemapper import Target
+from stoker.host.extents import own_and_shared
 from stoker.host.loop import Loop
 from stoker.host.priority import urgent
 from stoker.host.reflink import data_ranges, share, sparse_copy
@@ -255,8 +256,13 @@ class SnapshotDevices:
     def usage(self, name: str) -> Usage:
         self._layout.check()
         record = self._layout.record(name)
-        own, shared = self._layout.disk(name, record), self._layout.base_path(record.key)
-        return Usage(os.stat(own).st_blocks * SECTOR, os.stat(shared).st_blocks * SECTOR, record.size)
+        store = os.open(self._layout.disk(name, record), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # A clone of a clone shares blocks of its store, where the file system can do that.
+            own, shared = own_and_shared(store)
+        finally:
+            os.close(store)
+        return Usage(own, shared + os.stat(self._layout.base_path(record.key)).st_blocks * SECTOR, record.size)
 
     def things(self, name: str) -> list[Thing]:
         place, device = self._layout.place(name), self._device(name)

@@ -17,7 +17,7 @@ async def set_warm(call: Call, body: SetWarm) -> WarmSet:
     """Say how many machines wait for a kind of create.
 
     They are made in the background, one at a time, and count as sandboxes of the key. A create that asks for the same image (or
-    template), kernel, CPUs, memory, disk, network, user and directory takes one over instead of making it. Size 0 ends the set.
+    template), kernel, CPUs, memory, disk and network takes one over instead of making it. Size 0 ends the set.
     """
     return await call.engine.warm.set(call.principal, body)
 
