@@ -61,6 +61,7 @@ from stoker.api.models import (
     Sandbox,
     SandboxPage,
     SandboxState,
+    SetWarm,
     Snapshot,
     SnapshotState,
     StartProcess,
@@ -68,6 +69,7 @@ from stoker.api.models import (
     Timeout,
     Volume,
     VolumePage,
+    WarmSet,
     WatchEvent,
     WatchKind,
 )
@@ -675,6 +677,30 @@ class FakeTemplates:
         del self.kept[(await self.get(who, template)).id]
 
 
+class FakeWarm:
+    """Warm sets that nothing waits in."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, WarmSet] = {}
+
+    async def set(self, who: Principal, request: SetWarm) -> WarmSet:
+        former = next((one for one in self.kept.values() if one.sandbox == request.sandbox), None)
+        identity = new_id("ws") if former is None else former.id
+        made = WarmSet(id=identity, owner=who.owner, sandbox=request.sandbox, size=request.size, ready=0, created_at=time.time())
+        if request.size:
+            self.kept[identity] = made
+        else:
+            self.kept.pop(identity, None)
+        return made
+
+    async def list(self, who: Principal) -> Sequence[WarmSet]:
+        return list(self.kept.values())
+
+    async def remove(self, who: Principal, warm: str) -> None:
+        if self.kept.pop(warm, None) is None:
+            raise NotFound("warm_set_unknown", f"there is no warm set {warm}")
+
+
 class FakeEngine:
     def __init__(self, root: Path, *, harmless: bool = False) -> None:
         """``harmless``: whatever command is asked for, ``true`` or ``cat`` runs; for commands made up at random."""
@@ -697,6 +723,7 @@ class FakeEngine:
         self.pools = FakePools()
         self.snapshots = FakeSnapshots()
         self.templates = FakeTemplates()
+        self.warm = FakeWarm()
         self.logs: dict[str, list[str]] = {}
         self.apps = FakeApps()
         self.boot_seconds = 0.0

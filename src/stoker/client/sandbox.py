@@ -42,7 +42,7 @@ from stoker.client.feed import AsyncFeed, events_feed
 from stoker.client.files import AsyncFiles
 from stoker.client.operations import OnProgress, begin_create, destroy_made, finish_operation, wait_for_state
 from stoker.client.words import init_mode, network_mode
-from stoker.errors import InvalidRequest, NotFound, error_from_wire
+from stoker.errors import Conflict, InvalidRequest, NotFound, error_from_wire
 
 if TYPE_CHECKING:
     from stoker.client.lease import Lease
@@ -357,7 +357,12 @@ async def created(
     """The sandbox that an operation makes, once it runs. Given up before that, nothing of it is left."""
     held: Lease | None = None
     try:
-        held = await _lease(client, str(operation.sandbox)) if lease else None
+        try:
+            held = await _lease(client, str(operation.sandbox)) if lease else None
+        except (Conflict, NotFound):
+            # It failed before anybody could hold it: its operation says why.
+            await finish_operation(client.api, operation, ready_timeout, on_progress, undo=destroy_made)
+            raise
         await finish_operation(client.api, operation, ready_timeout, on_progress, undo=destroy_made)
         box = await AsyncSandbox.connect(str(operation.sandbox), client=client)
     except BaseException as e:
