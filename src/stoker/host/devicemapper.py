@@ -169,16 +169,13 @@ def create(name: str, targets: Sequence[Target], *, read_only: bool = False) -> 
         raise HostError("device_refused", f"device {name}: {e.strerror}") from None
     try:
         _load(name, targets, read_only)
-        _request(DEV_SUSPEND, name)  # without its flag this resumes, and makes the table active
+        # Without its flag this resumes, and makes the table active.
+        return _device(_request(DEV_SUSPEND, name)[0])
     except BaseException as error:
         remove(name)
         if isinstance(error, OSError):
             raise _refused(name, targets, error) from None
         raise
-    found = find(name)
-    if found is None:
-        raise HostError("device_refused", f"device {name} was removed by somebody else")
-    return found
 
 
 def _load(name: str, targets: Sequence[Target], read_only: bool) -> None:
@@ -255,7 +252,7 @@ def status(name: str) -> list[Target]:
 
 def node(device: Device) -> Path:
     """A block device node for it: the kernel's, or one made here."""
-    for path in (Path("/dev") / device.sysfs.resolve().name, CONTROL.parent / device.name):
+    for path in (Path(f"/dev/dm-{os.minor(device.number)}"), CONTROL.parent / device.name):
         try:
             found = os.stat(path)
         except FileNotFoundError:
