@@ -19,6 +19,7 @@ from leaks import processes
 from stoker.api.models import Origin, SandboxState
 from stoker.engine.engine import Engine
 from stoker.settings import Settings
+from stoker.vmm.saved import orphaned
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(600)]
 
@@ -54,6 +55,7 @@ async def test_later_creates_start_from_it_and_are_no_twins(own: Settings) -> No
         assert first.origin is Origin.BOOT
         golden = await learned(own)
         assert not list((own.run_dir / "golden").iterdir()), "its machine is gone"
+        assert orphaned(golden) == "", "what it was made from is there"
         one, two = await asyncio.gather(make(engine, name="one", env={"A": "b"}), make(engine, name="two", hostname="tower"))
         assert (one.origin, two.origin) == (Origin.GOLDEN, Origin.GOLDEN)
         assert one.versions == first.versions and one.resources == first.resources

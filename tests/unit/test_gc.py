@@ -348,7 +348,7 @@ async def test_golden_memory_whose_files_are_gone(settings: Settings, tmp_path: 
             "program": file("qemu"),
             "kernel": file("kernel"),
             "initrd": file("initrd"),
-            "disks": [["root", "qcow2", file("root")]],
+            "disks": [["root", "qcow2", [file("root")]]],
         }
         save(place / "good", memory, b"state", made_by)
         save(place / "orphan", memory, b"state", {**made_by, "kernel": file("old")})

@@ -121,7 +121,7 @@ def orphaned(directory: Path) -> str:
             made_by["program"],
             made_by["kernel"],
             made_by["initrd"],
-            *(file for disk in made_by["disks"] for file in disk[2:]),
+            *(file for disk in made_by["disks"] for file in disk[2]),
         ]
         for path, inode, *_ in files:
             try:

@@ -17,6 +17,7 @@ from stoker.engine.database import Database, lock_data
 from stoker.engine.fsck import books, host, storage, store, strays
 from stoker.engine.fsck.finding import Checker, Finding, Scene
 from stoker.engine.fsck.sandboxes import examine, is_busy
+from stoker.engine.hidden import PARKED
 from stoker.engine.reconcile import load_all
 from stoker.engine.trace import trace
 from stoker.errors import StokerError
@@ -67,7 +68,8 @@ async def _of_sandboxes(scene: Scene) -> dict[str, list[Finding]]:
         if box.gone:
             continue
         if is_busy(box):
-            scene.busy.add(box.record.label)
+            if box.record.warm != PARKED:  # nobody knows of that one, and it is always being made
+                scene.busy.add(box.record.label)
             continue
         async with box.lock:
             if not box.gone:
