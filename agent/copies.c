@@ -275,11 +275,14 @@ static void restore_machine_id(const struct mp *m, bool copy)
 {
 	struct mp v = mp_get(m, "machine_id");
 	char id[NAME_ROOM];
-	bool known = !copy || machine_id_known(), given = known && mp_is_text(&v), ok = !copy || !known;
-	if (given)
-		ok = mp_copy(&v, id, sizeof id) && machine_id_set(id);
-	if (given || copy)
-		report_hazard("machine_id", ok, "%s", !known ? "there is none" : !given ? "still that of the machine it was copied from" : ok ? "set" : strerror(errno));
+	if (copy && !machine_id_known()) {
+		report_hazard("machine_id", true, "there is none");
+	} else if (mp_is_text(&v)) {
+		bool ok = mp_copy(&v, id, sizeof id) && machine_id_set(id);
+		report_hazard("machine_id", ok, "%s", ok ? "set" : strerror(errno));
+	} else if (copy) {
+		report_hazard("machine_id", false, "still that of the machine it was copied from");
+	}
 }
 
 /* True: an sshd has to read its keys again. */

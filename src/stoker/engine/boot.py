@@ -367,19 +367,15 @@ async def _bring_up(
 ) -> Started:
     """Starts a machine and configures its guest; a failure ends it again. One that waits at a ``door`` is told what ``asked`` makes
     of the request it is opened with."""
-    late: list[Configuration] = []
-
-    async def opened(request: MachineRequest) -> None:
-        if asked is not None:
-            late.append(await asked(request))
-
     async with AsyncExitStack() as undo:
-        up = await start(spec, settings, watch, goldens, shape, base_file, door, opened)
+        up = await start(spec, settings, watch, goldens, shape, base_file, door)
         undo.push_async_callback(up.machine.close)
         undo.push_async_callback(up.machine.kill)
         undo.push_async_callback(up.agent.aclose)
+        if up.request is not None and asked is not None:
+            words = await asked(up.request)
         async with explained(up.machine, settings):
-            await up.agent.configure(late[0] if late else words, keys=keys)
+            await up.agent.configure(words, keys=keys)
         watch.lap("configure")
         trace("boot.after_configure")
         undo.pop_all()

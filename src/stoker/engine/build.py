@@ -138,7 +138,7 @@ async def boot_up(core: Core, box: Box, operation: Running) -> None:
 
 async def _parked(core: Core, box: Box, operation: Running) -> Booted | None:
     """A machine as far as the door, where it waits for its create, and on from there. None: it was lost when its create came;
-    nothing of it is left, and the ledger intends again what a machine consists of."""
+    nothing of it is left, and the ledger goes on to name what a machine consists of."""
     door = box.door
     try:
         return await _make(core, box, operation)
@@ -147,8 +147,6 @@ async def _parked(core: Core, box: Box, operation: Running) -> Booted | None:
             raise
     box.door = None
     await release_all(core, box)
-    things = core.places(box.id).things(lease=box.record.request.lease, sandbox=box.id)
-    await core.database.write(lambda db: Ledger.intend_in(db, box.id, things), durable=True)
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
@@ -38,7 +39,7 @@ from stoker.errors import Conflict, Forbidden, HostError
 if TYPE_CHECKING:
     from stoker.engine.operations import Running
 
-__all__ = ["Source", "check_host_paths", "create", "expiry", "first_row", "settled", "start", "whole"]
+__all__ = ["Source", "begin_from", "check_host_paths", "create", "expiry", "first_row", "settled", "start", "whole"]
 
 MIB: Final = 1 << 20
 MEMORY: Final = 512 * MIB
@@ -130,19 +131,16 @@ async def create(
         return await _walk_in(core, who, parked, record, key, digest, quota)
     await core.admit(box, quota)
     operation = core.operations.begin("create", who.owner, box.id)
-    box.record = record = replace(record, operation=operation.value.id)
-    event = core.events.make("sandbox.created", box.id, name=record.name, image=record.request.image)
+    box.record = replace(record, operation=operation.value.id)
     trace("create.after_admit")
-    try:
-        await _intend(core, who, box, key, digest, event)
-    except BaseException as error:
+
+    def undo() -> None:
         core.admission.release(box.id)
         core.operations.discard(operation)
-        if isinstance(error, _Repeated):
-            return _again(core, who, error.sandbox, error.digest, digest)
-        raise
-    _began(core, box, event)
-    _begin(core, box, operation, source)
+
+    if (before := await _enter(core, who, box, key, digest, undo)) is not None:
+        return before
+    begin_from(core, box, operation, source, "create")
     return operation.value
 
 
@@ -178,11 +176,12 @@ def first_row(
     return record if source is None else source.row(record)
 
 
-def _begin(core: Core, box: Box, operation: Running, source: Source | None) -> None:
+def begin_from(core: Core, box: Box, operation: Running, source: Source | None, verb: str) -> None:
+    """Starts the work, upon whatever the sandbox is made from."""
     if source is not None:
         source.begin(box, operation)
     else:
-        begin(core, box, operation, "create")
+        begin(core, box, operation, verb)
 
 
 async def _take_over(
@@ -208,19 +207,16 @@ async def _take_over(
         started_at=None,
         warm="",
     )
-    event = core.events.make("sandbox.created", box.id, name=wanted.name, image=wanted.request.image)
-    try:
-        await _intend(core, who, box, key, digest, event)
-    except BaseException as error:
+
+    def undo() -> None:
         box.record = waits
         core.operations.discard(operation)
         if core.warm is not None:
             core.warm.put_back(box)
-        if isinstance(error, _Repeated):
-            return _again(core, who, error.sandbox, error.digest, digest)
-        raise
-    _began(core, box, event)
-    take_over(core, box, operation, lambda: _begin(core, box, operation, source))
+
+    if (before := await _enter(core, who, box, key, digest, undo)) is not None:
+        return before
+    take_over(core, box, operation, lambda: begin_from(core, box, operation, source, "create"))
     return operation.value
 
 
@@ -228,31 +224,44 @@ async def _walk_in(
     core: Core, who: Principal, box: Box, wanted: Record, key: str | None, digest: str, quota: Quota | None
 ) -> Operation:
     """The same with a machine that was parked: it gets this create's row, and goes on."""
-    assert box.door is not None and core.parking is not None
-    waits, operation = box.record, box.door.operation
-    box.record = replace(wanted, id=box.id, operation=operation.value.id)
-    event = core.events.make("sandbox.created", box.id, name=wanted.name, image=wanted.request.image)
+    door, parking, waits = box.door, core.parking, box.record
+    assert door is not None and parking is not None
+    box.record = replace(wanted, id=box.id, operation=door.operation.value.id)
+
+    def undo() -> None:
+        box.record = waits
+        parking.put_back(box)
+
     try:
         await core.admit(box, quota)
+    except BaseException:
+        undo()
+        raise
+    if (before := await _enter(core, who, box, key, digest, undo)) is not None:
+        return before
+    core.operations.show(door.operation, who.owner)
+    parking.let_in(box)
+    return door.operation.value
+
+
+async def _enter(core: Core, who: Principal, box: Box, key: str | None, digest: str, undo: Callable[[], None]) -> Operation | None:
+    """Writes the row down, and tells of the sandbox. Where that fails ``undo`` is called; so it is where the key was used before:
+    then the result is the operation of that time."""
+    record = box.record
+    event = core.events.make("sandbox.created", box.id, name=record.name, image=record.request.image)
+    try:
         await _intend(core, who, box, key, digest, event)
     except BaseException as error:
-        box.record = waits
-        core.parking.put_back(box)
+        undo()
         if isinstance(error, _Repeated):
             return _again(core, who, error.sandbox, error.digest, digest)
         raise
-    core.operations.show(operation, who.owner)
-    _began(core, box, event)
-    core.parking.let_in(box)
-    return operation.value
-
-
-def _began(core: Core, box: Box, event: Event) -> None:
     core.add(box)
-    core.events.tell(box.record.owner, event)
-    if box.record.request.lease:
+    core.events.tell(record.owner, event)
+    if record.request.lease:
         box.lease_until = time.monotonic() + core.lease_grace
     trace("create.after_intent")
+    return None
 
 
 async def _former(core: Core, who: Principal, key: str) -> tuple[str, str] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,16 +114,15 @@ async def start(
     shape: Shape | None = None,
     base_file: Path | None = None,
     door: Door | None = None,
-    opened: Callable[[MachineRequest], Awaitable[None]] | None = None,
 ) -> Started:
     """A running machine that answers. The laps of ``watch`` are ``vmm`` and ``guest``.
 
-    With a ``door`` it is one out of golden memory, which waits there before it takes that up; ``opened`` is told what it is for.
+    With a ``door`` it is one out of golden memory, which waits there before it takes that up.
     """
     golden = await goldens.take(shape) if goldens is not None and shape is not None else None
     if goldens is not None and golden is not None:
         try:
-            machine, agent, request = await _restored(spec, settings, watch, golden, door, opened)
+            machine, agent, request = await _restored(spec, settings, watch, golden, door)
             linked = base_file is not None and goldens.link(golden, base_file)
             return Started(machine, agent, True, golden.saved.digest if linked else "", request)
         except (StokerError, TimeoutError) as error:
@@ -164,7 +163,6 @@ async def _restored(
     watch: Watch,
     golden: Golden,
     door: Door | None,
-    opened: Callable[[MachineRequest], Awaitable[None]] | None,
 ) -> tuple[QemuMachine, Agent, MachineRequest | None]:
     async with AsyncExitStack() as undo:
         root = spec.disks[0].path
@@ -178,8 +176,6 @@ async def _restored(
             await machine.status()  # it answers when all of it is made
             request = await door.wait(machine)
             watch.restart()
-            if opened is not None:
-                await opened(request)
         async with asyncio.timeout(RESTORE_TIMEOUT):
             await machine.restore(golden.saved.memory, None, golden.saved.state)
             await machine.thaw()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -13,7 +12,6 @@ import anyio
 from stoker.api.models import OperationState, Origin, SandboxState
 from stoker.engine.build import run_main, undo, why
 from stoker.engine.ending import detach, release_all
-from stoker.engine.ledger import Ledger
 from stoker.engine.trace import trace
 from stoker.engine.wake import Identity, certificate, introduce
 from stoker.errors import GuestError, StokerError
@@ -113,15 +111,8 @@ async def _taken_over(core: Core, box: Box, live: Live) -> bool:
 
 
 async def _thrown_away(core: Core, box: Box, live: Live) -> None:
-    """Ends the machine that waited, with everything of it. The ledger intends again what a machine consists of."""
+    """Ends the machine that waited, with everything of it. The ledger goes on to name what a machine consists of."""
     await detach(box, GuestError("machine_died", f"the machine of {box.record.label} is gone"))
     await live.machine.kill()
     await live.machine.close()
     await release_all(core, box)
-    things = core.places(box.id).things(lease=box.record.request.lease, sandbox=box.id)
-
-    def work(db: sqlite3.Connection) -> None:
-        Ledger.released_in(db, box.id)
-        Ledger.intend_in(db, box.id, things)
-
-    await core.database.write(work, durable=True)

@@ -25,9 +25,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from stoker.api.models import CreateSandbox, ErrorBody, Principal, Quota, SandboxState, SetWarm, WarmSet
-from stoker.engine.build import begin
 from stoker.engine.core import Box, Core
-from stoker.engine.create import Source, check_host_paths, first_row
+from stoker.engine.create import Source, begin_from, check_host_paths, first_row
 from stoker.engine.hidden import common, discard, first_of, hide, kind_of
 from stoker.engine.state import Record, new_id, to_body
 from stoker.engine.trace import trace
@@ -63,6 +62,8 @@ class WarmRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class _Set:
     record: WarmRecord
     kind: bytes = b""
+    key: str | None = None
+    """Its source's, when that was last looked at."""
     ready: deque[Box] = field(default_factory=deque)
     making: bool = False
     taken: int = 0
@@ -105,7 +106,8 @@ class WarmSets:
             own = "name, labels, host name, variables, user, directory, lease, start and timeout are each create's own"
             raise InvalidRequest("warm_unfit", own, "leave them out")
         check_host_paths(who, wanted)
-        kind = self._kind(who, wanted)
+        source = self._find(who, wanted)
+        kind = kind_of(first_row(self._core, who.owner, wanted, [], source), source)
         for one in self._sets.values():
             self._look(one)
         found = next((one for one in self._sets.values() if one.record.owner == who.owner and one.kind == kind), None)
@@ -113,7 +115,8 @@ class WarmSets:
             if sum(one.record.owner == who.owner for one in self._sets.values()) >= MOST:
                 raise CapacityExhausted("too_many_warm_sets", f"there are {MOST} warm sets already", "stoker warm lists them")
             record = WarmRecord(id=new_id("ws"), owner=who.owner, request=wanted, size=request.size, created_at=time.time())
-            found = _Set(record, kind)
+            found = _Set(record)
+            self._look(found)
         await self._change(found, request.size)
         return _value(found)
 
@@ -190,17 +193,20 @@ class WarmSets:
 
     # -- filling ------------------------------------------------------------------------------------------------------
 
-    def _kind(self, who: Principal, request: CreateSandbox) -> bytes:
-        source = self._find(who, request)
-        return kind_of(first_row(self._core, who.owner, request, [], source), source)
-
     def _look(self, one: _Set) -> bool:
         """Whether what a set is of has become another: a template that was built anew."""
+        record = one.record
         try:
-            kind = self._kind(Principal(owner=one.record.owner, admin=False), one.record.request)
+            source = self._find(Principal(owner=record.owner, admin=False), record.request)
         except StokerError as error:
-            kind, one.problem = b"", to_body(error)
-        changed, one.kind = bool(one.kind) and kind != one.kind, kind
+            one.problem = to_body(error)
+            changed, one.key, one.kind = bool(one.kind), None, b""
+            return changed
+        key = source.key if source is not None else ""
+        if key == one.key:
+            return False
+        changed, one.key = bool(one.kind), key
+        one.kind = kind_of(first_row(self._core, record.owner, record.request, [], source), source)
         return changed
 
     async def _keep(self) -> None:
@@ -254,10 +260,7 @@ class WarmSets:
         operation = core.operations.begin("warm", record.owner, box.id)
         trace("warm.after_intent")
         try:
-            if source is not None:
-                source.begin(box, operation)
-            else:
-                begin(core, box, operation, "warm")
+            begin_from(core, box, operation, source, "warm")
             if box.work is not None:
                 await asyncio.wait({box.work})
             await self._prepare(box)
