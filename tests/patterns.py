@@ -7,6 +7,7 @@ Debian, and goes through 64 MiB of an emulated guest in a second.
 from __future__ import annotations
 
 import os
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,11 +72,10 @@ async def holdings(engine: Engine, settings: Settings) -> Holdings:
     await quiet(engine)
     home = settings.run_dir.parent
 
-    def rows(db: object) -> dict[str, int]:
-        ask = db.execute  # type: ignore[attr-defined]
-        names = [name for (name,) in ask("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()]
+    def rows(db: sqlite3.Connection) -> dict[str, int]:
+        names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()]
         # Events are kept up to a number for each sandbox.
-        return {name: ask(f"SELECT count(*) FROM {name}").fetchone()[0] for name in names if name != "events"}
+        return {name: db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in names if name != "events"}
 
     loops = [path.read_text() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
     return Holdings(
