@@ -50,6 +50,8 @@ class Daemon:
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         await self.process.wait()
+        # That it has ended is known before its pipes are found closed, and only then does asyncio close what it has of it.
+        self.process._transport.close()  # type: ignore[attr-defined]
 
 
 @asynccontextmanager

@@ -33,7 +33,7 @@ from stoker.settings import Settings
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
 S = SandboxState
 MIB = 1 << 20
-SERVICE = "i=0; while :; do i=$((i+1)); echo $i > /run/beat; sleep 0.1; done"
+SERVICE = "i=0; while :; do i=$((i+1)); echo $i > /run/new; mv /run/new /run/beat; sleep 0.1; done"
 READY = "test -s /run/beat"
 
 

@@ -24,7 +24,7 @@ from stoker.settings import Settings
 from stoker.vmm.qemu.facts import qemu_facts
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
-COUNTER = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/i; sleep 0.1; done"
+COUNTER = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/new; mv /dev/shm/new /dev/shm/i; sleep 0.1; done"
 SHARED = ("kernels", "cache")
 
 
