@@ -109,7 +109,7 @@ async def command(engine: Engine, words: dict[str, Any]) -> Any:
                     await asyncio.sleep(0.05)
         case "park":
             async with asyncio.timeout(60):
-                while not engine._parking.waiting:
+                while not engine._waiting.parked:
                     await asyncio.sleep(0.02)
         case "pause":
             return {"state": (await engine.pause(ADMIN, words["name"])).state}

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from crashing import ADMIN, whole
 from stoker.api.models import CreateSandbox, OperationState, OutputMode, Sandbox, StartProcess
 from stoker.engine.engine import Engine
+from stoker.engine.hidden import PARKED
 from stoker.settings import Settings
 
 MIB = 1 << 20
@@ -23,6 +24,10 @@ async def opened(settings: Settings) -> AsyncIterator[Engine]:
         finally:
             for box in (await engine.list(ADMIN, limit=1000)).items:
                 await engine.destroy(ADMIN, box.id)
+            await engine._waiting.clear_parked()
+        async with asyncio.timeout(60):  # one that is just being made goes when it is done
+            while any(box.record.warm.startswith(PARKED) for box in engine._core.boxes.values()):
+                await asyncio.sleep(0.02)
         assert await whole(engine, settings.data_dir, settings.run_dir) == {}
 
 

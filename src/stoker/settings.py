@@ -35,7 +35,7 @@ class Settings:
     golden: int = 1
     """0: machines always boot, and no memory is put away to start later ones from."""
     parked: int = 1
-    """How many VMMs wait, started, for the next create of a kind that golden memory serves."""
+    """How many machines wait for the next create of a kind that there was a moment ago; 0: none."""
     boot_timeout: float = 120.0
     kvm_probe_timeout: float = 30.0
     start_timeout: float = 30.0

@@ -9,33 +9,29 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stoker.engine.door import LOST
 from stoker.engine.golden import Shape
 from stoker.engine.start import Started, Watch, explained, start
 from stoker.engine.state import Attached
 from stoker.engine.trace import trace
-from stoker.errors import HostError, InvalidRequest
+from stoker.errors import InvalidRequest
 from stoker.guest.copies import booted_copy
 from stoker.guest.messages import Configuration, Mount, NetworkConfiguration, Resolver, RootMount
 from stoker.host.binaries import agent_path
 from stoker.images.initramfs import build_initramfs
 from stoker.images.inventory import held_image, held_kernel
-from stoker.images.kernel import resolve_kernel
 from stoker.images.progress import NullProgress, Progress
-from stoker.images.rootfs import resolve_image
 from stoker.storage.overlay import create_overlay
 from stoker.storage.strategy import Base
 from stoker.vmm.accel import verdict
 from stoker.vmm.machine import Disk, Gate, MachineSpec, UserNetwork
 
 if TYPE_CHECKING:
-    from stoker.engine.door import Door
     from stoker.engine.golden import Goldens
     from stoker.engine.pools import MakeDisk
     from stoker.guest.agent import Agent, MakeKeys
@@ -79,8 +75,8 @@ class MachineRequest:
     """Always boot; never start from memory that was put away. (There is nothing else yet.)"""
     gate: Gate | None = None
     """See :class:`stoker.vmm.machine.MachineSpec`. A machine with one writes to the host's journal."""
-    door: Door | None = None
-    """Where the machine waits, over golden memory, for the create it is for."""
+    golden_only: bool = False
+    """Fails with ``no_golden`` where it would boot."""
     init: str = "agent"
     """``agent``: ours is process 1; ``image``: the image's own ``/sbin/init`` is, and the agent stays beside it."""
     attached: tuple[Attached, ...] = ()
@@ -305,19 +301,11 @@ async def _boot(
     fresh: list[str] = []
     keys = _told(request.keys, fresh) if request.keys is not None else None
 
-    async def asked(late: MachineRequest) -> Configuration:
-        """What a machine that waited is told; what it stands on may have become another meanwhile."""
-        image = await resolve_image(late.image, settings, report)
-        kernel = await resolve_kernel(late.kernel or settings.default_kernel, settings, report)
-        if (image.digest, kernel.digest) != (made.rootfs.digest, made.kernel.digest):
-            raise HostError(LOST, "a machine that waited stands on an image or kernel that is another now")
-        return configuration(late, made.rootfs, made.network)
-
-    up = await _bring_up(made.spec, settings, words, watch, goldens, shape, request.base_file, keys, request.door, asked)
+    up = await _bring_up(made.spec, settings, words, watch, goldens, shape, request.base_file, keys, request.golden_only)
     if goldens is not None and shape is not None and not up.golden:
         goldens.learn(shape)
     return LiveMachine(
-        up.request or request,
+        request,
         up.machine,
         up.agent,
         made.rootfs,
@@ -362,18 +350,14 @@ async def _bring_up(
     shape: Shape | None = None,
     base_file: Path | None = None,
     keys: MakeKeys | None = None,
-    door: Door | None = None,
-    asked: Callable[[MachineRequest], Awaitable[Configuration]] | None = None,
+    golden_only: bool = False,
 ) -> Started:
-    """Starts a machine and configures its guest; a failure ends it again. One that waits at a ``door`` is told what ``asked`` makes
-    of the request it is opened with."""
+    """Starts a machine and configures its guest; a failure ends it again."""
     async with AsyncExitStack() as undo:
-        up = await start(spec, settings, watch, goldens, shape, base_file, door)
+        up = await start(spec, settings, watch, goldens, shape, base_file, golden_only)
         undo.push_async_callback(up.machine.close)
         undo.push_async_callback(up.machine.kill)
         undo.push_async_callback(up.agent.aclose)
-        if up.request is not None and asked is not None:
-            words = await asked(up.request)
         async with explained(up.machine, settings):
             await up.agent.configure(words, keys=keys)
         watch.lap("configure")

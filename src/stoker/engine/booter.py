@@ -60,7 +60,7 @@ class Booter(Protocol):
 
     @property
     def parks(self) -> bool:
-        """Whether machines may be parked: asked to boot with a ``door`` they wait there."""
+        """Whether there is golden memory, out of which machines may be made for creates that are yet to come."""
         ...
 
     async def boot(

@@ -31,7 +31,6 @@ from stoker.api.models import (
 )
 from stoker.engine.booter import Booted
 from stoker.engine.core import Box, Core, Live, Places, released_in
-from stoker.engine.door import LOST
 from stoker.engine.ending import detach, ended, release_all
 from stoker.engine.hub import Hub, Started, decode_started
 from stoker.engine.ledger import Entry, Kind, Ledger
@@ -128,26 +127,10 @@ async def _build(core: Core, box: Box, operation: Running, then: Callable[[], Aw
 
 async def boot_up(core: Core, box: Box, operation: Running) -> None:
     """From the intent to a running machine; the box's lock is held. Whoever calls this undoes it when it fails."""
-    booted = await _parked(core, box, operation) if box.door is not None else None
-    if booted is None:
-        async with core.queue.turn(box.record.owner):
-            booted = await _make(core, box, operation)
+    async with core.queue.turn(box.record.owner):
+        booted = await _make(core, box, operation)
     with booted.held:
         await running(core, box, booted)
-
-
-async def _parked(core: Core, box: Box, operation: Running) -> Booted | None:
-    """A machine as far as the door, where it waits for its create, and on from there. None: it was lost when its create came;
-    nothing of it is left, and the ledger goes on to name what a machine consists of."""
-    door = box.door
-    try:
-        return await _make(core, box, operation)
-    except StokerError as error:
-        if door is None or not door.opened or error.code != LOST:
-            raise
-    box.door = None
-    await release_all(core, box)
-    return None
 
 
 def why(cause: BaseException, core: Core, box: Box) -> StokerError:
@@ -178,8 +161,8 @@ async def _make(core: Core, box: Box, operation: Running) -> Booted:
         disk = core.pools.copier(record.pool, record.disk_of, box.id)
     else:
         disk = core.pools.maker(record.pool, box.id)
-    if box.door is not None:
-        request = dataclasses.replace(request, door=box.door)
+    if box.golden_only:
+        request = dataclasses.replace(request, golden_only=True)
     booted = await core.booter.boot(request, places.directory, disk, places.cgroup, operation)
     trace("create.after_boot")
     return booted

@@ -42,11 +42,9 @@ from stoker.vmm.memory import Scratch
 
 if TYPE_CHECKING:
     from stoker.engine.booter import Booter
-    from stoker.engine.door import Door
     from stoker.engine.hub import Hub
-    from stoker.engine.parking import Parking
     from stoker.engine.templates import TemplateRecord
-    from stoker.engine.warm import WarmSets
+    from stoker.engine.waiting import Waiting
     from stoker.guest.agent import Agent
     from stoker.settings import Settings
     from stoker.vmm.driver import Machine
@@ -82,8 +80,8 @@ class Box:
         """The resume that everybody who wants to use it waits for."""
         self.work: asyncio.Task[None] | None = None
         """The create or start that is going on."""
-        self.door: Door | None = None
-        """Where its machine waits for a create, or did."""
+        self.golden_only = False
+        """It is made out of golden memory, or not at all."""
         self.changed = asyncio.Event()
         self.gone = False
         self.holders = 0
@@ -163,8 +161,7 @@ class Core:
         self.scratch = Scratch()
         self.copying = asyncio.Lock()
         """Held while the scratch holds a machine's memory."""
-        self.warm: WarmSets | None = None
-        self.parking: Parking | None = None
+        self.waiting: Waiting | None = None
         self.wake: Callable[[Box], Awaitable[None]] | None = None
         """Resumes a sandbox that somebody wants to use."""
         self.upkeep = asyncio.Lock()
@@ -226,8 +223,7 @@ class Core:
                 return
             except CapacityExhausted as error:
                 owner = box.record.owner if error.details.get("scope") == "key" else None
-                parked = owner is None and self.parking is not None and await self.parking.give_way()
-                if not parked and (self.warm is None or not await self.warm.give_way(owner)):
+                if self.waiting is None or not await self.waiting.give_way(owner):
                     raise
 
     def admit_now(self, box: Box, quota: Quota | None) -> None:

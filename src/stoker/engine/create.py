@@ -77,6 +77,10 @@ class Source(Protocol):
     def key(self) -> str:
         """What two sources have to have in common for their sandboxes to begin as the same."""
 
+    @property
+    def restores(self) -> bool:
+        """Whether there is memory of it that can be taken up."""
+
 
 def expiry(timeout: Timeout | None) -> float | None:
     return time.time() + timeout.seconds if timeout is not None and timeout.mode is TimeoutMode.ABSOLUTE else None
@@ -125,10 +129,8 @@ async def create(
     box = Box(record)
     if key is not None and (former := await _former(core, who, key)) is not None:
         return _again(core, who, *former, digest)
-    if core.warm is not None and (waiting := core.warm.take(record, source)) is not None:
-        return await _take_over(core, who, waiting, record, key, digest, source)
-    if core.parking is not None and (parked := core.parking.take(record, source)) is not None:
-        return await _walk_in(core, who, parked, record, key, digest, quota)
+    if core.waiting is not None and (waits := core.waiting.take(request, record, source)) is not None:
+        return await _take_over(core, who, waits, record, key, digest, quota, source)
     await core.admit(box, quota)
     operation = core.operations.begin("create", who.owner, box.id)
     box.record = replace(record, operation=operation.value.id)
@@ -185,11 +187,26 @@ def begin_from(core: Core, box: Box, operation: Running, source: Source | None, 
 
 
 async def _take_over(
-    core: Core, who: Principal, box: Box, wanted: Record, key: str | None, digest: str, source: Source | None
+    core: Core,
+    who: Principal,
+    box: Box,
+    wanted: Record,
+    key: str | None,
+    digest: str,
+    quota: Quota | None,
+    source: Source | None,
 ) -> Operation:
-    """The same with a machine that waits: its row becomes the new sandbox's. It is admitted already."""
-    waits = box.record
+    """The same with a machine that waits: its row becomes the new sandbox's."""
+    waits, waiting = box.record, core.waiting
+    assert waiting is not None
+    try:
+        # Of the host it has what it needs; its owner may have had less left when it began to wait.
+        await core.admit(box, quota)
+    except BaseException:
+        waiting.put_back(box)
+        raise
     operation = core.operations.begin("create", who.owner, box.id)
+    box.golden_only = False
     box.record = replace(
         waits,
         state=SandboxState.CREATING,
@@ -211,37 +228,12 @@ async def _take_over(
     def undo() -> None:
         box.record = waits
         core.operations.discard(operation)
-        if core.warm is not None:
-            core.warm.put_back(box)
+        waiting.put_back(box)
 
     if (before := await _enter(core, who, box, key, digest, undo)) is not None:
         return before
     take_over(core, box, operation, lambda: begin_from(core, box, operation, source, "create"))
     return operation.value
-
-
-async def _walk_in(
-    core: Core, who: Principal, box: Box, wanted: Record, key: str | None, digest: str, quota: Quota | None
-) -> Operation:
-    """The same with a machine that was parked: it gets this create's row, and goes on."""
-    door, parking, waits = box.door, core.parking, box.record
-    assert door is not None and parking is not None
-    box.record = replace(wanted, id=box.id, operation=door.operation.value.id)
-
-    def undo() -> None:
-        box.record = waits
-        parking.put_back(box)
-
-    try:
-        await core.admit(box, quota)
-    except BaseException:
-        undo()
-        raise
-    if (before := await _enter(core, who, box, key, digest, undo)) is not None:
-        return before
-    core.operations.show(door.operation, who.owner)
-    parking.let_in(box)
-    return door.operation.value
 
 
 async def _enter(core: Core, who: Principal, box: Box, key: str | None, digest: str, undo: Callable[[], None]) -> Operation | None:

@@ -66,7 +66,6 @@ from stoker.engine.images import Images
 from stoker.engine.keys import Keys
 from stoker.engine.metrics import sample
 from stoker.engine.pages import page_after
-from stoker.engine.parking import Parking
 from stoker.engine.pooling import Pooling
 from stoker.engine.processes import Processes
 from stoker.engine.reconcile import load_all, private_directory, reconcile
@@ -81,6 +80,7 @@ from stoker.engine.trace import arm
 from stoker.engine.units import Units
 from stoker.engine.upkeep import Upkeep
 from stoker.engine.volumes import Volumes, check_paths
+from stoker.engine.waiting import Waiting
 from stoker.engine.warm import WarmSets
 from stoker.errors import GuestError, NotFound
 from stoker.storage.app import prepare_apps, sweep_apps
@@ -112,8 +112,8 @@ class Engine:
         self.templates = Templates(core, self.snapshots)
         self.builds = Builds(core, self.templates, keys.quota)
         self.apps = Apps(core, keys.quota)
-        self._parking = core.parking = Parking(core, core.settings.parked)
-        self.warm = core.warm = WarmSets(core, keys.quota, self._source)
+        self._waiting = core.waiting = Waiting(core, keys.quota, self._source, core.settings.parked)
+        self.warm = WarmSets(core, self._waiting)
 
     @classmethod
     @asynccontextmanager
@@ -186,7 +186,7 @@ class Engine:
         await reconcile(core)
         await asyncio.to_thread(sweep_apps, core.settings.data_dir)
         await self.warm.begin()
-        self._parking.begin()
+        self._waiting.begin()
         core.spawn(reap(core), "deadlines")
         core.spawn(core.filling.watch(), "space")
         core.spawn(sample(core), "metrics")
@@ -204,8 +204,7 @@ class Engine:
         core.closing = True
         await core.end_tasks()
         self.templates.memories.close()
-        await self.warm.aclose()
-        await self._parking.clear()
+        await self._waiting.aclose()
         await core.booter.aclose()
         reason = GuestError("daemon_stopped", "the daemon ended; the sandbox goes on", "connect again")
         for box in core.boxes.values():
@@ -448,7 +447,7 @@ class Engine:
         return bool(core.operations.running) or any(
             box.live is not None or box.work is not None or box.deadline is not None or box.lease_until is not None
             for box in core.boxes.values()
-            if box.record.warm != PARKED
+            if not box.record.warm.startswith(PARKED)
         )
 
 

@@ -1,4 +1,4 @@
-"""Machines that nobody sees, because they wait for the create that takes them over: in a warm set, or parked.
+"""Machines that nobody sees, because they wait for the create that takes them over (:mod:`.waiting`).
 
 Each is a row like any other's (``warm`` in it says what it waits in), with its things in the ledger and its reservation.
 """
@@ -25,7 +25,7 @@ __all__ = ["PARKED", "common", "discard", "first_of", "hide", "kind_of"]
 
 log = logging.getLogger(__name__)
 PARKED: Final = "parked"
-"""What ``warm`` says of one that waits in no set."""
+"""What ``warm`` begins with where nobody asked for it."""
 
 
 def common(request: CreateSandbox) -> CreateSandbox:

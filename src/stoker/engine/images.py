@@ -129,8 +129,8 @@ class Images:
             if name is not None and len(item.names) > 1:
                 inventory.forget_name(self._store, kind, name, item.digest)
                 return
-            if core.parking is not None:
-                await core.parking.clear()
+            if core.waiting is not None:
+                await core.waiting.clear_parked()
             if not await inventory.remove(self._store, item, refused=lambda: is_used(core, kind, item.digest)):
                 raise self._in_use(kind, reference, item)
 

@@ -60,7 +60,7 @@ class Running:
 
 
 def hidden(kind: str, sandbox: str) -> Running:
-    """One that nobody sees until it is shown (:meth:`Operations.show`)."""
+    """One that nobody sees."""
     return Running(Operation(id=new_id("op"), kind=kind, state=OperationState.RUNNING, created_at=time.time(), sandbox=sandbox), "")
 
 
@@ -101,12 +101,6 @@ class Operations:
             ended_at=None if state is OperationState.RUNNING else record.ended_at or record.started_at,
             error=record.error,
         )
-
-    def show(self, running: Running, owner: str) -> None:
-        """From here on it is one of this owner's, which begins now."""
-        running.owner = owner
-        running.value = replace(running.value, created_at=time.time())
-        self._all[running.value.id] = running
 
     def begin(self, kind: str, owner: str, sandbox: str | None) -> Running:
         operation = Operation(id=new_id("op"), kind=kind, state=OperationState.RUNNING, created_at=time.time(), sandbox=sandbox)

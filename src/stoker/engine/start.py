@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stoker.engine.door import LOST, NOT_PARKED
 from stoker.engine.golden import begin_disk
 from stoker.engine.trace import trace
 from stoker.errors import DeadlineExceeded, HostError, StokerError
@@ -22,15 +21,15 @@ from stoker.vmm.memory import empty_memory
 from stoker.vmm.qemu.driver import QemuMachine, launch
 
 if TYPE_CHECKING:
-    from stoker.engine.boot import MachineRequest
-    from stoker.engine.door import Door
     from stoker.engine.golden import Golden, Goldens, Shape
     from stoker.guest.agent import Agent
     from stoker.settings import Settings
     from stoker.vmm.driver import Machine
 
-__all__ = ["Started", "Watch", "explained", "first_word", "launched", "start"]
+__all__ = ["NO_GOLDEN", "Started", "Watch", "explained", "first_word", "launched", "start"]
 
+NO_GOLDEN = "no_golden"
+"""The code of the error that a machine that must not boot would have to."""
 RESTORE_TIMEOUT = 30.0
 """Seconds until a machine out of golden memory must have answered; after that one is booted instead."""
 
@@ -43,8 +42,6 @@ class Started:
     agent: Agent
     golden: bool = False
     base: str = ""
-    request: MachineRequest | None = None
-    """What it was asked for when it waited at a door."""
 
 
 class Watch:
@@ -52,11 +49,6 @@ class Watch:
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def restart(self) -> None:
-        """What was before does not count."""
-        self.laps.clear()
         self._last = time.monotonic()
 
     def lap(self, name: str) -> None:
@@ -113,26 +105,21 @@ async def start(
     goldens: Goldens | None = None,
     shape: Shape | None = None,
     base_file: Path | None = None,
-    door: Door | None = None,
+    golden_only: bool = False,
 ) -> Started:
-    """A running machine that answers. The laps of ``watch`` are ``vmm`` and ``guest``.
-
-    With a ``door`` it is one out of golden memory, which waits there before it takes that up.
-    """
+    """A running machine that answers. The laps of ``watch`` are ``vmm`` and ``guest``. With ``golden_only`` it does not boot."""
     golden = await goldens.take(shape) if goldens is not None and shape is not None else None
     if goldens is not None and golden is not None:
         try:
-            machine, agent, request = await _restored(spec, settings, watch, golden, door)
+            machine, agent = await _restored(spec, settings, watch, golden)
             linked = base_file is not None and goldens.link(golden, base_file)
-            return Started(machine, agent, True, golden.saved.digest if linked else "", request)
+            return Started(machine, agent, True, golden.saved.digest if linked else "")
         except (StokerError, TimeoutError) as error:
-            if isinstance(error, StokerError) and error.code == LOST:
-                raise
             await goldens.failed(golden, error)
         finally:
             os.close(golden.saved.memory)
-    if door is not None and not door.opened:
-        raise HostError(NOT_PARKED, "there is no golden memory for this kind of machine")
+    if golden_only:
+        raise HostError(NO_GOLDEN, "there is no golden memory for this kind of machine")
     async with AsyncExitStack() as undo:
         # So that its memory can be taken out of it, a machine that boots has a base like any other: the empty one.
         empty = empty_memory()
@@ -162,8 +149,7 @@ async def _restored(
     settings: Settings,
     watch: Watch,
     golden: Golden,
-    door: Door | None,
-) -> tuple[QemuMachine, Agent, MachineRequest | None]:
+) -> tuple[QemuMachine, Agent]:
     async with AsyncExitStack() as undo:
         root = spec.disks[0].path
         before = await asyncio.to_thread(begin_disk, root, golden.saved)
@@ -171,11 +157,6 @@ async def _restored(
         undo.push_async_callback(asyncio.to_thread, root.write_bytes, before)
         copy = replace(spec, guest_memory=GuestMemory(golden.saved.memory), restore=True)
         machine = await launched(copy, settings, watch, undo)
-        request = None
-        if door is not None:
-            await machine.status()  # it answers when all of it is made
-            request = await door.wait(machine)
-            watch.restart()
         async with asyncio.timeout(RESTORE_TIMEOUT):
             await machine.restore(golden.saved.memory, None, golden.saved.state)
             await machine.thaw()
@@ -183,4 +164,4 @@ async def _restored(
         watch.lap("guest")
         trace("boot.after_hello")
         undo.pop_all()
-    return machine, agent, request
+    return machine, agent

@@ -107,6 +107,10 @@ class Use:
     def key(self) -> str:
         return self.prospect.template.id
 
+    @property
+    def restores(self) -> bool:
+        return self.prospect.restores
+
     def row(self, record: Record) -> Record:
         asked, snapshot, restores = self.request, self.prospect.snapshot, self.prospect.restores
         source = snapshot.box
