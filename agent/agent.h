@@ -333,6 +333,7 @@ struct others {
 	int error; /* why a connection is still there */
 	char names[160];
 };
+void others_prepare(void);
 void others_visit(bool connections, bool sshd, struct others *o);
 
 /* ---- info.c, power.c ------------------------------------------------------------------------------------------------------------------ */

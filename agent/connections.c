@@ -7,16 +7,18 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { SSHD_MAX = 64, REPAIR_OFF_QUIETLY = -1 };
+enum { SSHD_MAX = 64, PROCESSES_MAX = 32768, REPAIR_OFF_QUIETLY = -1 };
 
 struct sshd {
 	pid_t pid, parent;
@@ -123,29 +125,113 @@ static void reload(const struct sshd *all, unsigned n, struct others *o)
 	}
 }
 
-/* The kernel's own threads have no program; asking each for one takes longer than all the rest. */
-static bool is_kernel(const char *threads, const char *name)
+/* Who is to be looked at. All but the kernel's own threads come from the first process. */
+static struct {
+	pid_t pids[PROCESSES_MAX];
+	unsigned count;
+	bool full;
+} all;
+
+static void look_at(const char *number)
 {
-	size_t n = strlen(name);
-	for (const char *at = threads; (at = strstr(at, name)); at += n)
-		if ((at == threads || at[-1] == ' ') && at[n] == ' ')
-			return true;
-	return false;
+	pid_t pid = (int)text_number(number, NULL);
+	if (pid <= 0)
+		return;
+	all.full |= all.count == PROCESSES_MAX;
+	if (!all.full)
+		all.pids[all.count++] = pid;
+}
+
+static bool look_at_children(int fd)
+{
+	static char children[65536];
+	const char *at = children;
+	size_t have = 0;
+	ssize_t n;
+	while (have < sizeof children - 1 && (n = pread(fd, children + have, sizeof children - 1 - have, (off_t)have)) > 0)
+		have += (size_t)n;
+	all.full |= have == sizeof children - 1;
+	for (children[have] = 0; *at; at += strcspn(at, " "), at += *at == ' ')
+		look_at(at);
+	return fd >= 0;
+}
+
+/* False: this kernel does not tell. */
+static bool look_at_thread(pid_t pid, const char *thread)
+{
+	char path[64];
+	text_format(path, sizeof path, "/proc/%d/task/%s/children", (int)pid, thread);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	bool told = look_at_children(fd);
+	if (fd >= 0)
+		close(fd);
+	return told;
+}
+
+/* What is in a directory of numbers. */
+static bool each(const char *path, bool (*visit)(pid_t, const char *), pid_t pid)
+{
+	bool any = false;
+	DIR *d = opendir(path);
+	for (struct dirent *e; d && (e = readdir(d));)
+		if (isdigit((unsigned char)e->d_name[0]))
+			any |= visit(pid, e->d_name);
+	if (d)
+		closedir(d);
+	return any;
+}
+
+/* Reading all of /proc takes several times as long. */
+static bool children_of(pid_t pid)
+{
+	char path[64], thread[16];
+	struct stat st;
+	text_format(thread, sizeof thread, "%d", (int)pid);
+	text_format(path, sizeof path, "/proc/%s/task", thread);
+	/* A link for each thread, but of the directory's own two. */
+	if (stat(path, &st) == 0 && st.st_nlink == 3)
+		return look_at_thread(pid, thread);
+	return each(path, look_at_thread, pid);
+}
+
+static bool look_at_any(pid_t pid, const char *number)
+{
+	(void)pid;
+	look_at(number);
+	return true;
+}
+
+static int own_children = -1;
+
+void others_prepare(void)
+{
+	own_children = open("/proc/1/task/1/children", O_RDONLY | O_CLOEXEC);
+}
+
+static void find_all(void)
+{
+	all.count = 0;
+	all.full = false;
+	look_at("1");
+	/* Finding the file is most of the work in a machine that runs nothing. */
+	if (getpid() == 1 && own_children >= 0 ? !look_at_children(own_children) : !children_of(1))
+		each("/proc", look_at_any, 0);
+	else
+		for (unsigned i = 1; i < all.count; i++)
+			children_of(all.pids[i]);
 }
 
 void others_visit(bool connections, bool sshd, struct others *o)
 {
 	static struct sshd found[SSHD_MAX];
-	static char threads[4096];
 	unsigned n = 0;
-	read_small("/proc/2/task/2/children", threads, sizeof threads);
-	DIR *d = opendir("/proc");
 	*o = (struct others){0};
-	for (struct dirent *e; d && (e = readdir(d));) {
+	find_all();
+	for (unsigned i = 0; i < all.count; i++) {
 		char path[64], name[32];
-		pid_t pid = isdigit((unsigned char)e->d_name[0]) ? (int)text_number(e->d_name, NULL) : 0;
+		pid_t pid = all.pids[i];
 		text_format(path, sizeof path, "/proc/%d/exe", (int)pid);
-		if (!pid || pid == getpid() || is_kernel(threads, e->d_name) || readlink(path, name, sizeof name) < 0)
+		if (pid == getpid() || readlink(path, name, sizeof name) < 0)
 			continue;
 		text_format(path, sizeof path, "/proc/%d/comm", (int)pid);
 		read_small(path, name, sizeof name);
@@ -157,7 +243,7 @@ void others_visit(bool connections, bool sshd, struct others *o)
 		if (sshd && !strcmp(name, "sshd") && n < SSHD_MAX)
 			found[n++] = (struct sshd){pid, parent_of(pid)};
 	}
-	if (d)
-		closedir(d);
+	if (all.full)
+		o->error = E2BIG;
 	reload(found, n, o);
 }

@@ -326,8 +326,10 @@ bool generation_write(uint64_t generation)
 {
 	char line[32];
 	size_t n = text_format(line, sizeof line, "%lu\n", (unsigned long)generation);
+	if (put(open("/run/stoker/generation", O_WRONLY | O_NOFOLLOW | O_CLOEXEC), line))
+		return true;
 	mkdir("/run/stoker", 0755);
-	return put(open("/run/stoker/generation", O_WRONLY | O_NOFOLLOW | O_CLOEXEC), line) || replace_file("/run/stoker/generation", line, n, 0444);
+	return replace_file("/run/stoker/generation", line, n, 0444);
 }
 
 /* ---- machine-id and host keys ----------------------------------------------------------------------------------------------------- */
@@ -357,7 +359,8 @@ bool machine_id_set(const char *id)
 
 bool sshd_installed(void)
 {
-	return access("/usr/sbin/sshd", X_OK) == 0 || access("/usr/local/sbin/sshd", X_OK) == 0;
+	/* By the effective user: another user's rights have to be put together first. */
+	return euidaccess("/usr/sbin/sshd", X_OK) == 0 || euidaccess("/usr/local/sbin/sshd", X_OK) == 0;
 }
 
 /* ssh_host_*_key and what belongs to it. */

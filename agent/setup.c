@@ -127,8 +127,11 @@ static bool prepare_machine(const struct mp *m, bool network, bool own_files, st
 	mount_rest(mp_bool_or(m, "tmpfs_tmp", false));
 	if (own_files && root.type == MP_MAP) {
 		names_prepare();
-		sshd_installed(); /* each copy asks, and then it is known */
+		/* Each copy asks, and then it is known. */
+		sshd_installed();
+		machine_id_known();
 	}
+	others_prepare();
 	network_loopback();
 	agent.prepared = true;
 	return true;

@@ -92,6 +92,7 @@ void hooks_ended(pid_t pid, int status) { (void)pid; (void)status; }
 void hooks_abandon(void) {}
 void quiet_child(bool freeze, bool drop, int report_to) { (void)freeze; (void)drop; (void)report_to; abort(); }
 unsigned quiet_thaw(void) { return 0; }
+void others_prepare(void) { abort(); }
 void others_visit(bool connections, bool sshd, struct others *o) { (void)connections; (void)sshd; (void)o; abort(); }
 bool hand_over(struct failure *f) { (void)f; abort(); }
 void init_ask(bool again) { (void)again; abort(); }

@@ -1,5 +1,5 @@
-"""``stoker bench restore``: creates that start from memory (golden, a template's, or a warm set's), against cold ones, each until a
-first command has run."""
+"""``stoker bench restore``: creates that start from memory (golden, a template's, that of a machine that waits), against cold ones, each
+until a first command has run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def _all_wait(client: AsyncClient, warm: WarmSet | None) -> None:
             await asyncio.sleep(0.05)
 
 
-async def _measure(image: str, memory: int | None, runs: int, cold: int, warm: bool) -> Samples:
+async def _measure(image: str, memory: int | None, runs: int, cold: int, warm: bool, gap: float) -> Samples:
     from stoker.client.client import AsyncClient
 
     samples = Samples()
@@ -79,6 +79,7 @@ async def _measure(image: str, memory: int | None, runs: int, cold: int, warm: b
                 boots = run % max(1, (runs + cold) // cold) == 0 if cold else False
                 try:
                     await _all_wait(client, waiting)
+                    await asyncio.sleep(gap)
                     origin, ready, used = await _one(client, image, memory, boots)
                 except (StokerError, TimeoutError) as error:
                     samples.failures.append(str(error) or "no machine waits")
@@ -101,17 +102,24 @@ async def _measure(image: str, memory: int | None, runs: int, cold: int, warm: b
 @click.option("--cold", type=click.IntRange(0, 1000), default=5, show_default=True, help="How many cold ones.")
 @click.option("--memory", "-m", type=SIZE, help="Memory of each.  [default: 256M; a template's own]")
 @click.option("--warm", is_flag=True, help="Have machines wait, and take one each time.")
+@click.option(
+    "--gap", type=click.FloatRange(0, 600), default=0.0, show_default=True, help="Seconds before each: time to park a machine."
+)
 @click.argument("image", default="debian:12")
-def restore(as_json: bool, runs: int, cold: int, memory: int | None, warm: bool, image: str) -> int:
-    """Time creates from memory until the first command's output, against cold creates. IMAGE may be a template."""
+def restore(as_json: bool, runs: int, cold: int, memory: int | None, warm: bool, gap: float, image: str) -> int:
+    """Time creates from memory until the first command's output, against cold creates. IMAGE may be a template.
+
+    One right after the other finds no parked machine; with a gap of a second or more each does.
+    """
     if memory is None and ":" in image:
         memory = 256 << 20
-    samples = asyncio.run(_measure(image, memory, runs, cold, warm))
+    samples = asyncio.run(_measure(image, memory, runs, cold, warm, gap))
     ratios = {}
     if samples.cold and samples.used:
         ratios["cold_create"] = percentile(samples.used, 0.5) / percentile(samples.cold, 0.5)
     more = {
         "ready_p50_ms": round(1000 * percentile(samples.ready, 0.5), 1),
+        "ready_p99_ms": round(1000 * percentile(samples.ready, 0.99), 1),
         "cold_p50_ms": round(1000 * percentile(samples.cold, 0.5), 1) if samples.cold else None,
         "image": image,
         "origin": ", ".join(sorted(samples.origins)),
