@@ -1,4 +1,4 @@
-"""``stoker bench restore``: creates that start from memory (golden, a template's, that of a machine that waits), against cold ones, each
+"""``stoker bench restore``: creates from memory (golden, a template's, or that of a machine that waits), against cold ones; each
 until a first command has run."""
 
 from __future__ import annotations
