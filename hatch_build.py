@@ -15,7 +15,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-PROGRAMS = ("stoker-agent", "stoker-shim")
+PROGRAMS = ("stoker-agent", "stoker-shim", "stoker-zygote.so")
 
 
 class AgentBuildHook(BuildHookInterface):  # type: ignore[type-arg]

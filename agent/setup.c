@@ -130,6 +130,7 @@ static bool prepare_machine(const struct mp *m, bool network, bool own_files, st
 		/* Each copy asks, and then it is known. */
 		sshd_installed();
 		machine_id_known();
+		euidaccess("/etc/stoker", F_OK);
 	}
 	others_prepare();
 	network_loopback();

@@ -3,7 +3,8 @@
  *
  *   stoker-shim --dir DIR [--owner-fd N] [--status-fd N] [--console-fd N] [--console-bytes N]
  *               [--uid U --gid G [--groups G1,G2] [--device PATH]] [--cgroup FILE]
- *               [--net-out N --net-in N --net-deny FILE] [--go-fd N] [--journal SANDBOX] [--pass-fd N]... -- VMM ARGV...
+ *               [--net-out N --net-in N --net-deny FILE] [--go-fd N] [--journal SANDBOX] [--vmm-pid P --vmm-fd N]
+ *               [--pass-fd N]... -- VMM ARGV...
  *
  * It exists so that a machine can outlive the process that started it, and cannot when it must not:
  *
@@ -25,6 +26,7 @@
  * - The network filter reads the frames the guest sends (QEMU's filter-redirector: 4 bytes length, big endian, then the frame)
  *   from --net-out and writes those that may pass to --net-in. Frames only come back through us, so without us none passes.
  *   --net-deny: lines "nameserver A.B.C.D" and "deny A.B.C.D/N".
+ * - With --vmm-pid the VMM is a process already, our child, that waits at --vmm-fd to be told who it is (zygote.c).
  *
  *   stoker-shim --tsc-khz     prints the frequency of the host's time stamp counter
  *
@@ -37,19 +39,14 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <grp.h>
 #include <limits.h>
 #include <poll.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mount.h>
-#include <sys/prctl.h>
-#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -59,13 +56,11 @@
 #include <time.h>
 #include <unistd.h>
 
-#ifndef SYS_close_range
-#define SYS_close_range 436
-#endif
-enum { NR_OPEN_TREE = 428, NR_MOVE_MOUNT = 429, NR_FSOPEN = 430, NR_FSCONFIG = 431, NR_FSMOUNT = 432 }; /* everywhere the same */
+#include "vmm_start.h"
+
 #define CAP_KILL_BIT (1u << 5)
 
-enum { MAX_PASS = 64, MAX_DENY = 4096, MAX_GROUPS = 32, PAUSE_MS = 10 };
+enum { MAX_DENY = 4096, PAUSE_MS = 10 };
 enum { FRAME_MIN = 14, FRAME_MAX = 1514, LENGTH_MAX = 4096 + 65536 + 64, NET_IN = 1 << 17, NET_OUT = 1 << 18 };
 
 enum { LINE_MAX_BYTES = 1024, LINES_PER_SECOND = 200 };
@@ -73,11 +68,9 @@ enum { LINE_MAX_BYTES = 1024, LINES_PER_SECOND = 200 };
 
 static int dir_fd = -1, owner_fd = -1, status_fd = -1, console_fd = -1, cgroup_fd = -1, go_fd = -1, journal_fd = -1;
 static const char *sandbox; /* what its lines in the journal are marked with */
-static int pass_fds[MAX_PASS], passed;
-static long uid = -1, gid = -1;
-static const char *device;
-static gid_t groups[MAX_GROUPS];
-static int group_count;
+static struct start start = {.uid = -1, .gid = -1};
+static pid_t waiting_vmm; /* a process of the zygote's that is our child, and waits for its orders at waiting_fd */
+static int waiting_fd = -1;
 
 /* ------------------------------------------------------------------------------------------------- small helpers -- */
 
@@ -462,80 +455,9 @@ static void net_rules(const char *path)
 
 /* --------------------------------------------------------------------------------------------------------- the VMM -- */
 
-struct start_error {
-    int error;
-    char what[16];
-};
-
-static _Noreturn void child_fail(int pipe, const char *what)
-{
-    struct start_error e = {.error = errno};
-    snprintf(e.what, sizeof e.what, "%s", what);
-    write_all(pipe, (const char *)&e, sizeof e);
-    _exit(125);
-}
-
-/* A node of our own over the host's one, in a namespace of our own: nothing of it is seen outside, and it goes with the process. */
-static void own_device(int errors)
-{
-    struct stat host;
-    if (stat(device, &host) < 0 || !S_ISCHR(host.st_mode))
-        child_fail(errors, "device");
-    if (unshare(CLONE_NEWNS) < 0)
-        child_fail(errors, "mount namespace");
-    /* In a chroot the root is not a mount point, but what the device lies on is: nothing else is mounted over here. */
-    if (mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0 && (errno != EINVAL || mount(NULL, "/dev", NULL, MS_REC | MS_SLAVE, NULL) < 0))
-        child_fail(errors, "mount namespace");
-    int fs = (int)syscall(NR_FSOPEN, "tmpfs", 1);
-    if (fs < 0 || syscall(NR_FSCONFIG, fs, 6 /* create */, NULL, NULL, 0) < 0)
-        child_fail(errors, "fsopen");
-    int root = (int)syscall(NR_FSMOUNT, fs, 1, 0);
-    if (root < 0 || mknodat(root, "node", S_IFCHR | 0600, host.st_rdev) < 0 || fchownat(root, "node", (uid_t)uid, (gid_t)gid, 0) < 0)
-        child_fail(errors, "mknod");
-    int tree = (int)syscall(NR_OPEN_TREE, root, "node", O_CLOEXEC | 1 /* clone */);
-    if (tree < 0 || syscall(NR_MOVE_MOUNT, tree, "", AT_FDCWD, device, 4 /* empty source path */) < 0)
-        child_fail(errors, "move_mount");
-    close(tree);
-    close(root);
-    close(fs);
-}
-
 static _Noreturn void run_vmm(char **argv, pid_t parent, int output, int errors)
 {
-    sigset_t none;
-    sigemptyset(&none);
-    for (int s = 1; s < 65; s++)
-        signal(s, SIG_DFL);
-    sigprocmask(SIG_SETMASK, &none, NULL);
-    setsid();
-    if (cgroup_fd >= 0 && write(cgroup_fd, "0", 1) != 1)
-        child_fail(errors, "cgroup");
-    struct rlimit no_core = {0, 0};
-    setrlimit(RLIMIT_CORE, &no_core); /* a core would be the guest's memory */
-    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
-    if (null < 0 || dup2(null, 0) < 0 || dup2(output, 1) < 0 || dup2(output, 2) < 0)
-        child_fail(errors, "stdio");
-    /* Everything is close-on-exec from the start; the named ones are let through here. */
-    for (int i = 0; i < passed; i++)
-        if (fcntl(pass_fds[i], F_SETFD, 0) < 0)
-            child_fail(errors, "pass-fd");
-    if (device)
-        own_device(errors);
-    if (uid >= 0) {
-        if (setgroups((size_t)group_count, groups) < 0)
-            child_fail(errors, "setgroups");
-        if (setresgid((gid_t)gid, (gid_t)gid, (gid_t)gid) < 0)
-            child_fail(errors, "setresgid");
-        if (setresuid((uid_t)uid, (uid_t)uid, (uid_t)uid) < 0)
-            child_fail(errors, "setresuid");
-    }
-    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
-        child_fail(errors, "no_new_privs");
-    /* After the change of user, which clears it; then look whether the parent died before it could take effect. */
-    if (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0)
-        child_fail(errors, "pdeathsig");
-    if (getppid() != parent)
-        _exit(125);
+    become_vmm(&start, parent, output, errors, cgroup_fd);
     execv(argv[0], argv);
     child_fail(errors, "exec");
 }
@@ -578,20 +500,42 @@ static int told_to_go(void)
     return got == 1;
 }
 
+/* See zygote.c. Should it be gone, nobody has the errors' other end, and the VMM is found to have ended. */
+static void give_orders(int output, int errors)
+{
+    int fds[3] = {output, errors, cgroup_fd}, count = cgroup_fd >= 0 ? 3 : 2;
+    union {
+        struct cmsghdr head;
+        char room[CMSG_SPACE(sizeof fds)];
+    } control = {0};
+    struct iovec orders = {&start, sizeof start};
+    struct msghdr message = {.msg_iov = &orders, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = (socklen_t)CMSG_SPACE(sizeof(int) * (size_t)count)};
+    control.head.cmsg_level = SOL_SOCKET;
+    control.head.cmsg_type = SCM_RIGHTS;
+    control.head.cmsg_len = (socklen_t)CMSG_LEN(sizeof(int) * (size_t)count);
+    memcpy(CMSG_DATA(&control.head), fds, sizeof(int) * (size_t)count);
+    if (sendmsg(waiting_fd, &message, MSG_NOSIGNAL) < 0)
+        fail("zygote", errno);
+    close(waiting_fd);
+    waiting_fd = -1;
+}
+
 static pid_t start_vmm(char **argv, struct log *vmm)
 {
     int output[2], errors[2];
     if (pipe2(output, O_CLOEXEC) < 0 || pipe2(errors, O_CLOEXEC) < 0)
         fail("pipe", errno);
-    pid_t self = getpid(), pid = fork();
+    pid_t self = getpid(), pid = waiting_vmm ? waiting_vmm : fork();
     if (pid < 0)
         fail("fork", errno);
     if (pid == 0)
         run_vmm(argv, self, output[1], errors[1]);
+    if (waiting_vmm)
+        give_orders(output[1], errors[1]);
     close(output[1]);
     close(errors[1]);
-    for (int i = 0; i < passed; i++)
-        close(pass_fds[i]);
+    for (int i = 0; i < start.passed; i++)
+        close(start.pass_fds[i]);
     struct start_error e;
     ssize_t got;
     while ((got = read(errors[0], &e, sizeof e)) < 0 && errno == EINTR)
@@ -715,29 +659,14 @@ static void supervise(pid_t vmm, int signals, struct log *logs, unsigned long lo
 /* Closes what was not named, so that nothing of the starter's (sockets, databases, other machines' pipes) lives on in us. */
 static void close_others(void)
 {
-    int keep[MAX_PASS + 9], n = 0;
-    int named[] = {dir_fd, owner_fd, status_fd, console_fd, cgroup_fd, go_fd, net.from, net.to};
+    int keep[MAX_PASS + 10], n = 0;
+    int named[] = {dir_fd, owner_fd, status_fd, console_fd, cgroup_fd, go_fd, waiting_fd, net.from, net.to};
     for (size_t i = 0; i < sizeof named / sizeof *named; i++)
         if (named[i] >= 0)
             keep[n++] = named[i];
-    for (int i = 0; i < passed; i++)
-        keep[n++] = pass_fds[i];
-    for (int i = 1; i < n; i++) /* insertion sort: a handful */
-        for (int j = i; j && keep[j] < keep[j - 1]; j--) {
-            int t = keep[j];
-            keep[j] = keep[j - 1];
-            keep[j - 1] = t;
-        }
-    unsigned from = 3;
-    for (int i = 0; i <= n; i++) {
-        unsigned to = i < n ? (unsigned)keep[i] : UINT_MAX;
-        if (i == n || to > from)
-            if (syscall(SYS_close_range, from, i < n ? to - 1 : UINT_MAX, 0) < 0)
-                for (unsigned fd = from; fd < (i < n ? to : 65536u); fd++) /* before Linux 5.9 */
-                    close((int)fd);
-        if (i < n)
-            from = to + 1;
-    }
+    for (int i = 0; i < start.passed; i++)
+        keep[n++] = start.pass_fds[i];
+    close_all_but(keep, n);
     for (int i = 0; i < n; i++)
         fcntl(keep[i], F_SETFD, FD_CLOEXEC);
 }
@@ -760,30 +689,35 @@ static char **options(int argc, char **argv, struct log *logs)
         else if (!strcmp(name, "--console-bytes"))
             logs[0].half = (size_t)number(value, 2, INT_MAX, "console-bytes") / 2;
         else if (!strcmp(name, "--uid"))
-            uid = number(value, 1, INT_MAX, "uid");
+            start.uid = number(value, 1, INT_MAX, "uid");
         else if (!strcmp(name, "--gid"))
-            gid = number(value, 1, INT_MAX, "gid");
+            start.gid = number(value, 1, INT_MAX, "gid");
         else if (!strcmp(name, "--cgroup"))
             cgroup_fd = open(value, O_WRONLY | O_CLOEXEC);
         else if (!strcmp(name, "--go-fd"))
             go_fd = descriptor(value, "go-fd");
         else if (!strcmp(name, "--journal"))
             sandbox = value;
-        else if (!strcmp(name, "--device"))
-            device = value;
-        else if (!strcmp(name, "--net-out"))
+        else if (!strcmp(name, "--device")) {
+            if (snprintf(start.device, sizeof start.device, "%s", value) >= (int)sizeof start.device)
+                fail("device", ENAMETOOLONG);
+        } else if (!strcmp(name, "--net-out"))
             net.from = descriptor(value, "net-out");
         else if (!strcmp(name, "--net-in"))
             net.to = descriptor(value, "net-in");
         else if (!strcmp(name, "--net-deny"))
             deny = value;
-        else if (!strcmp(name, "--pass-fd") && passed < MAX_PASS)
-            pass_fds[passed++] = descriptor(value, "pass-fd");
+        else if (!strcmp(name, "--vmm-pid"))
+            waiting_vmm = (pid_t)number(value, 1, INT_MAX, "vmm-pid");
+        else if (!strcmp(name, "--vmm-fd"))
+            waiting_fd = descriptor(value, "vmm-fd");
+        else if (!strcmp(name, "--pass-fd") && start.passed < MAX_PASS)
+            start.pass_fds[start.passed++] = descriptor(value, "pass-fd");
         else if (!strcmp(name, "--groups"))
             for (char *group; (group = strsep(&value, ","));) {
-                if (group_count == MAX_GROUPS)
+                if (start.group_count == MAX_GROUPS)
                     fail("groups", 0);
-                groups[group_count++] = (gid_t)number(group, 0, INT_MAX, "groups");
+                start.groups[start.group_count++] = (gid_t)number(group, 0, INT_MAX, "groups");
             }
         else
             fail("option", 0);
@@ -794,7 +728,7 @@ static char **options(int argc, char **argv, struct log *logs)
         fail("usage", 0);
     if (dir_fd < 0)
         fail("dir", errno);
-    if ((uid < 0) != (gid < 0) || (net.from < 0) != (net.to < 0) || (net.from < 0) != !deny || (device && uid < 0))
+    if ((start.uid < 0) != (start.gid < 0) || !waiting_vmm != (waiting_fd < 0) || (net.from < 0) != (net.to < 0) || (net.from < 0) != !deny || (*start.device && start.uid < 0))
         fail("options", 0);
     if (deny)
         net_rules(deny);

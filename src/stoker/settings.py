@@ -36,6 +36,8 @@ class Settings:
     """0: machines always boot, and no memory is put away to start later ones from."""
     parked: int = 1
     """How many machines wait for the next create of a kind that there was a moment ago; 0: none."""
+    zygote: int = 1
+    """0: each VMM is loaded anew, with a layout of addresses of its own."""
     boot_timeout: float = 120.0
     kvm_probe_timeout: float = 30.0
     start_timeout: float = 30.0

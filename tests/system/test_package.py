@@ -18,7 +18,7 @@ import pytest
 from command_line import CommandLine
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = {"stoker/_bin/stoker-agent", "stoker/_bin/stoker-shim"}
+PROGRAMS = {"stoker/_bin/stoker-agent", "stoker/_bin/stoker-shim", "stoker/_bin/stoker-zygote.so"}
 
 
 def run(*words: str | Path, **options: object) -> str:

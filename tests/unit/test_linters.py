@@ -20,9 +20,10 @@ LONGEST_MODULE = 460
 LONGEST_BODY = 60
 GENERATED = {"client/sync.py"}
 STARTS_PROCESSES = {
-    # The one runner, and the two that start what outlives a call: the VMM's supervisor and the daemon.
+    # The one runner, and the three that start what outlives a call: the VMM's supervisor, what it forks from, and the daemon.
     "host/run.py",
     "vmm/shim.py",
+    "vmm/zygote.py",
     "client/launch.py",
 }
 

@@ -47,7 +47,7 @@ GOLDEN = """
 -chardev socket,id=monitor,fd=10,server=on,wait=off -mon chardev=monitor,mode=control
 -blockdev BLOCKDEV
 -chardev socket,id=agent,fd=13,server=on,wait=off
--object rng-builtin,id=rng
+-object rng-random,id=rng,filename=/dev/urandom
 -device virtio-blk-device,drive=disk0,serial=root,werror=stop,rerror=report,bus=virtio-mmio-bus.23
 -device virtio-serial-device,bus=virtio-mmio-bus.22
 -device virtio-rng-device,rng=rng,bus=virtio-mmio-bus.21

@@ -11,74 +11,24 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from shim_pipes import ENVIRONMENT, Pipes, ended, gone, pipes
 from stoker.errors import HostError
 from stoker.host.binaries import shim_path
 from stoker.host.process import ProcessIdentity
 from stoker.network.user import UserNetwork, plan_user_network
 from stoker.vmm.console import GAP, clean_lines, follow, tail
 from stoker.vmm.machine import MachineExit
-from stoker.vmm.shim import ShimOptions, Supervised, exit_of, filter_rules, find, read_exit, shim_command, start
+from stoker.vmm.shim import ShimOptions, exit_of, filter_rules, find, read_exit, shim_command, start
 
+__all__ = ["pipes"]
 pytestmark = pytest.mark.anyio
 
 SLEEP = ("/bin/sleep", "600")
-ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
-
-
-@dataclass
-class Pipes:
-    """A machine's directory and the ends the test holds."""
-
-    directory: Path
-    stack: ExitStack
-    console: int
-    """Write end; ``console_read`` is the shim's."""
-    console_read: int
-
-    def options(self, **more: object) -> ShimOptions:
-        return replace(ShimOptions(self.directory, self.console_read, 4096, passed=(self.console,)), **more)  # type: ignore[arg-type]
-
-    def owner(self) -> tuple[int, int]:
-        """(the shim's end, ours): closing ours is the owner's death."""
-        theirs, ours = os.pipe2(os.O_CLOEXEC)
-        self.stack.callback(os.close, theirs)
-        return theirs, ours
-
-
-@pytest.fixture
-def pipes(short_dir: Path) -> Iterator[Pipes]:
-    with ExitStack() as stack:
-        read, write = os.pipe2(os.O_CLOEXEC)
-        stack.callback(os.close, read)
-        stack.callback(os.close, write)
-        directory = short_dir / "m"
-        directory.mkdir(mode=0o700)
-        yield Pipes(directory, stack, write, read)
-        pair = find(directory)
-        if pair is not None:
-            os.kill(pair.shim.pid, signal.SIGKILL)
-            os.waitpid(pair.shim.pid, 0)
-
-
-async def gone(check: Callable[[], bool], seconds: float = 5.0) -> float:
-    """Waits until the check is true and gives how long that took."""
-    begin = time.monotonic()
-    while not check():
-        assert time.monotonic() - begin < seconds, "it did not happen"
-        await asyncio.sleep(0.005)
-    return time.monotonic() - begin
-
-
-async def ended(pair: Supervised) -> None:
-    await gone(lambda: not pair.vmm.alive() and not pair.shim.alive())
-    os.waitpid(pair.shim.pid, os.WNOHANG)  # noqa: ASYNC222
 
 
 async def run(pipes: Pipes, *argv: str, **options: object) -> None:

@@ -64,6 +64,7 @@ class RealBooter:
             goldens=self._goldens,
         )
         facts = await qemu_facts(self._settings)
+        self._zygote(facts)
         return _booted(live, facts, Origin.GOLDEN if live.golden else Origin.BOOT)
 
     async def resume(
@@ -83,7 +84,9 @@ class RealBooter:
         take = kept_memory(memory, self._bases, alone=not identity.copy) if isinstance(memory, Path) else memory
         live = await wake(request, self._settings, directory, disk, take, identity, ready=ready, progress=progress, cgroup=cgroup)
         origin = Origin.BOOT if not identity.copy else Origin.SNAPSHOT if isinstance(memory, Path) else Origin.FORK
-        return _booted(live, await qemu_facts(self._settings), identity.origin or origin)
+        facts = await qemu_facts(self._settings)
+        self._zygote(facts)
+        return _booted(live, facts, identity.origin or origin)
 
     async def helper(self, name: str, directory: Path, mounted: Mounted, file: Path) -> tuple[Machine, Agent]:
         from stoker.engine.boot import boot_helper
@@ -92,7 +95,17 @@ class RealBooter:
         disk = Attached(mounted.id, file, mounted.path, read_only=mounted.read_only)
         return await boot_helper(name, self._settings, directory, disk, MEMORY)
 
+    def _zygote(self, facts: QemuFacts) -> None:
+        """The next VMM begins from one."""
+        from stoker.vmm.zygote import want_zygote
+
+        if self._settings.zygote:
+            want_zygote(self._settings.run_dir, facts.path)
+
     async def aclose(self) -> None:
+        from stoker.vmm.zygote import end_zygote
+
+        await end_zygote(self._settings.run_dir)
         self._bases.close()
         if self._goldens is not None:
             await self._goldens.aclose()

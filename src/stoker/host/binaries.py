@@ -1,6 +1,7 @@
-"""Where the programs are that Stoker brings along: the guest's agent and the VMM's supervisor.
+"""Where the programs are that Stoker brings along: the guest's agent, the VMM's supervisor, and what is loaded into the VMM.
 
-Both are static, built from ``agent/`` by the build hook (``hatch_build.py``) into ``stoker/_bin`` and shipped in the wheel.
+The first two are static. All are built from ``agent/`` by the build hook (``hatch_build.py``) into ``stoker/_bin``, and are part of
+the wheel.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from stoker.errors import HostError
 
-__all__ = ["agent_path", "shim_path"]
+__all__ = ["agent_path", "shim_path", "zygote_path"]
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "_bin"
 
@@ -35,3 +36,8 @@ def agent_path() -> Path:
 def shim_path() -> Path:
     """The supervisor that every VMM of ours runs under."""
     return _program("stoker-shim")
+
+
+def zygote_path() -> Path:
+    """What is preloaded into a VMM's program that many machines begin from."""
+    return _program("stoker-zygote.so")

@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 __all__ = ["PAGE", "Mapping", "absent_runs", "file_mappings", "mappings_within", "private_runs"]
@@ -63,20 +63,28 @@ def _parse(line: str) -> Mapping:
     )
 
 
-def _mappings(pid: int) -> Iterator[Mapping]:
-    with open(f"/proc/{pid}/maps") as f:
-        for line in f:
-            yield _parse(line)
+def _lines(pid: int) -> list[str]:
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as f:
+        return f.read().splitlines()
 
 
 def file_mappings(pid: int, device: int, inode: int) -> list[Mapping]:
     """Where a process has this file mapped, by address. A file is known by device and inode: names lie."""
-    return [m for m in _mappings(pid) if m.inode == inode and m.device == device]
+    # A VMM has hundreds of mappings, and its guest waits: only what may be it is taken apart.
+    found = [_parse(line) for line in _lines(pid) if f" {inode} " in line]
+    return [m for m in found if m.inode == inode and m.device == device]
 
 
 def mappings_within(pid: int, start: int, end: int) -> list[Mapping]:
     """Whatever a process has mapped between two addresses, by address."""
-    return [m for m in _mappings(pid) if m.start < end and m.end > start]
+    found = []
+    for line in _lines(pid):
+        first, _, rest = line.partition("-")
+        if int(first, 16) >= end:
+            break
+        if int(rest.partition(" ")[0], 16) > start:
+            found.append(_parse(line))
+    return found
 
 
 def private_runs(pid: int, ranges: Iterable[tuple[int, int]]) -> tuple[array[int], array[int]]:

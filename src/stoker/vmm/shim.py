@@ -19,15 +19,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stoker.errors import HostError
 from stoker.host.process import ProcessIdentity, boot_id
 from stoker.vmm.machine import Gate, MachineExit, UserNetwork
+from stoker.vmm.zygote import Zygote
 
 __all__ = ["ShimOptions", "Supervised", "exit_of", "filter_rules", "find", "read_exit", "shim_command", "start"]
 
@@ -65,6 +67,8 @@ class Supervised:
 
     shim: ProcessIdentity
     vmm: ProcessIdentity
+    descriptor: int | None = None
+    """Of the shim, where it is no child of ours: the caller's to close."""
 
 
 def shim_command(shim: Path, options: ShimOptions, status: int, vmm: Sequence[str], go: int | None = None) -> list[str]:
@@ -97,7 +101,9 @@ def filter_rules(network: UserNetwork) -> str:
     return "".join([f"nameserver {network.nameserver}\n", *(f"deny {cidr}\n" for cidr in network.denied)])
 
 
-async def start(shim: Path, options: ShimOptions, vmm: Sequence[str], environment: Mapping[str, str]) -> Supervised:
+async def start(
+    shim: Path, options: ShimOptions, vmm: Sequence[str], environment: Mapping[str, str], zygote: Zygote | None = None
+) -> Supervised:
     """Starts the pair and returns when the VMM's program runs. The caller closes its copies of the descriptors.
 
     A VMM that cannot be executed is :class:`HostError` ``vmm_not_started``. On any failure the pair is ended before this returns.
@@ -113,16 +119,15 @@ async def start(shim: Path, options: ShimOptions, vmm: Sequence[str], environmen
                 waits, go = os.pipe2(os.O_CLOEXEC)
                 ends.callback(os.close, waits)
                 undo.callback(os.close, go)
-            # dup2 onto itself is posix_spawn's way to let a descriptor through; nothing becomes inheritable in this process.
-            let_through = (theirs, *options.descriptors(), *(() if waits is None else (waits,)))
-            actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in let_through]
-            # A detached machine must not hold open the pipe that somebody reads our own output from.
-            actions.append((os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0))
-            actions += [(os.POSIX_SPAWN_DUP2, 0, fd) for fd in (1, 2)]
-            words = shim_command(shim, options, theirs, vmm, waits)
-            pid = os.posix_spawn(shim, words, environment, file_actions=actions)  # noqa: ASYNC221 - a vfork, no waiting
+            descriptor = None
+            through = (theirs, *options.descriptors())
+            if zygote is not None:
+                words = shim_command(shim, options, theirs, vmm)
+                with suppress(HostError):
+                    descriptor = await zygote.start(words, environment, (*through, *(() if waits is None else (waits,))), waits)
+            pid = _spawn(shim, options, vmm, environment, theirs, waits) if descriptor is None else _pid_of(descriptor)
         with ExitStack() as failed:
-            failed.callback(_end_child, pid)
+            failed.callback(_end, pid, descriptor)
             if options.gate is not None and go is not None:
                 await options.gate(pid)
                 with suppress(BrokenPipeError):
@@ -132,9 +137,27 @@ async def start(shim: Path, options: ShimOptions, vmm: Sequence[str], environmen
                     line = await _read_line(status)
             except TimeoutError:
                 raise HostError("vmm_not_started", f"stoker-shim did not start {vmm[0]} within {START_TIMEOUT:g} s") from None
-            supervised = _parse_status(line, vmm[0])
+            supervised = replace(_parse_status(line, vmm[0]), descriptor=descriptor)
             failed.pop_all()
         return supervised
+
+
+def _spawn(
+    shim: Path, options: ShimOptions, vmm: Sequence[str], environment: Mapping[str, str], status: int, waits: int | None
+) -> int:
+    # dup2 onto itself is posix_spawn's way to let a descriptor through; nothing becomes inheritable in this process.
+    through = (status, *options.descriptors(), *(() if waits is None else (waits,)))
+    actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in through]
+    # A detached machine must not hold open the pipe that somebody reads our own output from.
+    actions.append((os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0))
+    actions += [(os.POSIX_SPAWN_DUP2, 0, fd) for fd in (1, 2)]
+    return os.posix_spawn(shim, shim_command(shim, options, status, vmm, waits), environment, file_actions=actions)
+
+
+def _pid_of(descriptor: int) -> int:
+    """The number of the process that a descriptor is of; 0: it has ended."""
+    with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as file:
+        return next((max(0, int(line.split()[1])) for line in file if line.startswith("Pid:")), 0)
 
 
 def _parse_status(line: bytes, program: str) -> Supervised:
@@ -150,13 +173,18 @@ def _parse_status(line: bytes, program: str) -> Supervised:
     raise HostError("vmm_not_started", f"{program} was not started: {what}: {reason}", details={"step": what, "errno": code})
 
 
-def _end_child(pid: int) -> None:
+def _end(pid: int, descriptor: int | None) -> None:
     """Takes a shim that failed to start out of the process table; SIGKILL takes its VMM along."""
     try:
+        if descriptor is not None:
+            signal.pidfd_send_signal(descriptor, 9)
+            os.close(descriptor)
+            return
         os.kill(pid, 9)  # our own child, not waited for yet: the number cannot mean another
         os.waitpid(pid, 0)
     except (ProcessLookupError, ChildProcessError):
-        pass
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 async def _read_line(fd: int) -> bytes:

@@ -86,6 +86,10 @@ async def _add(qmp: Qmp, disk: NextDisk, number: int) -> str:
     return name
 
 
+def _reserve(pid: int, base: int, size: int, scratch: Scratch) -> None:
+    scratch.reserve(changed_bytes(pid, base, size) + SPARE)
+
+
 async def capture_machine(
     qmp: Qmp, pid: int, base: int, size: int, scratch: Scratch, disks: Sequence[NextDisk], *, go_on: bool, zeros: bool = False
 ) -> Captured:
@@ -93,6 +97,8 @@ async def capture_machine(
     laps = Laps()
     async with AsyncExitStack() as undo:
         with laps.lap("prepare"):
+            room = asyncio.create_task(asyncio.to_thread(_reserve, pid, base, size, scratch))
+            undo.push_async_callback(asyncio.wait, {room})
             running = (await qmp.execute("query-status"))["status"] == "running"
             fd, name = await _target(qmp, undo)
             tops = await top_nodes(qmp) if disks else []
@@ -100,8 +106,7 @@ async def capture_machine(
             for disk in disks:
                 node = await _add(qmp, disk, time.monotonic_ns())
                 actions.append({"type": "blockdev-snapshot", "data": {"node": tops[disk.index], "overlay": node}})
-            expected = await asyncio.to_thread(changed_bytes, pid, base, size)
-            await asyncio.to_thread(scratch.reserve, expected + SPARE)
+            await room
         began = time.perf_counter()
         try:
             with laps.lap("stop"):

@@ -115,7 +115,8 @@ def command(spec: MachineSpec, qemu: QemuFacts, handles: Handles) -> list[str]:
     channel, device = _channel(spec, handles)
     argv += channel
     devices += [device, "virtio-rng-device,rng=rng"]
-    argv += ["-object", "rng-builtin,id=rng"]
+    # The kernel's own: a generator inside of QEMU is the same in all that fork from one zygote, until it notices.
+    argv += ["-object", "rng-random,id=rng,filename=/dev/urandom"]
     if spec.network is not None:
         network, device = _network(spec, handles)
         argv += network

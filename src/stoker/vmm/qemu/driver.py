@@ -34,6 +34,7 @@ from stoker.vmm.qemu.facts import qemu_facts
 from stoker.vmm.qemu.handles import open_handles
 from stoker.vmm.qemu.qmp import Qmp
 from stoker.vmm.saved import portable
+from stoker.vmm.zygote import find_zygote
 
 __all__ = ["QemuMachine", "adopt", "launch"]
 
@@ -73,7 +74,10 @@ class QemuMachine:
         self._shim_pid = pair.shim.pid
         # A child of ours that ended is there to be opened until it is waited for, so a shim may have ended by now, and its VMM too.
         with ExitStack() as undo:
-            self._shim_fd = os.pidfd_open(pair.shim.pid) if child else pair.shim.open_pidfd()
+            if pair.descriptor is not None:
+                self._shim_fd = pair.descriptor
+            else:
+                self._shim_fd = os.pidfd_open(pair.shim.pid) if child else pair.shim.open_pidfd()
             undo.callback(os.close, self._shim_fd)
             try:
                 self._vmm_fd: int | None = pair.vmm.open_pidfd()
@@ -248,7 +252,7 @@ async def launch(spec: MachineSpec, settings: Settings) -> QemuMachine:
             memory = _mapped(spec)
             record = {"name": spec.name, "memory": memory, "made_by": portable(spec, qemu)}
             (directory / "machine.json").write_text(json.dumps(record))
-            pair = await shim.start(shim_path(), opened.options, argv, ENVIRONMENT)
+            pair = await shim.start(shim_path(), opened.options, argv, ENVIRONMENT, find_zygote(settings.run_dir, qemu.path))
         machine = QemuMachine(spec.name, directory, pair, opened.owner, opened.state, child=True, memory=memory)
         keep.pop_all()
         return machine
