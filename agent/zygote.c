@@ -211,6 +211,7 @@ static void serve(int fd, char *place, size_t room)
 	/* Nobody here waits for a shim: whoever asked has a descriptor of it. */
 	signal(SIGCHLD, SIG_IGN);
 	umask(077);
+	setsid();
 	if (chdir("/"))
 		_exit(125);
 	answer(fd, 0, 0);
