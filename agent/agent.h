@@ -31,6 +31,7 @@ enum {
 	NAME_ROOM = 64,
 	PATH_ROOM = 4096,
 	NGROUPS_ROOM = 256,
+	CONNECTION_FIRST = 1 << 27, /* ids from here on are those of connections */
 };
 
 /* ---- text.c ----------------------------------------------------------------------------------------------------------------------- */
@@ -141,6 +142,8 @@ struct process {
 	bool running;  /* not yet reaped */
 	bool finished; /* reaped, and both outputs are complete */
 	bool pty, discard, busy, exit_sent, oom, builtin;
+	bool connecting;  /* not connected yet; `request` waits for it */
+	uint32_t request;
 	int status;
 	struct rusage usage;
 	uint64_t started_ns, ended_ns;
@@ -169,6 +172,16 @@ void process_attach(struct process *p, const uint64_t *out, const uint64_t *err)
 int process_signal(struct process *p, int number, bool group);
 int process_resize(struct process *p, unsigned rows, unsigned columns);
 bool processes_left(void); /* any child at all? reaps */
+
+/* ---- connect.c ------------------------------------------------------------------------------------------------------------------------ */
+
+static inline bool is_connection(const struct process *p)
+{
+	return p->id >= CONNECTION_FIRST;
+}
+void call_connect(uint32_t request, const struct mp *m);
+bool connection_made(struct process *p); /* false: not yet, or it was refused and is dropped */
+unsigned connections_sweep(bool all);    /* drops those that nobody attached since the last synchronisation, or all; how many are left */
 
 void output_init(struct output *o, struct process *p, uint32_t stream, int fd, uint32_t size);
 bool output_read(struct output *o); /* true: call again */

@@ -111,10 +111,10 @@ static bool describe_page(struct mp_writer *w, uint32_t after)
 	struct process *p = processes_first;
 	while (p && p->id <= after)
 		p = p->next;
-	for (; p && n < PAGE_OF_PROCESSES; p = p->next, n++)
+	for (; p && !is_connection(p) && n < PAGE_OF_PROCESSES; p = p->next, n++)
 		process_describe(w, p, false);
 	mpw_close(w, mark, n);
-	return p != NULL;
+	return p && !is_connection(p);
 }
 
 void describe_agent(struct mp_writer *w, uint32_t version)
@@ -208,7 +208,7 @@ static void call_detach(uint32_t request, struct process *p)
 
 static void call_forget(uint32_t request, struct process *p)
 {
-	if (!p->finished) {
+	if (!p->finished && !is_connection(p)) {
 		reply_error(request, "bad_request", EBUSY, "process %u is still running", p->id);
 		return;
 	}
@@ -305,6 +305,8 @@ static void handle_call(const struct frame *f)
 		call_exec(r, &m);
 	} else if (call_about_process(r, &method, &m)) {
 		;
+	} else if (mp_text_is(&method, "connect")) {
+		call_connect(r, &m);
 	} else if (mp_text_is(&method, "prepare")) {
 		call_prepare(r, &m);
 	} else if (mp_text_is(&method, "configure")) {

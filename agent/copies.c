@@ -321,6 +321,7 @@ static void restore_others(const struct mp *m, bool copy, bool sshd)
 		report_hazard("connections", !o.error, "%u ended%s%s", o.dropped, o.error ? ", not all: " : "", o.error ? strerror(o.error) : "");
 	if (!copy)
 		return;
+	connections_sweep(true); /* their other ends are the original's */
 	if (o.count)
 		report_beyond("processes", "%u go on with what they hold in memory (random state, keys, ids): %s", o.count, o.names);
 	else

@@ -433,13 +433,13 @@ void call_exec(uint32_t request, const struct mp *m)
 	struct failure f = {0};
 	memset(&q, 0, sizeof q);
 	q.id = mp_u64_or(m, "id", 0, UINT32_MAX);
-	struct process *p = q.id && q.id < 1u << 28 ? process_find((uint32_t)q.id) : NULL;
+	struct process *p = q.id && q.id < CONNECTION_FIRST ? process_find((uint32_t)q.id) : NULL;
 	if (p) {
 		reply_started(request, p); /* asked again after a synchronisation */
 		return;
 	}
-	if (!q.id || q.id >= 1u << 28)
-		fail(&f, "bad_request", EINVAL, "id: from 1 to 2^28-1");
+	if (!q.id || q.id >= CONNECTION_FIRST)
+		fail(&f, "bad_request", EINVAL, "id: from 1 to 2^27-1");
 	else if (processes_running >= PROCESSES_RUNNING)
 		fail(&f, "too_many", EAGAIN, "%d processes run already", PROCESSES_RUNNING);
 	else if (decode(&q, m, &f))

@@ -56,7 +56,6 @@ void process_started(struct process *p, pid_t pid)
 {
 	p->pid = pid;
 	p->running = true;
-	processes_running++;
 	struct process *after = last;
 	while (after && after->id > p->id)
 		after = after->previous;
@@ -66,9 +65,12 @@ void process_started(struct process *p, pid_t pid)
 	*(p->next ? &p->next->previous : &last) = p;
 	p->next_id = by_id[p->id % BUCKETS];
 	by_id[p->id % BUCKETS] = p;
+	process_busy(p);
+	if (is_connection(p))
+		return;
+	processes_running++;
 	p->next_pid = by_pid[(unsigned)pid % BUCKETS];
 	by_pid[(unsigned)pid % BUCKETS] = p;
-	process_busy(p);
 }
 
 void process_busy(struct process *p)
@@ -262,11 +264,15 @@ static bool work(struct process *p)
 {
 	bool more = false;
 	struct output *outputs[2] = {&p->out, &p->err};
+	if (p->connecting && !connection_made(p))
+		return false;
 	input_work(&p->in);
 	for (int i = 0; i < 2; i++) {
 		more |= output_read(outputs[i]);
 		more |= output_send(outputs[i]);
 	}
+	if (is_connection(p) && !p->out.open && !p->in.open)
+		p->running = false;
 	if (!p->running && !p->finished) {
 		uint64_t now = now_ns();
 		more |= give_up_quiet(p, &p->out, now);
@@ -350,7 +356,7 @@ void process_describe(struct mp_writer *w, const struct process *p, bool whole)
 
 int process_signal(struct process *p, int number, bool group)
 {
-	if (!p->running)
+	if (!p->running || is_connection(p))
 		return ESRCH; /* its number may belong to another by now */
 	if (group && kill(-p->pid, number) == 0)
 		return 0;

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <termios.h>
 #include <unistd.h>
 
@@ -112,8 +113,11 @@ bool output_read(struct output *o)
 	if (n < 0 && errno == EINTR)
 		return true;
 	o->readable = false;
-	if (n == 0 || errno != EAGAIN)
-		output_close(o); /* the last writer has gone; a terminal says EIO */
+	if (n && errno == EAGAIN)
+		return false;
+	if (n && is_connection(o->process))
+		o->process->status = errno << 8; /* its exit code */
+	output_close(o); /* the last writer has gone; a terminal says EIO */
 	return false;
 }
 
@@ -265,6 +269,7 @@ static void finish(struct input *i)
 		i->eof = false;
 		i->eof_at = UINT64_MAX;
 	} else {
+		shutdown(i->watch.fd, SHUT_WR); /* of a socket, which is open for reading still */
 		input_close(i);
 		i->gone = i->gone_told = true;
 	}

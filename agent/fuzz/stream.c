@@ -1,7 +1,7 @@
 /* A whole agent, fed by a host that says anything: every call, streams of processes that seem to exist, damage in between.
  *
  * Input: records of type, channel, offset and length (1, 1, 2, 2 bytes) and a payload, which are made into good frames; type 0xff
- * sends its payload as it is, 0xfe is a new synchronisation. */
+ * sends its payload as it is, 0xfe is a new synchronisation. Channels from 0xc0 on are the streams of connections. */
 #include "under.h"
 
 #include "../calls.c"
@@ -44,6 +44,26 @@
 #undef stage
 #undef buffer
 #undef finish
+/* A connection leads to an end of a pair: the other end has said something, and may have gone. */
+static int fuzz_socket(void)
+{
+	int pair[2];
+	static unsigned turn;
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0, pair))
+		return -1;
+	if (write(pair[1], "answer", 6) != 6)
+		abort();
+	static int open_end = -1;
+	if (open_end >= 0)
+		close(open_end);
+	open_end = ++turn % 2 ? pair[1] : (close(pair[1]), -1);
+	return pair[0];
+}
+#define socket(...) fuzz_socket()
+#define connect(...) 0
+#include "../connect.c"
+#undef socket
+#undef connect
 #include "../channel.c"
 
 struct agent agent = {.mode = MODE_SOCKET};
@@ -186,12 +206,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		} else if (head[0] == 0xfe) {
 			synchronise_again();
 		} else {
-			put_u32(trailer, frame_header(header, head[0], head[1], (uint64_t)(head[2] | head[3] << 8), (uint32_t)n));
+			put_u32(trailer, frame_header(header, head[0], head[1] < 0xc0 ? head[1] : 4u * CONNECTION_FIRST + head[1] - 0xc0, (uint64_t)(head[2] | head[3] << 8), (uint32_t)n));
 			feed(header, sizeof header);
 			feed(data, n);
 			feed(trailer, sizeof trailer);
 		}
-		if (head[0] == 0xfd && processes_first && processes_first->running) {
+		if (head[0] == 0xfd && processes_first && processes_first->running && !is_connection(processes_first)) {
 			struct process *p = processes_first;
 			forget_pid(p);
 			p->running = false;
@@ -204,7 +224,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	}
 	for (struct process *p = processes_first, *next; p; p = next) {
 		next = p->next;
-		if (p->running) {
+		if (p->running && !is_connection(p)) {
 			forget_pid(p);
 			p->running = false;
 			processes_running--;

@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import check_connections  # noqa: F401
 import check_copies  # noqa: F401
 import check_files  # noqa: F401
 import check_processes  # noqa: F401

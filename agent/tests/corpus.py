@@ -80,6 +80,19 @@ def main(where: Path) -> None:
             )
     put("stream", "everything", everything + record(0xFF, 0, 0, b"junk") + record(0xFE) + everything)
     put("stream", "terminal", record(CALL, 1, 0, pack({**exec_map, "tty": True, "rows": 5})) + record(DATA, 4, 0, b"x"))
+    connect = {"m": "connect", "id": 1 << 27, "to": bytes([2, 0, 0, 80, 127, 0, 0, 1]) + bytes(8)}
+    put(
+        "stream",
+        "connection",
+        record(CALL, 1, 0, pack(connect))
+        + record(DATA, 0xC0, 0, b"question")
+        + record(ACK, 0xC1, 3)
+        + record(0xFE)
+        + record(CALL, 2, 0, pack({"m": "attach", "id": 1 << 27, "out": 0, "err": None}))
+        + record(EOF, 0xC0, 8)
+        + record(CALL, 3, 0, pack({**connect, "id": (1 << 27) + 1}))
+        + record(CALL, 4, 0, pack({"m": "forget", "id": 1 << 27})),
+    )
     for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         out = io.BytesIO()
         with tarfile.open(

@@ -32,6 +32,8 @@ def frame_vectors() -> list[dict[str, Any]]:
         (WELCOME, 0, 0, pack({"version": 1})),
         (CALL, 1, 0, pack({"m": "processes"})),
         (REPLY, 0xFFFFFFFF, 0, pack({})),
+        (CALL, 2, 0, pack({"m": "connect", "id": 1 << 27, "to": bytes([2, 0, 0, 80, 127, 0, 0, 1]) + bytes(8)})),
+        (DATA, 1 << 29, 0, b"GET / HTTP/1.1\r\n\r\n"),
         (EVENT, (1 << 28) - 1, 0, pack({"e": "stdin_closed"})),
         (DATA, 5, 0, b"hello\n"),
         (DATA, 4 * ((1 << 28) - 1) + 2, 2**64 - 1, b"\0" * 9),
