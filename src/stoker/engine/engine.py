@@ -64,6 +64,7 @@ from stoker.engine.files import Files
 from stoker.engine.hidden import PARKED
 from stoker.engine.images import Images
 from stoker.engine.keys import Keys
+from stoker.engine.lines import Connections
 from stoker.engine.metrics import sample
 from stoker.engine.pages import page_after
 from stoker.engine.pooling import Pooling
@@ -103,6 +104,7 @@ class Engine:
         self._keys = keys
         self._stack = stack
         self.processes = Processes(core)
+        self.connections = Connections(core)
         self.files = Files(core)
         self.images = Images(core)
         self.upkeep = Upkeep(core)

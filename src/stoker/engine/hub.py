@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from stoker.api.models import OutputMode, ProcessInfo, StartProcess
 from stoker.engine.feed import Client, Feed
+from stoker.engine.lines import Lines
 from stoker.errors import Conflict, GuestError, InvalidRequest, NotFound, StokerError
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class Hub:
         self._all: dict[int, _Tracked] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting = asyncio.Semaphore(STARTING)
+        self.lines = Lines()
         self.error: StokerError | None = None
 
     # -- starting -----------------------------------------------------------------------------------------------------
@@ -344,10 +346,12 @@ class Hub:
                 tracked.process.abandon(error)
                 tracked.feed.fail(error)
                 self._all.pop(tracked.started.id, None)
+        await self.lines.resynchronise(agent)
 
     async def close(self, error: StokerError) -> None:
         """The machine is gone, or is let go of: everyone who looks on gets ``error``."""
         self.error = error
+        self.lines.close(error)
         for tracked in self._all.values():
             tracked.process.abandon(error)
             tracked.feed.fail(error)

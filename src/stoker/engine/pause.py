@@ -87,6 +87,7 @@ async def pause(core: Core, box: Box, *, idle: bool = False) -> Operation | None
         operation = core.operations.begin("pause", box.record.owner, box.id)
         error: StokerError | None = None
         try:
+            await live.hub.lines.drain()
             await _pause(core, box, live, operation)
         except StokerError as problem:
             error = problem
@@ -95,6 +96,7 @@ async def pause(core: Core, box: Box, *, idle: bool = False) -> Operation | None
             error = HostError("host_failed", f"{problem.strerror}: {problem.filename or 'the host refused it'}", "stoker doctor")
             raise error from None
         finally:
+            live.hub.lines.reopen()
             operation.end(error)
     log.info("%s is paused: %s", box.id, operation.value.steps)
     return operation.value

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Final
@@ -20,6 +21,7 @@ import msgspec
 from stoker.errors import GuestError, NotFound
 from stoker.guest import messages as m
 from stoker.guest.calls import CALL_TIMEOUT, Caller
+from stoker.guest.connections import FIRST_CONNECTION, RING, Connection
 from stoker.guest.copies import AfterRestore, BeforeSnapshot, Report
 from stoker.guest.frames import ACK, DATA, EOF, EVENT, PONG, REPLY, WELCOME, Frame, protocol_error
 from stoker.guest.messages import Configuration, ExecRequest, GuestInfo, ProcessInfo, Welcome
@@ -304,6 +306,28 @@ class Agent(Caller):
             raise
         return process
 
+    async def connect(self, to: bytes, *, persistent: bool = False, timeout: float = CALL_TIMEOUT) -> Connection:
+        """Connects inside the guest to an address (:func:`~stoker.guest.connections.inet`, ``unix``).
+
+        ``GuestError("unreachable")`` says why not, with the guest's ``errno`` in its details; ``connect_timeout``: nobody answered.
+        """
+        self._check()
+        number = FIRST_CONNECTION | secrets.randbits(27)
+        while number in self._processes:
+            number = FIRST_CONNECTION | secrets.randbits(27)
+        request = ExecRequest([], id=number, stdin=True, ring=RING)
+        process = Process(self._channel, request, persistent=persistent)
+        call = self._begin("a connection", m.call("connect", id=number, to=to), m.Nothing)
+        self._adopt(process)
+        try:
+            await self._finish(call, timeout)
+        except BaseException as error:
+            self.dismiss(process)
+            if isinstance(error, GuestError) and error.code == "agent_timeout":
+                raise GuestError("connect_timeout", f"nobody answered in the guest within {timeout:g} s") from None
+            raise
+        return Connection(process)
+
     async def run(
         self, request: ExecRequest, *, input: bytes | None = None, limit: int | None = None, timeout: float | None = None
     ) -> Completed:
@@ -425,6 +449,6 @@ class Agent(Caller):
         while self._next_id in self._processes:
             self._next_id += 1
         chosen, self._next_id = self._next_id, self._next_id + 1
-        if chosen > m.MAX_PROCESS:
+        if chosen >= FIRST_CONNECTION:
             raise GuestError("too_many", "this boot of the guest has used up its process numbers")
         return chosen

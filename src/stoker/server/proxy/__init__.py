@@ -1,0 +1,1 @@
+"""The reverse proxy: ``http://PORT-NAME.DOMAIN`` leads to a port inside a sandbox."""
