@@ -18,6 +18,7 @@ bench = LazyGroup(
         "pause": ("stoker.cli.bench.memory:pause", "Machines put away, and taken up again."),
         "density": ("stoker.cli.bench.density:density", "Many idle machines at once: the memory of each."),
         "api": ("stoker.cli.bench.api:api", "Lists, `stoker ls`, and the daemon at rest."),
+        "proxy": ("stoker.cli.bench.proxy:proxy", "The reverse proxy: requests per second over kept connections."),
         "files": ("stoker.cli.bench.files:files", "A big file in and out, and small ones."),
         "exec": ("stoker.cli.bench.exec:exec_bench", "A command in a running sandbox, against the agent's own work and SSH."),
     },

@@ -38,6 +38,7 @@ class Exchange:
         self.head = Head()
         self.failure: StokerError | None = None
         self.in_head = True
+        self.head_bytes = 0
         self.received_all = False
         self.sent_all = False
         """The whole request is with the service."""

@@ -196,6 +196,9 @@ class Front(asyncio.Protocol):
         if len(headers) >= MAX_HEADERS:
             raise BadHead(431, f"more than {MAX_HEADERS} headers")
         headers.append((name.lower(), value))
+        exchange.head_bytes += len(name) + len(value) + 4
+        if exchange.head_bytes > MAX_HEAD:
+            raise BadHead(431, f"the request's head has more than {MAX_HEAD} bytes")
 
     def on_headers_complete(self) -> None:
         exchange, parser = self._reading, self._parser

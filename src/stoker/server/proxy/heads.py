@@ -60,6 +60,8 @@ def _tokens(value: bytes) -> list[bytes]:
 
 def judge(headers: Headers, version: str, *, request: bool) -> Head:
     """What a head says. Names are in lower case. Raises :class:`BadHead` for what two readers could understand in two ways."""
+    if version not in ("1.0", "1.1"):
+        raise BadHead(505, "HTTP 1.0 and 1.1 are what is spoken here")
     head = Head(length=0 if request else None, close=version != "1.1")
     lengths: list[bytes] = []
     codings: list[bytes] = []

@@ -23,7 +23,7 @@ def status_of(error: StokerError) -> int:
         return 503
     if isinstance(error, Conflict):
         return 503  # a sandbox that is stopped, or just begins
-    return error.status if error.status in (400, 401, 405, 408, 413, 417, 431, 501, 504) else 502
+    return error.status if error.status in (400, 401, 405, 408, 413, 417, 414, 431, 501, 504, 505) else 502
 
 
 def page(status: int, error: StokerError, headers: Headers, *, head_only: bool, close: bool) -> bytes:

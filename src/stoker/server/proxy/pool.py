@@ -87,7 +87,7 @@ class Upstream(asyncio.Protocol):
         self._parser: HttpResponseParser | None = None
         self._headers: Headers = []
         self._reason = b""
-        self._head_bytes = 0
+        self._head_bytes = self._header_bytes = 0
         self._in_head = True
         self._until_close = False
         self._done = False
@@ -104,7 +104,7 @@ class Upstream(asyncio.Protocol):
         self._parser = HttpResponseParser(self)
         self._headers, self._trailing = [], []
         self._reason = b""
-        self._head_bytes = 0
+        self._head_bytes = self._header_bytes = 0
         self._in_head = True
         self._until_close = False
 
@@ -195,6 +195,9 @@ class Upstream(asyncio.Protocol):
         if len(headers) >= MAX_HEADERS:
             raise BadHead(502, f"more than {MAX_HEADERS} headers")
         headers.append((name.lower(), value))
+        self._header_bytes += len(name) + len(value) + 4
+        if self._header_bytes > MAX_HEAD:
+            raise BadHead(502, f"its head has more than {MAX_HEAD} bytes")
 
     def on_headers_complete(self) -> None:
         exchange, parser = self.exchange, self._parser
