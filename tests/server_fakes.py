@@ -74,7 +74,7 @@ from stoker.api.models import (
     WatchKind,
 )
 from stoker.engine.output import Output
-from stoker.errors import Conflict, DeadlineExceeded, InvalidRequest, NotFound, StokerError
+from stoker.errors import Conflict, DeadlineExceeded, GuestError, InvalidRequest, NotFound, StokerError
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 
@@ -701,6 +701,65 @@ class FakeWarm:
             raise NotFound("warm_set_unknown", f"there is no warm set {warm}")
 
 
+class FakeLine:
+    """A connection to a port of this host."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self.ended = False
+        self.brief = True
+
+    async def read(self) -> bytes:
+        return await self._reader.read(65536)
+
+    async def write(self, data: bytes) -> None:
+        self._writer.write(data)
+        await self._writer.drain()
+
+    def close_write(self) -> None:
+        self._writer.write_eof()
+
+    def lasting(self) -> None:
+        self.brief = False
+
+    def rest(self) -> None: ...
+
+    def use(self) -> bool:
+        return not self.ended
+
+    def drop(self) -> None:
+        self.ended = True
+        self._writer.close()
+
+    async def aclose(self) -> None:
+        self.drop()
+
+
+class FakeRoute:
+    def __init__(self, box: Sandbox) -> None:
+        self.sandbox, self.local, self.policy = box.id, box.owner == "local", box.labels.get("stoker.proxy", "")
+
+
+class FakeConnections:
+    """The ports of every sandbox are those of this host."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    def route(self, label: str) -> FakeRoute | None:
+        for box in self._engine.boxes.values():
+            if label in (box.id, (box.name or "").lower()):
+                return FakeRoute(box)
+        return None
+
+    async def open(self, who: Principal, sandbox: str, port: int, *, address: str | None = None, brief: bool = False) -> FakeLine:
+        await self._engine.get(who, sandbox)
+        try:
+            return FakeLine(*await asyncio.open_connection(address or "127.0.0.1", port))
+        except ConnectionRefusedError:
+            raise GuestError("port_refused", f"nothing listens on port {port} of {sandbox}") from None
+
+
 class FakeEngine:
     def __init__(self, root: Path, *, harmless: bool = False) -> None:
         """``harmless``: whatever command is asked for, ``true`` or ``cat`` runs; for commands made up at random."""
@@ -716,6 +775,7 @@ class FakeEngine:
         self.consoles: dict[str, bytes] = {}
         self.leases: dict[str, int] = {}
         self.processes = FakeProcesses(self)
+        self.connections = FakeConnections(self)
         self.files = FakeFiles(self, root)
         self.images = FakeImages()
         self.upkeep = FakeUpkeep()

@@ -55,7 +55,7 @@ class Running:
 
 def test_settings(directory: Path) -> Settings:
     base = load_settings({"HOME": str(directory), "XDG_RUNTIME_DIR": str(directory)}, root=False)
-    return replace(base, data_dir=directory / "data", run_dir=directory / "run", listen=f"127.0.0.1:{free_port()}")
+    return replace(base, data_dir=directory / "data", run_dir=directory / "run", listen=f"127.0.0.1:{free_port()}", proxy="")
 
 
 test_settings.__test__ = False  # type: ignore[attr-defined]

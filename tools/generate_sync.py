@@ -23,6 +23,7 @@ SOURCES = (
     ("commands", "AsyncPty"),
     ("files", "AsyncFiles"),
     ("volumes", "AsyncVolumes"),
+    ("forward", "AsyncForward"),
     ("client", "AsyncClient"),
     ("sandbox", "AsyncSandbox"),
     ("templates", "AsyncTemplate"),
@@ -52,6 +53,7 @@ from stoker.api.models import (
     Metrics,
     Operation,
     Pool,
+    PortAccess,
     ProcessInfo,
     Quota,
     SignedOperation,
@@ -72,6 +74,7 @@ from stoker.client.commands import AsyncCommands, AsyncPty, Command
 from stoker.client.endpoint import Endpoint
 from stoker.client.feed import AsyncFeed
 from stoker.client.files import AsyncFiles, OnBytes
+from stoker.client.forward import AsyncForward
 from stoker.client.launch import DaemonProcess
 from stoker.client.operations import OnProgress
 from stoker.client.process import AsyncProcess
@@ -81,7 +84,7 @@ from stoker.client.templates import AsyncTemplate, OnLog
 from stoker.client.volumes import AsyncVolumes
 from stoker.settings import Settings
 
-__all__ = ["Client", "Commands", "Feed", "Files", "Process", "Pty", "Sandbox", "Template", "Volumes"]
+__all__ = ["Client", "Commands", "Feed", "Files", "Forward", "Process", "Pty", "Sandbox", "Template", "Volumes"]
 
 T = TypeVar("T")
 '''

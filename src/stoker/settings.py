@@ -48,6 +48,12 @@ class Settings:
     api_key: str = ""
     listen: str = ""
     """``HOST:PORT`` the daemon listens on besides its socket; empty: the socket only."""
+    proxy: str = "127.0.0.1:7070"
+    """``HOST:PORT`` of the reverse proxy to ports inside sandboxes; empty: none."""
+    proxy_domain: str = "localhost"
+    """Sandboxes are ``PORT-NAME.DOMAIN`` there."""
+    proxy_trusted: str = ""
+    """Addresses of proxies in front of it, by commas: their X-Forwarded headers are believed."""
     idle_exit: float = 600.0
     """An auto-started daemon ends after so long without a sandbox and a client."""
     budget_memory: int = 0

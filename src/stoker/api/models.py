@@ -23,6 +23,7 @@ from stoker.api.files import (
 )
 from stoker.api.images import Image, ImageList, Kernel, KernelList
 from stoker.api.pools import CreatePool, Pool, PoolList
+from stoker.api.ports import PortAccess
 from stoker.api.processes import (
     ExecRequest,
     ExecResult,
@@ -82,6 +83,7 @@ from stoker.api.warm import SetWarm, WarmSet, WarmSetId, WarmSetList
 
 __all__ = [
     "PoolList",
+    "PortAccess",
     "Pool",
     "CreatePool",
     "ApiKey",

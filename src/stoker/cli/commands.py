@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "attach": ("stoker.cli.exec:attach", "Join a process of a sandbox."),
     "cp": ("stoker.cli.cp:cp", "Copy files between this host and sandboxes."),
     "logs": ("stoker.cli.logs:logs", "Print a sandbox's console."),
+    "port-forward": ("stoker.cli.port:port_forward", "Listen here for ports inside a sandbox."),
+    "url": ("stoker.cli.port:url", "Print where the proxy serves a port of a sandbox."),
     "ps": ("stoker.cli.ps:ps", "List the processes of a sandbox."),
     "kill": ("stoker.cli.ps:kill", "Send a signal to processes of a sandbox."),
     "top": ("stoker.cli.top:top", "Show what sandboxes use."),

@@ -24,6 +24,7 @@ from stoker.api.models import (
     Operation,
     OperationPage,
     PingResult,
+    PortAccess,
     ResizeSandbox,
     SetTimeout,
     Snapshot,
@@ -40,6 +41,7 @@ from stoker.client.client import AsyncClient, default_client
 from stoker.client.commands import AsyncCommands, AsyncPty
 from stoker.client.feed import AsyncFeed, events_feed
 from stoker.client.files import AsyncFiles
+from stoker.client.forward import AsyncForward, listen
 from stoker.client.operations import OnProgress, begin_create, destroy_made, finish_operation, wait_for_state
 from stoker.client.words import init_mode, network_mode
 from stoker.errors import Conflict, InvalidRequest, NotFound, error_from_wire
@@ -313,6 +315,17 @@ class AsyncSandbox:
         """Until it is in one of the states (none: until it is gone). :class:`DeadlineExceeded` after ``timeout`` seconds."""
         info = await wait_for_state(self._api, self.id, states, timeout)
         return self._info if info is None else self._keep(info)
+
+    async def port(self, port: int) -> PortAccess:
+        """Where the daemon's reverse proxy serves a port of it, and the token for that."""
+        return await self._api.call("GET", self._path("ports", str(port)), PortAccess)
+
+    async def forward(self, port: int, local: str = "127.0.0.1:0") -> AsyncForward:
+        """Listens on a local address (port 0: any free one; or the path of a Unix socket) that leads to a port of it.
+
+        The sandbox needs no network, and its service may listen on localhost only. To be closed, or used with ``async with``.
+        """
+        return await listen(self._api, self._path("ports", str(port), "stream"), local)
 
     async def ping(self) -> float:
         """Seconds until the agent in the guest has answered."""

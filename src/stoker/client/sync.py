@@ -22,6 +22,7 @@ from stoker.api.models import (
     Metrics,
     Operation,
     Pool,
+    PortAccess,
     ProcessInfo,
     Quota,
     SignedOperation,
@@ -42,6 +43,7 @@ from stoker.client.commands import AsyncCommands, AsyncPty, Command
 from stoker.client.endpoint import Endpoint
 from stoker.client.feed import AsyncFeed
 from stoker.client.files import AsyncFiles, OnBytes
+from stoker.client.forward import AsyncForward
 from stoker.client.launch import DaemonProcess
 from stoker.client.operations import OnProgress
 from stoker.client.process import AsyncProcess
@@ -51,7 +53,7 @@ from stoker.client.templates import AsyncTemplate, OnLog
 from stoker.client.volumes import AsyncVolumes
 from stoker.settings import Settings
 
-__all__ = ["Client", "Commands", "Feed", "Files", "Process", "Pty", "Sandbox", "Template", "Volumes"]
+__all__ = ["Client", "Commands", "Feed", "Files", "Forward", "Process", "Pty", "Sandbox", "Template", "Volumes"]
 
 T = TypeVar("T")
 
@@ -455,6 +457,41 @@ class Volumes:
     def read_raw(self, volume: str) -> Feed[bytes]:
         """Its ext4 file system, as bytes."""
         return Feed._wrap(call(self._async.read_raw(volume)))
+
+
+class Forward:
+    """Listens until it is closed; use it with ``with``. Each connection taken is one to the port in the sandbox."""
+
+    _async: AsyncForward
+
+    @classmethod
+    def _wrap(cls, inner: AsyncForward) -> Forward:
+        made = cls.__new__(cls)
+        made._async = inner
+        return made
+
+    def __repr__(self) -> str:
+        return repr(self._async).replace("<Async", "<", 1)
+
+    def __enter__(self) -> Forward:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        call(self._async.__aexit__(*_))
+
+    @property
+    def address(self) -> str:
+        """``HOST:PORT``, or the path of a Unix socket."""
+        return self._async.address
+
+    @property
+    def port(self) -> int:
+        """The local port; 0 of a Unix socket."""
+        return self._async.port
+
+    def close(self) -> None:
+        """Listens no more, and ends the connections there are. May be called again."""
+        call(self._async.close())
 
 
 class Client:
@@ -890,6 +927,17 @@ class Sandbox:
     def wait(self, *states: str, timeout: float | None = None) -> SandboxInfo:
         """Until it is in one of the states (none: until it is gone). :class:`DeadlineExceeded` after ``timeout`` seconds."""
         return call(self._async.wait(*states, timeout=timeout))
+
+    def port(self, port: int) -> PortAccess:
+        """Where the daemon's reverse proxy serves a port of it, and the token for that."""
+        return call(self._async.port(port))
+
+    def forward(self, port: int, local: str = "127.0.0.1:0") -> Forward:
+        """Listens on a local address (port 0: any free one; or the path of a Unix socket) that leads to a port of it.
+
+        The sandbox needs no network, and its service may listen on localhost only. To be closed, or used with ``with``.
+        """
+        return Forward._wrap(call(self._async.forward(port, local)))
 
     def ping(self) -> float:
         """Seconds until the agent in the guest has answered."""

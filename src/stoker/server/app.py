@@ -23,6 +23,7 @@ from stoker.server.docs import render_docs
 from stoker.server.endpoint import Endpoint, build_handler, failure
 from stoker.server.lease import hold_lease
 from stoker.server.openapi import build_document
+from stoker.server.port_stream import connect_to, port_number
 from stoker.server.ports import EngineProtocol
 from stoker.server.replies import Reply, error_reply
 from stoker.server.routes import (
@@ -32,6 +33,7 @@ from stoker.server.routes import (
     keys,
     operations,
     pools,
+    ports,
     processes,
     sandboxes,
     signed,
@@ -55,6 +57,7 @@ def all_endpoints() -> list[Endpoint]:
     modules = (
         sandboxes,
         processes,
+        ports,
         files,
         signed,
         operations,
@@ -86,10 +89,15 @@ async def _start(channel: Channel, who: Principal, path: dict[str, str]) -> None
     await start_and_attach(channel, who, path["sandbox"])
 
 
+async def _port(channel: Channel, who: Principal, path: dict[str, str]) -> None:
+    await connect_to(channel, who, path["sandbox"], port_number(path["port"]))
+
+
 SOCKETS: dict[str, SocketHandler] = {
     "/v1/sandboxes/{sandbox:str}/lease": _lease,
     "/v1/sandboxes/{sandbox:str}/processes/stream": _start,
     "/v1/sandboxes/{sandbox:str}/processes/{process:str}/attach": _attach,
+    "/v1/sandboxes/{sandbox:str}/ports/{port:str}/stream": _port,
 }
 
 
@@ -147,14 +155,19 @@ def _documents() -> dict[str, bytes]:
     return {"openapi": json.dumps(document).encode(), "docs": render_docs(document)}
 
 
-def create_app(engine: EngineProtocol, *, secret: bytes, group: int | None = None, auto_started: bool = False) -> Litestar:
-    """``secret`` signs URLs; ``group`` may use the Unix socket besides the owner (default: the group ``stoker``)."""
+def create_app(
+    engine: EngineProtocol, *, secret: bytes, group: int | None = None, auto_started: bool = False, proxy: str | None = None
+) -> Litestar:
+    """``secret`` signs URLs; ``group`` may use the Unix socket besides the owner (default: the group ``stoker``); ``proxy`` is
+    where the reverse proxy is found."""
     endpoints = all_endpoints()
     services = Services(
         engine=engine,
         signer=Signer(secret),
         group=group_id() if group is None else group,
         auto_started=auto_started,
+        secret=secret,
+        proxy=proxy,
         documents=_documents(),
     )
     handlers: list[Any] = [build_handler(endpoint, services) for endpoint in endpoints]

@@ -14,7 +14,7 @@ from stoker.server.channel import Channel, body_of, decode
 from stoker.server.ports import Attachment
 from stoker.server.routes.processes import signal_number
 
-__all__ = ["attach_to", "start_and_attach"]
+__all__ = ["attach_to", "relay", "start_and_attach"]
 
 _log = structlog.get_logger("stoker.server")
 
@@ -131,7 +131,7 @@ class _Relay:
                 await self._channel.say(wire.Ack(bytes=len(data)))
 
 
-async def _relay(channel: Channel, attachment: Attachment, window: int) -> None:
+async def relay(channel: Channel, attachment: Attachment, window: int) -> None:
     try:
         await _Relay(channel, attachment, window).run()
     finally:
@@ -145,7 +145,7 @@ async def attach_to(channel: Channel, who: Principal, sandbox: str, process: int
         raise InvalidRequest("unexpected_message", f"an attach message was expected, not {type(message).__name__}")
     processes = channel.services.engine.processes
     attachment = await processes.attach(who, sandbox, process, message.stdout, message.stderr, lossless=message.lossless)
-    await _relay(channel, attachment, message.window)
+    await relay(channel, attachment, message.window)
 
 
 async def start_and_attach(channel: Channel, who: Principal, sandbox: str) -> None:
@@ -153,4 +153,4 @@ async def start_and_attach(channel: Channel, who: Principal, sandbox: str) -> No
     if not isinstance(message, wire.Start):
         raise InvalidRequest("unexpected_message", f"a start message was expected, not {type(message).__name__}")
     attachment = await channel.services.engine.processes.open(who, sandbox, message.process, lossless=message.lossless)
-    await _relay(channel, attachment, message.window)
+    await relay(channel, attachment, message.window)

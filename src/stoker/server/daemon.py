@@ -135,6 +135,29 @@ def _sockets(settings: Settings, group: int | None, stack: AsyncExitStack) -> li
     return sockets
 
 
+async def _proxy(settings: Settings, engine: EngineProtocol, secret: bytes, stack: AsyncExitStack) -> str | None:
+    """The reverse proxy. The daemon goes without, where its address is another's: everything else works."""
+    if not settings.proxy:
+        return None
+    from stoker.server.proxy.router import Router
+    from stoker.server.proxy.service import Proxy
+
+    try:
+        sock = listen.bind_tcp(settings.proxy)
+    except StokerError as error:
+        _log.warning("there is no reverse proxy", why=error.message)
+        return None
+    stack.callback(sock.close)
+    domain = settings.proxy_domain.lower().strip(".")
+    trusted = frozenset(word.strip() for word in settings.proxy_trusted.split(",") if word.strip())
+    proxy = Proxy(Router(engine.connections, domain, secret), trusted=trusted)
+    stack.push_async_callback(proxy.aclose, GRACE)
+    await proxy.begin(sock)
+    host, port = sock.getsockname()[:2]
+    _log.info("proxying", address=f"{host}:{port}", domain=domain)
+    return f"{domain}:{port}"
+
+
 @asynccontextmanager
 async def _signals(server: _Server) -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
@@ -163,7 +186,8 @@ async def serve(
         sockets = _sockets(settings, group, stack)
         engine = await stack.enter_async_context(open_engine(settings))
         secret = await asyncio.to_thread(load_secret, settings.data_dir / "url-secret")
-        server = make_server(create_app(engine, secret=secret, group=group, auto_started=auto))
+        proxy = await _proxy(settings, engine, secret, stack)
+        server = make_server(create_app(engine, secret=secret, group=group, auto_started=auto, proxy=proxy))
         server.retire = engine.retire
         await stack.enter_async_context(_signals(server))
         serving = asyncio.create_task(server.serve(sockets))

@@ -25,6 +25,7 @@ PATH_PARAMETERS: dict[str, dict[str, Any]] = {
         "description": "A process's id or tag.",
         "schema": {"type": "string", "pattern": "^([0-9]{1,9}|[A-Za-z_][A-Za-z0-9._-]{0,63})$", "maxLength": 64, "minLength": 1},
     },
+    "port": {"description": "A TCP port in the guest.", "schema": {"type": "integer", "minimum": 1, "maximum": 65535}},
     "volume": {
         "description": "A volume's name or id.",
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", "maxLength": 64, "minLength": 1},

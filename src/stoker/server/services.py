@@ -21,4 +21,8 @@ class Services:
     """Members of this group may use the Unix socket."""
     auto_started: bool = False
     started_at: float = field(default_factory=time.time)
+    secret: bytes = b""
+    """What the proxy's tokens are made with."""
+    proxy: str | None = None
+    """``DOMAIN:PORT`` of the reverse proxy."""
     documents: dict[str, bytes] = field(default_factory=dict)

@@ -144,7 +144,7 @@ async def _load(port: int, clients: int, seconds: float, requests: int) -> tuple
     counter = [0]
     began = time.perf_counter()
     made = [await loop.create_connection(lambda: _Client(times, counter), "127.0.0.1", port) for _ in range(clients)]
-    while (counter[0] < requests) if requests else (time.perf_counter() - began < seconds):
+    while (counter[0] < requests) if requests else (time.perf_counter() - began < seconds):  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     for _, client in made:
         client.stop = True
