@@ -132,7 +132,7 @@ async def test_losses_lose_nothing(short_dir: Path, keep: bool) -> None:
     lines = Lines()
     async with running_agent(short_dir / "a"), lossy.running(), serving(echo) as port:
         agent = await connect(lossy.listen, fresh=False, timeout=10)
-        core, box = SimpleNamespace(alarm=asyncio.Event()), SimpleNamespace(users=0, touch=lambda: None)
+        core, box = Fake(agent), SimpleNamespace(users=0, touch=lambda: None)
         line = engine_lines.Line(core, box, lines, await agent.connect(inet(port), persistent=True), brief=False)  # type: ignore[arg-type]
         got = bytearray()
 
@@ -181,6 +181,8 @@ class Fake:
     def find(self, who: Principal, sandbox: str) -> Any:
         return self.box
 
+    async def awake(self, box: Any) -> None: ...
+
     async def agent(self, box: Any) -> Any:
         self.woken += 1
         return self.live, self.live.agent
@@ -212,7 +214,8 @@ async def test_the_door(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         late = asyncio.create_task(door.open(Principal(), "web", port))
         await asyncio.sleep(0.05)
         assert not late.done() and not draining.done()
-        brief.drop()
+        brief.rest()  # into a pool: it is closed, as those that lay there
+        assert brief.ended
         async with asyncio.timeout(0.2):
             await draining
         lines.reopen()

@@ -523,3 +523,18 @@ async def test_rested_connections_go(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(only, Pool) and len(only.idle) == 1
         r.router.sweep(asyncio.get_running_loop().time() + 1)
         assert not only.idle
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_a_million_requests_leave_nothing_behind() -> None:
+    from click.testing import CliRunner
+
+    from stoker.cli.bench.proxy import proxy
+
+    done = CliRunner().invoke(proxy, ["--requests", "1000000", "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.output)
+    assert result["failures"] == 0 and result["n"] >= 1_000_000
+    assert result["descriptors"]["after"] <= result["descriptors"]["before"]
+    assert result["resident_kib"]["after"] <= result["resident_kib"]["before"] + 4096

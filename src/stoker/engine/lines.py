@@ -42,9 +42,14 @@ class Lines:
         self._open.set()
         self._calm = asyncio.Event()
 
+    @property
+    def closing(self) -> bool:
+        """The machine is about to be paused."""
+        return not self._open.is_set()
+
     async def gate(self) -> bool:
         """Waits while the machine is about to be paused. True: it did, and what was known of the machine may be wrong."""
-        waited = not self._open.is_set()
+        waited = self.closing
         await self._open.wait()
         return waited
 
@@ -106,6 +111,7 @@ class Line:
         return await self.connection.read()
 
     async def write(self, data: bytes) -> None:
+        await self._core.awake(self._box)
         await self.connection.write(data)
 
     def close_write(self) -> None:
@@ -124,10 +130,12 @@ class Line:
             self._box.touch()
             self._core.alarm.set()
             self._lines.changed()
+            if self._lines.closing and self in self._lines.all:
+                self.drop()  # nobody would wake its machine for it
 
     def use(self) -> bool:
         """Takes one that rests into use again. False: it is over, or its machine is about to be paused."""
-        if self.ended or not self._lines._open.is_set():
+        if self.ended or self._lines.closing:
             return False
         if not self.busy:
             self.busy = True
