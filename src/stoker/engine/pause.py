@@ -11,6 +11,8 @@ disk          what it wrote is on the host's disk; memory, CPUs, processes are f
 paused        the row says so
 ============  ============================================================================================
 
+Before all that, requests to ports of its guest that are being answered are waited for, within bounds (:mod:`.lines`).
+
 A resume is over the point of no return when the row says ``woken``: from then on the disk may differ from the files, and they are
 its past. Until then a failure ends the new machine and the sandbox is paused as before.
 """

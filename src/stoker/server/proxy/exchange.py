@@ -159,6 +159,8 @@ class Exchange:
         if self._up is not None:
             self._body_sent = True
             self._up.wire.write(data)
+            if not self.responded:
+                self.front.deadline = self.front.now() + RESPONSE
             return
         self._body.append(data)
         self._waiting += len(data)

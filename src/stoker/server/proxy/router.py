@@ -96,7 +96,7 @@ class Router:
 
 
 def _hidden() -> NotFound:
-    return NotFound("no_such_service", "there is no such service, or it wants another token", "stoker ls; stoker proxy NAME")
+    return NotFound("no_such_service", "there is no such service, or it wants another token", "stoker ls; stoker url NAME PORT")
 
 
 def _shown(headers: Headers) -> tuple[list[bytes], Headers]:
