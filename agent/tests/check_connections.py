@@ -91,9 +91,8 @@ def tells_why_not(a: Target) -> None:
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
-        waiting = []
         for number in range(4):
-            waiting.append(h.start_call("connect", id=FIRST + 10 + number, to=inet(full.getsockname()[1])))
+            h.start_call("connect", id=FIRST + 10 + number, to=inet(full.getsockname()[1]))
         for number in range(4):
             h.call("forget", id=FIRST + 10 + number)
     assert not h.call("processes")["processes"]

@@ -113,6 +113,7 @@ async def test_a_service_on_a_guests_localhost(settings: Settings, short_dir: Pa
             other, to_other = await asyncio.open_connection("127.0.0.1", port)
             to_other.write(b"GET / HTTP/1.1\r\nHost: 8000-copy.localhost\r\nConnection: close\r\n\r\n")
             assert (await other.read()).endswith(b"hello")
+            to_other.close()
             # A machine that is stopped: why, and how to mend it.
             await engine.stop(ADMIN, "copy", grace=1.0)
             other, to_other = await asyncio.open_connection("127.0.0.1", port)

@@ -12,7 +12,7 @@ from stoker.engine.output import Output
 from stoker.errors import InvalidRequest
 from stoker.server.attach import relay
 from stoker.server.channel import Channel
-from stoker.server.ports import Line
+from stoker.server.line_ports import Line
 
 __all__ = ["connect_to", "port_number"]
 

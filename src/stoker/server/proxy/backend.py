@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from stoker.api.models import Principal
 from stoker.errors import Conflict, DeadlineExceeded, GuestError, StokerError
-from stoker.server.ports import Connections, Line
+from stoker.server.line_ports import Connections, Line
 
 __all__ = ["AddressBackend", "Backend", "ChannelBackend", "Wire"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from stoker.errors import NotFound
-from stoker.server.ports import Connections
+from stoker.server.line_ports import Connections
 from stoker.server.proxy.backend import Backend, ChannelBackend
 from stoker.server.proxy.heads import Head, Headers, authority
 from stoker.server.proxy.pool import Pool
