@@ -336,6 +336,8 @@ class Hub:
             except NotFound:
                 continue
             self._track(started, process)
+        # A connection that an earlier daemon made is nobody's: the agent closes those at the next word about connections.
+        agent.post("connect")
 
     async def resynchronise(self, agent: Agent) -> None:
         """After the connection was lost, over the next one."""
