@@ -240,6 +240,12 @@ async def test_the_proxy_by_the_channel(short_dir: Path) -> None:
         connections += 1
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
+            if head.startswith(b"PUT"):
+                # It has seen enough, and says so.
+                writer.write(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nno.")
+                writer.get_extra_info("socket").shutdown(socket.SHUT_RD)
+                await writer.drain()
+                return
             if b"upgrade" in head:
                 writer.write(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n")
                 await echo(reader, writer)
@@ -265,6 +271,11 @@ async def test_the_proxy_by_the_channel(short_dir: Path) -> None:
                 assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
                 assert await reader.readexactly(size) == bytes(size)
             assert connections == 1 and core.box.users == 0
+            enough, to_enough = await asyncio.open_connection("127.0.0.1", sock.getsockname()[1])
+            to_enough.write(b"PUT / HTTP/1.1\r\n%bContent-Length: %d\r\n\r\n" % (host, 64 << 20) + bytes(1 << 20))
+            assert (await enough.readuntil(b"no.")).startswith(b"HTTP/1.1 413")
+            assert await enough.read() == b""
+            to_enough.close()
             writer.write(b"GET / HTTP/1.1\r\n%bConnection: upgrade\r\nUpgrade: echo\r\n\r\n" % host)
             await reader.readuntil(b"\r\n\r\n")
             (line,) = core.live.hub.lines.all

@@ -188,6 +188,7 @@ class ChannelWire:
             self._end(error)
 
     async def _write(self) -> None:
+        refused = False
         try:
             while True:
                 while not self._queue:
@@ -198,20 +199,17 @@ class ChannelWire:
                     self._more.clear()
                     await self._more.wait()
                 data = self._queue.popleft()
-                if data is None:
-                    self.line.close_write()
-                    continue
-                await self.line.write(data)
-                self._size -= len(data)
+                try:
+                    if data is None:
+                        self.line.close_write()
+                    elif not refused:
+                        await self.line.write(data)
+                except Conflict:
+                    # The service takes no more, and may still have something to say: the reader tells its end.
+                    refused = True
+                self._size -= len(data or b"")
                 if self._full and self._size <= HIGH_WATER // 2:
                     self._full = False
                     self._protocol.resume_writing()
-        except Conflict:
-            # The service takes no more, and may still have something to say: the reader tells its end.
-            self._queue.clear()
-            self._size = 0
-            if self._full:
-                self._full = False
-                self._protocol.resume_writing()
         except StokerError as error:
             self._end(error)

@@ -24,7 +24,7 @@ MAX_HEADERS: Final = 128
 HEAD_SECONDS: Final = 30.0
 KEEP_ALIVE: Final = 75.0
 LINGER_SECONDS: Final = 5.0
-PIPELINED: Final = 16
+PIPELINED: Final = 512
 
 
 class Front(asyncio.Protocol):
