@@ -15,6 +15,7 @@ import pytest
 from stoker.errors import GuestError, StokerError
 from stoker.server.proxy import exchange, front
 from stoker.server.proxy.backend import AddressBackend
+from stoker.server.proxy.heads import BadHead, judge
 from stoker.server.proxy.pool import Pool
 from stoker.server.proxy.router import Router, proxy_token
 from stoker.server.proxy.service import Proxy
@@ -538,3 +539,22 @@ def test_a_million_requests_leave_nothing_behind() -> None:
     assert result["failures"] == 0 and result["n"] >= 1_000_000
     assert result["descriptors"]["after"] <= result["descriptors"]["before"]
     assert result["resident_kib"]["after"] <= result["resident_kib"]["before"] + 4096
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [(b"content-length", b"3"), (b"content-length", b"3")],
+        [(b"content-length", b"3"), (b"transfer-encoding", b"chunked")],
+        [(b"content-length", b"\xb2")],
+        [(b"transfer-encoding", b"")],
+        [(b"transfer-encoding", b"chunked, chunked")],
+        [(b"x y", b"")],
+        [(b"x", b"a\rb")],
+    ],
+)
+def test_heads_are_judged_whatever_the_parser_let_through(headers: list[tuple[bytes, bytes]]) -> None:
+    assert judge([(b"host", b"a")], "1.1", request=True).length == 0
+    for request in (True, False):
+        with pytest.raises(BadHead):
+            judge([(b"host", b"a"), *headers], "1.1", request=request)
