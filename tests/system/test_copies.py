@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from restored_guests import Base, made_base, said, started
-from stoker.errors import GuestError
+from stoker.errors import GuestError, NotFound
 from stoker.guest.agent import Agent
 from stoker.guest.channel import connect
+from stoker.guest.connections import inet
 from stoker.guest.copies import AfterRestore, BeforeSnapshot, Report
 from stoker.guest.messages import ExecRequest, NetworkConfiguration, Resolver
 from stoker.guest.process import Process
@@ -35,6 +36,11 @@ while :; do sleep 0.1; done
 SESSION = """#!/bin/sh
 trap 'echo ended >> /run/sessions' HUP
 while :; do sleep 0.1; done
+"""
+ECHO = r"""
+use IO::Socket::INET; $| = 1;
+my $l = IO::Socket::INET->new(LocalAddr => '127.0.0.1', LocalPort => 777, Listen => 1) or die; print "ready";
+my $c = $l->accept; while (sysread($c, my $data, 99)) { syswrite($c, $data) }
 """
 RESIDENT = r"""
 use Socket; use IO::Handle; $| = 1; srand(7);
@@ -164,6 +170,9 @@ async def test_two_copies_of_one_machine_are_no_twins(base: Base) -> None:
         first = await ask(resident)
         assert first[3:] == ["alive", "alive"]
         await said(agent, "setsid /usr/sbin/sshd < /dev/null > /dev/null 2>&1 & while ! test -s /run/sshd.pid; do sleep 0.1; done")
+        echo = await agent.exec(ExecRequest(["perl", "-e", ECHO]))
+        assert await echo.stdout.read() == b"ready"
+        line = await agent.connect(inet(777))
         original = (await said(agent, IDENTITY)).splitlines()
         await agent.set_time(10**18)  # in 2001
         before = await agent.before_snapshot(BeforeSnapshot(freeze=True))
@@ -185,12 +194,17 @@ async def test_two_copies_of_one_machine_are_no_twins(base: Base) -> None:
                 assert state_of(report, "ssh_host_keys") == (True, "1 files written, 3 of other types removed")
             await check_copies(one, two, original)
             await check_residents(one, two, resident.id, float(first[0]))
+            for copy in (one, two):
+                with pytest.raises(NotFound):  # the far end is the original's
+                    await copy.attach(line.process.id)
             # A copy of a copy has another boot id once more.
             boot_id = await said(one, "cat /proc/sys/kernel/random/boot_id")
             await one.after_restore(words(3))
             assert boot_id != await said(one, "cat /proc/sys/kernel/random/boot_id")
             assert await said(one, "grep -c boot_id /proc/self/mounts; hostname; grep -c copy3 /etc/hosts") == "1\ncopy3\n1\n"
         assert (await ask(resident))[3:] == ["alive", "alive"], "the original's connections are its own"
+        await line.write(b"hello")
+        assert await line.read() == b"hello"
         assert (await said(agent, IDENTITY)).splitlines()[2:4] == original[2:4]
         assert await said(agent, "cat /srv/hooks") == "first pre-snapshot\nsecond\n"
 
