@@ -1,0 +1,374 @@
+"""Links, addresses and routes by rtnetlink: pyroute2's messages on a socket of ours.
+
+The socket belongs to the network namespace it was *opened* in, whichever thread uses it afterwards; nothing here looks at the
+namespace of the caller. (pyroute2's own sockets do, so only its messages are used.) Several requests go to the kernel in one
+system call; it works on them one after the other, and the first that it refuses is the error.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from pathlib import Path
+from typing import Any, Final
+
+from stoker.errors import HostError
+
+__all__ = ["Address", "Link", "Netlink", "Request", "Route", "refusal"]
+
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
+RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
+RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x300, 0x200, 0x400
+IFF_UP: Final = 1
+NONE_MODE: Final = 1
+"""IN6_ADDR_GEN_MODE_NONE: an interface without an IPv6 address of its own."""
+SOL_NETLINK, NETLINK_EXT_ACK, NETLINK_CAP_ACK = 270, 11, 10
+SIOCGIFINDEX: Final = 0x8933
+MAIN_TABLE: Final = 254
+RTN_UNICAST: Final = 1
+BUFFER: Final = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A network interface. ``kind`` is the kernel's word (``veth``, ``tun``, ``bridge``), empty for hardware."""
+
+    index: int
+    name: str
+    kind: str
+    mac: str
+    mtu: int
+    up: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    index: int
+    interface: IPv4Interface
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """An IPv4 route. ``kind`` is RTN_* (1: unicast, 2: local), ``index`` of the outgoing interface (0: none)."""
+
+    destination: IPv4Network
+    index: int
+    gateway: IPv4Address | None
+    table: int
+    kind: int
+    metric: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One encoded request, and what it is about, for the error."""
+
+    kind: int
+    flags: int
+    body: bytes
+    about: str
+
+
+def refusal(number: int, about: str, said: str = "") -> HostError:
+    """The error for a refused request: ``link_exists``, ``link_unknown``, ``netlink_denied`` or ``netlink_failed``."""
+    reason = f"{os.strerror(number)}{f' ({said})' if said else ''}"
+    details = {"errno": errno.errorcode.get(number, str(number))}
+    match number:
+        case errno.EEXIST | errno.EBUSY:
+            return HostError("link_exists", f"{about}: exists already", "ip link; ip address", details=details)
+        case errno.ENODEV | errno.ENXIO | errno.ESRCH:
+            return HostError("link_unknown", f"{about}: {reason}", details=details)
+        case errno.EPERM | errno.EACCES:
+            return HostError("netlink_denied", f"{about}: {reason}", "networks of one's own need root", details=details)
+        case errno.EOPNOTSUPP | errno.EAFNOSUPPORT:
+            return HostError("netlink_unsupported", f"{about}: {reason}", "stoker doctor", details=details)
+        case _:
+            return HostError("netlink_failed", f"{about}: {reason}", details=details)
+
+
+@cache
+def _codecs() -> Any:
+    """pyroute2's message classes; they take 0.2 s to import, so not before they are used."""
+    from types import SimpleNamespace
+
+    from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+    from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+    from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
+    return SimpleNamespace(link=ifinfmsg, address=ifaddrmsg, route=rtmsg)
+
+
+@cache
+def _has_ipv6() -> bool:
+    return Path("/proc/net/if_inet6").exists()
+
+
+def _request(kind: int, flags: int, message: Any, about: str) -> Request:
+    message.encode()
+    return Request(kind, flags, bytes(message.data[16:]), about)
+
+
+def _without_ipv6() -> list[Any]:
+    if not _has_ipv6():
+        return []
+    return [("IFLA_AF_SPEC", {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", NONE_MODE)]})]})]
+
+
+def set_link(
+    index: int, about: str, *, up: bool | None = None, mac: str = "", mtu: int = 0, queue: int = 0, ipv6: bool = True
+) -> Request:
+    """Changes a link. ``queue`` is its transmit queue's length in packets; without ``ipv6`` it gets no address of that kind."""
+    message = _codecs().link()
+    message["index"] = index
+    if up is not None:
+        message["flags"], message["change"] = IFF_UP * up, IFF_UP
+    attributes: list[Any] = [] if ipv6 else _without_ipv6()
+    if mac:
+        attributes.append(("IFLA_ADDRESS", mac))
+    if mtu:
+        attributes.append(("IFLA_MTU", mtu))
+    if queue:
+        attributes.append(("IFLA_TXQLEN", queue))
+    message["attrs"] = attributes
+    return _request(RTM_SETLINK, 0, message, about)
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """One end of a veth pair. ``index``: which number it shall have; 0 leaves that to the kernel."""
+
+    name: str
+    mac: str
+    index: int = 0
+
+
+def add_veth(here: End, there: End, namespace: int, *, mtu: int = 0) -> Request:
+    """A pair whose one end is in the socket's namespace, up, and the other in that of the descriptor, still down (the kernel does
+    not raise it before the pair is whole).
+
+    Made where it belongs: moving an end to another namespace costs the kernel milliseconds.
+    """
+    message, peer = _codecs().link(), _codecs().link()
+    size = [("IFLA_MTU", mtu)] if mtu else []
+    for end, part in ((here, message), (there, peer)):
+        part["index"] = end.index
+        part["attrs"] = [("IFLA_IFNAME", end.name), ("IFLA_ADDRESS", end.mac), *size]
+    message["flags"], message["change"] = IFF_UP, IFF_UP
+    peer["attrs"].append(("IFLA_NET_NS_FD", namespace))
+    data = {"index": there.index, "attrs": peer["attrs"]}
+    info = [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", data)]})]
+    message["attrs"].append(("IFLA_LINKINFO", {"attrs": info}))
+    return _request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, message, f"the pair {here.name}, {there.name}")
+
+
+def delete_link(index: int, about: str) -> Request:
+    message = _codecs().link()
+    message["index"] = index
+    return _request(RTM_DELLINK, 0, message, about)
+
+
+def add_address(index: int, interface: IPv4Interface, about: str) -> Request:
+    message = _codecs().address()
+    message["family"], message["prefixlen"], message["index"] = socket.AF_INET, interface.network.prefixlen, index
+    message["attrs"] = [("IFA_LOCAL", str(interface.ip)), ("IFA_ADDRESS", str(interface.ip))]
+    return _request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, message, f"{interface} on {about}")
+
+
+def _route(kind: int, flags: int, destination: IPv4Network, index: int, gateway: IPv4Address | None) -> Request:
+    message = _codecs().route()
+    message["family"], message["dst_len"], message["table"] = socket.AF_INET, destination.prefixlen, MAIN_TABLE
+    message["type"], message["proto"], message["scope"] = RTN_UNICAST, 4, 0 if gateway else 253
+    attributes: list[Any] = [("RTA_TABLE", MAIN_TABLE)]
+    if destination.prefixlen:
+        attributes.append(("RTA_DST", str(destination.network_address)))
+    if index:
+        attributes.append(("RTA_OIF", index))
+    if gateway is not None:
+        attributes.append(("RTA_GATEWAY", str(gateway)))
+    message["attrs"] = attributes
+    return _request(kind, flags, message, f"the route to {destination}")
+
+
+def add_route(destination: IPv4Network, *, index: int = 0, gateway: IPv4Address | None = None) -> Request:
+    return _route(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, destination, index, gateway)
+
+
+def delete_route(destination: IPv4Network, *, index: int = 0, gateway: IPv4Address | None = None) -> Request:
+    return _route(RTM_DELROUTE, 0, destination, index, gateway)
+
+
+def _said(payload: bytes, asked: int) -> str:
+    """The kernel's own words in an extended acknowledgement (NLMSGERR_ATTR_MSG), if it gave any."""
+    rest = payload[4 + 16 + asked :]
+    while len(rest) >= 4:
+        length, kind = struct.unpack_from("=HH", rest)
+        if length < 4:
+            return ""
+        if kind & 0x3FFF == 1:
+            return rest[4:length].rstrip(b"\0").decode(errors="replace")
+        rest = rest[(length + 3) & ~3 :]
+    return ""
+
+
+class Netlink:
+    """A socket of one network namespace: that of the thread that calls :meth:`__init__`. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sequence = 0
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        try:
+            self._socket.settimeout(30)
+            # Only the header of a refused request comes back, and the kernel's words with it.
+            self._socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
+            self._socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
+            self._socket.bind((0, 0))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Netlink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _messages(self) -> Iterator[tuple[int, int, bytes]]:
+        """Type, sequence number and whole message of each that comes in the next datagram."""
+        data = self._socket.recv(BUFFER)
+        while len(data) >= 16:
+            length, kind, _, sequence = struct.unpack_from("=IHHI", data)
+            if length < 16:
+                return
+            yield kind, sequence, data[:length]
+            data = data[(length + 3) & ~3 :]
+
+    def apply(self, *requests: Request) -> None:
+        """Has the kernel do all of it, in this order. Raises what :func:`refusal` makes of the first that it refused; those after
+        that one may have been done."""
+        with self._lock:
+            packed, waiting = bytearray(), {}
+            for request in requests:
+                self._sequence += 1
+                waiting[self._sequence] = request
+                flags = request.flags | NLM_F_REQUEST | NLM_F_ACK
+                packed += struct.pack("=IHHII", 16 + len(request.body), request.kind, flags, self._sequence, 0) + request.body
+                packed += bytes(-len(packed) % 4)
+            self._socket.send(packed)
+            failed: HostError | None = None
+            while waiting:
+                for kind, sequence, message in self._messages():
+                    if kind != NLMSG_ERROR or (asked := waiting.pop(sequence, None)) is None:
+                        continue
+                    number = -struct.unpack_from("=i", message, 16)[0]
+                    if number and failed is None:
+                        failed = refusal(number, asked.about, _said(message[16:], 0))
+        if failed is not None:
+            raise failed
+
+    def _dump(self, kind: int, decoder: Any) -> list[Any]:
+        with self._lock:
+            self._sequence += 1
+            # An rtgenmsg is too short for strict kernels: the longest of the headers, all zero but for the family.
+            body = bytes([socket.AF_INET if kind != RTM_GETLINK else 0]) + bytes(15)
+            self._socket.send(struct.pack("=IHHII", 16 + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, self._sequence, 0) + body)
+            found: list[Any] = []
+            while True:
+                for answer, sequence, message in self._messages():
+                    if sequence != self._sequence:
+                        continue
+                    if answer == NLMSG_DONE:
+                        return found
+                    if answer == NLMSG_ERROR:
+                        raise refusal(-struct.unpack_from("=i", message, 16)[0], "a list of the kernel's")
+                    decoded = decoder(message)
+                    decoded.decode()
+                    found.append(decoded)
+
+    def links(self) -> list[Link]:
+        found = []
+        for row in self._dump(RTM_GETLINK, _codecs().link):
+            info = row.get_attr("IFLA_LINKINFO")
+            kind = (info.get_attr("IFLA_INFO_KIND") if info is not None else "") or ""
+            mac, mtu = row.get_attr("IFLA_ADDRESS") or "", row.get_attr("IFLA_MTU") or 0
+            found.append(Link(row["index"], row.get_attr("IFLA_IFNAME"), kind, mac, mtu, bool(row["flags"] & IFF_UP)))
+        return found
+
+    def link(self, name: str) -> Link | None:
+        return next((link for link in self.links() if link.name == name), None)
+
+    def index(self, name: str) -> int | None:
+        """The number of a link, by the socket's own namespace; None when there is none of that name. Does not list them all."""
+        try:
+            # On a socket of any family this answers for the namespace that it was opened in.
+            request = bytearray(struct.pack("16si20x", name.encode(), 0))
+            fcntl.ioctl(self._socket, SIOCGIFINDEX, request)
+        except OSError as e:
+            if e.errno == errno.ENODEV:
+                return None
+            raise
+        return int(struct.unpack_from("=i", request, 16)[0])
+
+    def addresses(self) -> list[Address]:
+        found = []
+        for row in self._dump(RTM_GETADDR, _codecs().address):
+            text = row.get_attr("IFA_LOCAL") or row.get_attr("IFA_ADDRESS")
+            if row["family"] == socket.AF_INET and text:
+                found.append(Address(row["index"], IPv4Interface(f"{text}/{row['prefixlen']}")))
+        return found
+
+    def routes(self) -> list[Route]:
+        """Every IPv4 route of every table."""
+        found = []
+        for row in self._dump(RTM_GETROUTE, _codecs().route):
+            if row["family"] != socket.AF_INET:
+                continue
+            destination = IPv4Network(f"{row.get_attr('RTA_DST') or '0.0.0.0'}/{row['dst_len']}")
+            gateway = row.get_attr("RTA_GATEWAY")
+            found.append(
+                Route(
+                    destination,
+                    row.get_attr("RTA_OIF") or 0,
+                    IPv4Address(gateway) if gateway else None,
+                    row.get_attr("RTA_TABLE") or row["table"],
+                    row["type"],
+                    row.get_attr("RTA_PRIORITY") or 0,
+                )
+            )
+        return found
+
+    def delete(self, name: str) -> bool:
+        """Removes the link of exactly this name; False when there is none. Waits until the kernel has let go of it."""
+        index = self.index(name)
+        if index is None:
+            return False
+        try:
+            self.apply(delete_link(index, name))
+        except HostError as error:
+            if error.code != "link_unknown":
+                raise
+            return False
+        return True
+
+    def delete_all(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.delete(name)
+
+
+def uplinks(routes: Sequence[Route]) -> list[Route]:
+    """The default routes of the main table, best first."""
+    found = [route for route in routes if route.destination.prefixlen == 0 and route.table == MAIN_TABLE and route.index]
+    return sorted(found, key=lambda route: route.metric)

@@ -1,0 +1,274 @@
+"""The firewall of the host: :mod:`stoker.network.rules`, applied by small transactions and read back from the kernel.
+
+What is installed is known by reading the tables once, so a daemon that starts again, or a tool without records, removes exactly what
+a machine left. A table that another version of the rules made is replaced in one transaction, and its machines stay in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any, Final
+
+from stoker.errors import Conflict, HostError
+from stoker.host.nftables import Nftables
+from stoker.network import rules
+from stoker.network.egress import Egress
+from stoker.network.rules import ARP_TABLE, MAPS, SETS, TABLE, Element, Machine
+
+__all__ = ["Counters", "Firewall"]
+
+MARK: Final = "version-"
+BY_INTERFACE: Final = ("machines", "denials", "refusals", "pinned", "egress", "host_access", "host_services")
+BY_ADDRESS: Final = ("open", "peers")
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Of one machine since it was added: packets and bytes that it sent, packets denied of those, and packets of others refused."""
+
+    sent: int = 0
+    sent_bytes: int = 0
+    denied: int = 0
+    refused: int = 0
+
+
+def _word(value: Any) -> str:
+    """A key or value of libnftables' JSON in the words of :mod:`.rules`; interfaces' names are quoted by the caller."""
+    match value:
+        case {"elem": {"val": inner}}:
+            return _word(inner)
+        case {"concat": parts}:
+            return " . ".join(_word(part) for part in parts)
+        case {"goto": {"target": target}}:
+            return f"goto {target}"
+        case _:
+            return str(value)
+
+
+PROTOCOLS: Final = {"6": "tcp", "17": "udp", "1": "icmp"}
+
+
+def _parts(value: Any) -> list[str]:
+    return _word(value).split(" . ")
+
+
+def _key(name: str, parts: list[str]) -> str:
+    """With the protocol by its name, whichever way the library gave it."""
+    if name in BY_INTERFACE:
+        parts = [f'"{parts[0]}"', *parts[1:]]
+    place = {"open": 1, "published": 0, "published_at": 1, "host_services": 1}.get(name)
+    if place is not None:
+        parts[place] = PROTOCOLS.get(parts[place], parts[place])
+    return " . ".join(parts)
+
+
+def _rows(row: Mapping[str, Any]) -> Iterable[tuple[list[str], str]]:
+    for item in row.get("elem", []):
+        if isinstance(item, list):
+            yield _parts(item[0]), _word(item[1])
+        else:
+            yield _parts(item), ""
+
+
+class Firewall:
+    """The host's two tables. Made by :meth:`open`; safe to use from any thread."""
+
+    def __init__(self, nft: Nftables, base: list[str]) -> None:
+        self._nft, self._base = nft, base
+        self._lock = threading.Lock()
+        self._version = hashlib.sha256("\n".join(base).encode()).hexdigest()[:16]
+        self._installed: dict[str, frozenset[Element]] = {}
+        self._chains: dict[str, list[str]] = {}
+        """The commands of each policy that is installed, as far as we made it."""
+        self._sets: set[str] = set()
+
+    @classmethod
+    def open(cls, ranges: Collection[IPv4Network], private: Collection[IPv4Network] = (), *, log_group: int = 0) -> Firewall:
+        """Makes the tables in the namespace of the calling thread, or takes over those that are there. Raises HostError."""
+        nft = Nftables()
+        try:
+            firewall = cls(nft, rules.base(ranges, private, log_group))
+            firewall._load()
+        except BaseException:
+            nft.close()
+            raise
+        return firewall
+
+    def close(self) -> None:
+        """Lets go of the library; the tables stay."""
+        self._nft.close()
+
+    def __enter__(self) -> Firewall:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _load(self) -> None:
+        try:
+            found = self._nft.query(f"list table {TABLE}")
+        except HostError as error:
+            if error.code != "nftables_unknown":
+                raise
+            return self._install([])
+        chains = {row["chain"]["name"] for row in found if "chain" in row}
+        self._read(found)
+        self._chains = {name: [] for name in chains if name.startswith("policy-")}
+        if f"{MARK}{self._version}" not in chains:
+            self._replace()
+
+    def _read(self, found: list[dict[str, Any]]) -> None:
+        """What each machine has in the tables, by what names its interface or its address."""
+        rows = {row[kind]["name"]: row[kind] for row in found for kind in ("set", "map") if kind in row}
+        self._sets = set(rows)
+        owners: dict[str, str] = {}
+        installed: dict[str, set[Element]] = {}
+        for parts, _ in _rows(rows.get("machines", {})):
+            name = f'"{parts[0]}"'
+            installed[parts[0]] = {Element(ARP_TABLE, "machines", name)}
+        for parts, _ in _rows(rows.get("pinned", {})):
+            owners[parts[2]] = parts[0]
+            installed.setdefault(parts[0], set()).add(Element(ARP_TABLE, "pinned", _key("pinned", parts)))
+        for name in (*SETS, *MAPS):
+            for parts, value in _rows(rows.get(name, {})):
+                if name in BY_INTERFACE:
+                    owner: str | None = parts[0]
+                else:
+                    owner = owners.get(parts[0] if name in BY_ADDRESS else value.split(" . ")[0])
+                if owner is not None:
+                    installed.setdefault(owner, set()).add(Element(TABLE, name, _key(name, parts), value))
+        self._installed = {name: frozenset(items) for name, items in installed.items()}
+
+    def _install(self, more: list[str]) -> None:
+        self._nft.apply([*self._base, f"add chain {TABLE} {MARK}{self._version}", *more])
+        self._sets |= {*SETS, *MAPS}
+
+    def _replace(self) -> None:
+        """Puts these rules in the place of another version's. Machines with a policy of their own have none until it is set again:
+        what it was is not known from its digest."""
+        kept: dict[str, frozenset[Element]] = {}
+        for interface, items in self._installed.items():
+            policies = {item for item in items if item.name == "egress" and item.value.startswith("goto policy-")}
+            kept[interface] = (items - policies) | {Element(TABLE, "egress", item.key, rules.NONE_VERDICT) for item in policies}
+        gone = [line for table in (TABLE, ARP_TABLE) for line in (f"add table {table}", f"delete table {table}")]
+        self._nft.apply(
+            [
+                *gone,
+                *self._base,
+                f"add chain {TABLE} {MARK}{self._version}",
+                *(item.added for items in kept.values() for item in sorted(items)),
+            ]
+        )
+        self._installed, self._chains, self._sets = kept, {}, {*SETS, *MAPS}
+
+    @property
+    def interfaces(self) -> frozenset[str]:
+        """Those of the machines that are installed."""
+        return frozenset(self._installed)
+
+    def put(self, machine: Machine) -> None:
+        """Adds a machine, or changes what is different: one transaction. Raises ``port_published`` (Conflict), HostError."""
+        with self._lock:
+            self._check_ports(machine)
+            wanted = rules.elements(machine)
+            self._change(machine.interface, wanted, machine.egress)
+
+    def remove(self, interface: str) -> bool:
+        """Removes everything of a machine; False when there was nothing. The interface has to be gone or silent by now: without its
+        entries it is nobody's, and what comes from it is not judged."""
+        with self._lock:
+            if interface not in self._installed:
+                return False
+            self._change(interface, frozenset(), None)
+            return True
+
+    def prune(self, keep: Collection[str]) -> list[str]:
+        """Removes every machine but those; says which."""
+        gone = sorted(self.interfaces - set(keep))
+        for interface in gone:
+            self.remove(interface)
+        return gone
+
+    def _check_ports(self, machine: Machine) -> None:
+        mine = {(item.name, item.key): item.value for item in rules.elements(machine) if item.name.startswith("published")}
+        if not mine:
+            return
+        for other, items in self._installed.items():
+            for item in items if other != machine.interface else ():
+                if (item.name, item.key) in mine:
+                    port = item.key.replace(" . ", " ")
+                    raise Conflict(
+                        "port_published", f"{port} of this host leads to another machine ({other})", "choose another port"
+                    )
+
+    def _change(self, interface: str, wanted: frozenset[Element], egress: Egress | None) -> None:
+        before = self._installed.get(interface, frozenset())
+        commands, made = self._needed(egress)
+        deleted = sorted(before - wanted)
+        commands += [item.deleted for item in deleted]
+        commands += [item.added for item in sorted(wanted - before)]
+        after = {**self._installed, interface: wanted}
+        if not wanted:
+            del after[interface]
+        unused = self._unused(after, {item.value for item in deleted if item.name == "egress"})
+        for chain in unused:
+            commands += rules.without_policy(chain, self._sets | made)
+        self._nft.apply(commands)
+        self._installed = after
+        self._sets |= made
+        for chain in unused:
+            self._chains.pop(chain, None)
+            digest = chain.removeprefix("policy-")
+            self._sets = {name for name in self._sets if f"-{digest}-" not in name}
+        if egress is not None and egress.rules:
+            self._chains.setdefault(rules.policy_chain(egress), [])
+
+    def _needed(self, egress: Egress | None) -> tuple[list[str], set[str]]:
+        """The commands for a policy's chain that is not there yet, and the names of the sets they make."""
+        if egress is None or not egress.rules or rules.policy_chain(egress) in self._chains:
+            return [], set()
+        commands = rules.policy(egress)
+        return commands, {line.split()[4] for line in commands if line.startswith("add set ")}
+
+    def _unused(self, after: Mapping[str, frozenset[Element]], left: set[str]) -> list[str]:
+        """The chains of those verdicts that no machine has any more."""
+        candidates = {value.removeprefix("goto ") for value in left if value.startswith("goto policy-")}
+        if not candidates:
+            return []
+        used = {item.value.removeprefix("goto ") for items in after.values() for item in items if item.name == "egress"}
+        return sorted(candidates - used)
+
+    def resolved(self, egress: Egress, answers: Mapping[int, Collection[tuple[IPv4Address, int]]]) -> None:
+        """What a resolver learned: for the positions of rules (:meth:`Egress.naming`), addresses and their lifetimes in seconds."""
+        commands = []
+        for position, addresses in answers.items():
+            name = rules.names_set(egress.digest, position)
+            for address, lifetime in addresses:
+                # An element that is there keeps its old lifetime when it is only added again.
+                commands += [f"add element {TABLE} {name} {{ {address} }}", f"delete element {TABLE} {name} {{ {address} }}"]
+                commands.append(f"add element {TABLE} {name} {{ {address} timeout {max(1, min(lifetime, 86400))}s }}")
+        with self._lock:
+            self._nft.apply(commands)
+
+    def counters(self) -> dict[str, Counters]:
+        """Of every machine."""
+        found: dict[str, dict[str, int]] = {}
+        for name, packets, size in (("machines", "sent", "sent_bytes"), ("denials", "denied", ""), ("refusals", "refused", "")):
+            for row in self._nft.query(f"list set {TABLE} {name}"):
+                for item in row.get("set", {}).get("elem", []):
+                    counter = item["elem"].get("counter", {})
+                    values = found.setdefault(item["elem"]["val"], {})
+                    values[packets] = counter.get("packets", 0)
+                    if size:
+                        values[size] = counter.get("bytes", 0)
+        return {interface: Counters(**values) for interface, values in found.items()}
+
+    def drop(self) -> None:
+        """Removes both tables."""
+        with self._lock:
+            self._nft.apply([line for table in (TABLE, ARP_TABLE) for line in (f"add table {table}", f"delete table {table}")])
+            self._installed, self._chains, self._sets = {}, {}, set()
