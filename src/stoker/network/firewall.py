@@ -1,7 +1,7 @@
 """The firewall of the host: :mod:`stoker.network.rules`, applied by small transactions and read back from the kernel.
 
-What is installed is known by reading the tables once, so a daemon that starts again, or a tool without records, removes exactly what
-a machine left. A table that another version of the rules made is replaced in one transaction, and its machines stay in it.
+What is installed is known by reading the tables once, so a daemon that starts again, or a tool without records, removes exactly
+what a machine left. A table that another version of the rules made is replaced in one transaction, and its machines stay in it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = ["Counters", "Firewall"]
 MARK: Final = "version-"
 BY_INTERFACE: Final = ("machines", "denials", "refusals", "pinned", "egress", "host_access", "host_services")
 BY_ADDRESS: Final = ("open", "peers")
+PUBLISHED: Final = ("published", "published_at")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ class Firewall:
         self._chains: dict[str, list[str]] = {}
         """The commands of each policy that is installed, as far as we made it."""
         self._sets: set[str] = set()
+        self._published: dict[tuple[str, str], str] = {}
+        """Whose each published port is: map and key, interface."""
 
     @classmethod
     def open(cls, ranges: Collection[IPv4Network], private: Collection[IPv4Network] = (), *, log_group: int = 0) -> Firewall:
@@ -142,6 +145,9 @@ class Firewall:
                 if owner is not None:
                     installed.setdefault(owner, set()).add(Element(TABLE, name, _key(name, parts), value))
         self._installed = {name: frozenset(items) for name, items in installed.items()}
+        self._published = {
+            (item.name, item.key): interface for interface, items in installed.items() for item in items if item.name in PUBLISHED
+        }
 
     def _install(self, more: list[str]) -> None:
         self._nft.apply([*self._base, f"add chain {TABLE} {MARK}{self._version}", *more])
@@ -194,9 +200,7 @@ class Firewall:
         return gone
 
     def _check_ports(self, machine: Machine) -> None:
-        mine = {(item.name, item.key): item.value for item in rules.elements(machine) if item.name.startswith("published")}
-        if not mine:
-            return
+        mine = [(item.name, item.key) for item in rules.elements(machine) if item.name in PUBLISHED]
         for other, items in self._installed.items():
             for item in items if other != machine.interface else ():
                 if (item.name, item.key) in mine:
@@ -219,6 +223,10 @@ class Firewall:
             commands += rules.without_policy(chain, self._sets | made)
         self._nft.apply(commands)
         self._installed = after
+        for item in before | wanted:
+            if item.name in PUBLISHED:
+                self._published.pop((item.name, item.key), None)
+        self._published.update({(item.name, item.key): interface for item in wanted if item.name in PUBLISHED})
         self._sets |= made
         for chain in unused:
             self._chains.pop(chain, None)
@@ -271,4 +279,4 @@ class Firewall:
         """Removes both tables."""
         with self._lock:
             self._nft.apply([line for table in (TABLE, ARP_TABLE) for line in (f"add table {table}", f"delete table {table}")])
-            self._installed, self._chains, self._sets = {}, {}, set()
+            self._installed, self._chains, self._sets, self._published = {}, {}, set(), {}

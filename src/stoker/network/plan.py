@@ -36,6 +36,7 @@ __all__ = [
     "check_ranges",
     "first_guess",
     "parse_slot",
+    "number_of",
     "plan_namespace",
     "plan_run",
     "plan_tap",

@@ -1,8 +1,8 @@
 """The firewall as text: one table of a few rules, and what is particular to a machine as elements of its sets and maps. Pure.
 
 A packet passes the same rules with one machine or five hundred: every question about a machine (whose is this interface? may it
-send from this address? which policy has it?) is one look-up by the interface's name. A policy that is neither ``none`` nor ``all`` is
-a chain named after the policy's content, shared by all machines that have it, with one rule for each of its rules in the same order.
+send from this address? which policy has it?) is one look-up by the interface's name. A policy that is neither ``none`` nor ``all``
+is a chain named after its content, shared by all machines that have it, with one rule for each of its rules in the same order.
 (Interval maps with a verdict for each machine, network and port were the other way: they cannot hold overlapping rules in order,
 and the kernel copies the whole map for every change.)
 
@@ -254,7 +254,7 @@ def base(ranges: Iterable[IPv4Network], private: Iterable[IPv4Network] = (), log
         "fib daddr type local dnat ip to meta l4proto . th dport map @published",
     ]
     commands += _chain("publish", ["iifname @machines return", *publish], "nat hook prerouting priority dstnat")
-    commands += _chain("publish_here", publish, "nat hook output priority dstnat")
+    commands += _chain("publish_here", publish, "nat hook output priority -100")
     source = ["oifname @machines ip saddr 127.0.0.0/8 masquerade", "oifname @machines return", "ip saddr @ranges masquerade"]
     commands += _chain("source", source, "nat hook postrouting priority srcnat")
     arp = ["iifname @machines iifname . arp saddr ether . arp saddr ip != @pinned drop"]

@@ -1,0 +1,294 @@
+"""Slots: the interface, addresses and firewall entries of one machine; made, used again, given back.
+
+What is on the host because of a slot follows from its id (:func:`stoker.network.plan.parse_slot`), so an entry of a ledger is
+enough to release it:
+
+=========  =======================================================================  =========================================
+plan       in the host's namespace                                                  in a namespace of its own
+=========  =======================================================================  =========================================
+run        the TAP (persistent), its address; entries of the firewall               (none)
+namespace  one end of a veth pair, its address; entries of the firewall             ``tap0``, the other end, routes, a table
+=========  =======================================================================  =========================================
+
+The firewall's entries come first and go last: at no moment does the machine's interface carry packets that nobody judges.
+A namespace has no name. It is held by our descriptor and by the VMM's TAP, so that of a crash nothing is left but a machine that
+lives on, and :meth:`Slots.adopt` finds its namespace by that. Removing a link takes the kernel 10 to 80 ms, so it is done behind:
+:meth:`Slots.drop` gives a future, until which the names and addresses count as taken.
+
+All of it happens in the namespace that :meth:`Slots.open` was called in, whichever thread calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from ipaddress import IPv4Interface, IPv4Network
+
+from stoker.errors import Conflict, HostError
+from stoker.host import conntrack, netlink, tun
+from stoker.host.namespaces import Namespace, own_namespace
+from stoker.host.netlink import End, Netlink
+from stoker.host.nftables import Nftables
+from stoker.host.trace import declare, trace
+from stoker.network import rules
+from stoker.network.egress import NONE
+from stoker.network.firewall import Firewall
+from stoker.network.plan import INSIDE, Foreign, NamespacePlan, RunPlan, Taken
+from stoker.network.rules import Machine
+
+__all__ = ["Plan", "Slot", "Slots"]
+
+log = logging.getLogger(__name__)
+Plan = RunPlan | NamespacePlan
+EVERYTHING = IPv4Network("0.0.0.0/0")
+QUEUE = 5000
+"""Packets a TAP holds for a machine that does not read."""
+WORKERS = 4
+"""Threads that remove links. They wait for the kernel, which does several at once."""
+PATIENCE = 2.0
+"""Seconds that a namespace without a holder gets to take its links along, before they are removed one by one."""
+LO, TAP, OUT = 1, 2, 3
+"""Numbers of the links in a namespace of ours."""
+POINTS = declare(
+    "slot.judged", "slot.tap", "slot.linked", "slot.inside", "slot.up", "slot.dropping", "slot.unlinked", "slot.dropped"
+)
+
+
+@dataclass(slots=True)
+class Slot:
+    """A slot that is up. ``tap`` is for the VMM: pass it, then :meth:`let_go` of it. The namespace is kept while the slot is."""
+
+    plan: Plan
+    tap: int
+    namespace: Namespace | None = None
+
+    def let_go(self) -> None:
+        """Closes our copy of the TAP. Twice is fine."""
+        if self.tap >= 0:
+            fd, self.tap = self.tap, -1
+            os.close(fd)
+
+    def close(self) -> None:
+        """Closes every descriptor of it; what is on the host stays as far as something else holds it."""
+        self.let_go()
+        if self.namespace is not None:
+            self.namespace.close()
+
+
+def _write(settings: Iterable[tuple[str, str]]) -> None:
+    """Settings below /proc/sys/net/ipv4, of the calling thread's namespace."""
+    for name, value in settings:
+        with open(f"/proc/sys/net/ipv4/{name}", "w") as file:
+            file.write(value)
+
+
+def _unjudged(interface: str) -> list[tuple[str, str]]:
+    """No second opinion about sources (the firewall pins them), and answers to what the host asked from 127.0.0.1 are let in."""
+    return [(f"conf/{interface}/rp_filter", "0"), (f"conf/{interface}/route_localnet", "1")]
+
+
+class Slots:
+    """Makes and removes slots. Made by :meth:`open`; safe to use from any thread."""
+
+    def __init__(self, firewall: Firewall, home: Namespace, link: Netlink) -> None:
+        self.firewall = firewall
+        self._home, self._link = home, link
+        self._behind = ThreadPoolExecutor(WORKERS, thread_name_prefix="slots")
+        self._leaving: dict[str, Plan] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, firewall: Firewall) -> Slots:
+        """In the namespace of the calling thread, which is that of the firewall."""
+        with ExitStack() as undo:
+            home = undo.enter_context(Namespace(own_namespace()))
+            link = undo.enter_context(Netlink())
+            undo.pop_all()
+        return cls(firewall, home, link)
+
+    def close(self) -> None:
+        """Waits for what is being removed. Slots that are up stay."""
+        self._behind.shutdown(wait=True)
+        self._link.close()
+        self._home.close()
+
+    def __enter__(self) -> Slots:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def foreign(self) -> list[Foreign]:
+        """The networks of the host: of its interfaces' addresses and its routes, our own slots' among them."""
+        names = {link.index: link.name for link in self._link.links()}
+        found = [
+            Foreign(address.interface.network, f"{names.get(address.index, 'an interface')} has the address {address.interface} of")
+            for address in self._link.addresses()
+        ]
+        routes = (route for route in self._link.routes() if route.destination.prefixlen)
+        return found + [Foreign(route.destination, f"is routed to {names.get(route.index, 'nowhere')}") for route in routes]
+
+    def taken(self, plans: Iterable[Plan] = ()) -> Taken:
+        """What new slots must keep clear of: what is on the host, ``plans`` that are promised, and what is being removed."""
+        with self._lock:
+            known = [*plans, *self._leaving.values()]
+        names = {link.name for link in self._link.links()} | {plan.interface for plan in known}
+        return Taken(names, [*(found.network for found in self.foreign()), *(plan.network for plan in known)])
+
+    def up(self, plan: Plan, machine: Machine, *, owner: int | None = None, mtu: int = 0) -> Slot:
+        """Makes a slot. ``owner``: the user who may open the TAP besides root. ``mtu`` 0: the kernel's.
+
+        Undone in order when a step fails. Errors: ``tap_exists``, ``link_exists``, ``port_published``, and what the parts raise.
+        """
+        if (machine.interface, machine.mac, machine.address) != (plan.interface, plan.source_mac, plan.address):
+            raise ValueError("the machine is not the plan's")
+        if machine.interface in self.firewall.interfaces:
+            raise Conflict("slot_taken", f"the slot of {machine.interface} is in use", "stoker fsck")
+        with ExitStack() as undo:
+            self.firewall.put(machine)
+            undo.callback(self.firewall.remove, machine.interface)
+            trace("slot.judged")
+            if isinstance(plan, RunPlan):
+                slot = Slot(plan, self._home.run(lambda: self._run_up(plan, owner, mtu)))
+            else:
+                slot = self._namespace_up(plan, owner, mtu)
+            undo.pop_all()
+        trace("slot.up")
+        return slot
+
+    def _run_up(self, plan: RunPlan, owner: int | None, mtu: int) -> int:
+        """The TAP; runs in the host's namespace."""
+        with ExitStack() as undo:
+            tap = tun.open_tap(plan.tap, create=True, persistent=True, owner=owner)
+            undo.callback(self._link.delete, plan.tap)
+            undo.callback(os.close, tap)
+            trace("slot.tap")
+            index = self._link.index(plan.tap)
+            if index is None:
+                raise HostError("tap_unknown", f"the TAP {plan.tap} went away", "does something else remove TAPs?")
+            _write(_unjudged(plan.tap))
+            self._link.apply(
+                netlink.set_link(index, plan.tap, up=True, mac=plan.tap_mac, mtu=mtu, queue=QUEUE, ipv6=False),
+                netlink.add_address(index, IPv4Interface((plan.host, 30)), plan.tap),
+            )
+            trace("slot.linked")
+            undo.pop_all()
+        return tap
+
+    def _namespace_up(self, plan: NamespacePlan, owner: int | None, mtu: int) -> Slot:
+        with ExitStack() as undo:
+            namespace, tap = Namespace.create(lambda _: self._inside_up(plan, owner, mtu))
+            # Both take the pair with them when they are closed.
+            undo.callback(namespace.close)
+            undo.callback(os.close, tap)
+            trace("slot.inside")
+            self._home.run(lambda: self._outside_up(plan))
+            trace("slot.linked")
+            undo.pop_all()
+        return Slot(plan, tap, namespace)
+
+    def _inside_up(self, plan: NamespacePlan, owner: int | None, mtu: int) -> int:
+        """What is in the machine's namespace; runs there. A failure takes the namespace along."""
+        guest = INSIDE
+        tap = tun.open_tap(guest.tap, create=True, persistent=True, owner=owner, index=TAP)
+        with ExitStack() as undo, Netlink() as link, Nftables() as nft:
+            undo.callback(os.close, tap)
+            trace("slot.tap")
+            nft.apply(rules.inside(guest))
+            here, there = End(guest.out, plan.source_mac, OUT), End(plan.veth, plan.veth_mac)
+            link.apply(
+                netlink.add_veth(here, there, self._home.fd, mtu=mtu),
+                netlink.set_link(LO, "lo", up=True),
+                netlink.set_link(TAP, guest.tap, up=True, mac=guest.tap_mac, mtu=mtu, queue=QUEUE, ipv6=False),
+                netlink.add_address(TAP, guest.gateway, guest.tap),
+                netlink.add_address(OUT, IPv4Interface((plan.address, 31)), guest.out),
+                netlink.add_route(EVERYTHING, gateway=plan.host),
+            )
+            _write([("ip_forward", "1"), *((f"conf/{name}/rp_filter", "0") for name in ("all", guest.tap, guest.out))])
+            undo.pop_all()
+        return tap
+
+    def _outside_up(self, plan: NamespacePlan) -> None:
+        """The host's end of the pair; runs in the host's namespace."""
+        index = self._link.index(plan.veth)
+        if index is None:
+            raise HostError("link_unknown", f"the interface {plan.veth} went away", "does something else remove interfaces?")
+        _write(_unjudged(plan.veth))
+        self._link.apply(
+            netlink.set_link(index, plan.veth, up=True, ipv6=False),
+            netlink.add_address(index, IPv4Interface((plan.host, 31)), plan.veth),
+        )
+
+    def park(self, slot: Slot) -> Future[Slot]:
+        """Takes a slot from a machine that has ended, for :meth:`reuse`: closed in both directions at once, its connections
+        forgotten behind. The future is done when it may be used again."""
+        slot.let_go()
+        plan = slot.plan
+        self.firewall.put(Machine(plan.interface, plan.source_mac, plan.address, NONE))
+
+        def clean() -> Slot:
+            if slot.namespace is not None:
+                slot.namespace.run(conntrack.forget_all)
+            self._home.run(lambda: conntrack.forget(plan.address))
+            return slot
+
+        return self._behind.submit(clean)
+
+    def reuse(self, slot: Slot, machine: Machine) -> Slot:
+        """Gives a parked slot to a machine. Its plan stays. Errors: ``tap_busy``, ``port_published``, HostError."""
+        opened = partial(tun.open_tap, slot.plan.tap if isinstance(slot.plan, RunPlan) else INSIDE.tap, create=False)
+        tap = (slot.namespace or self._home).run(opened)
+        try:
+            self.firewall.put(machine)
+        except BaseException:
+            os.close(tap)
+            raise
+        slot.tap = tap
+        return slot
+
+    def adopt(self, plan: Plan, vmm_tap: int | None) -> Slot:
+        """A slot that outlived its daemon. ``vmm_tap``: a copy of the VMM's descriptor (``pidfd_getfd``), which stays the caller's;
+        it leads to the namespace."""
+        if isinstance(plan, RunPlan) or vmm_tap is None:
+            return Slot(plan, -1)
+        return Slot(plan, -1, Namespace.of_tap(vmm_tap))
+
+    def drop(self, plan: Plan, slot: Slot | None = None) -> Future[None]:
+        """Removes a slot by what its plan says, whatever of it is there; twice is fine. The VMM has ended.
+
+        Returns when the slot is given back; the future is done when nothing of it is left. Until then :meth:`taken` counts it.
+        """
+        with self._lock:
+            self._leaving[plan.interface] = plan
+        trace("slot.dropping")
+        whole = slot is not None and slot.namespace is not None
+        if slot is not None:
+            slot.close()
+        return self._behind.submit(self._finish, plan, whole)
+
+    def _finish(self, plan: Plan, whole: bool) -> None:
+        """``whole``: the interface's namespace was let go of, and goes with it."""
+        try:
+            # A socket of its own: on the common one, others would wait for the kernel as long as we do.
+            with self._home.run(Netlink) as link:
+                deadline = time.monotonic() + PATIENCE
+                while whole and link.index(plan.interface) is not None and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                link.delete(plan.interface)
+            trace("slot.unlinked")
+            self.firewall.remove(plan.interface)
+            try:
+                self._home.run(lambda: conntrack.forget(plan.address))
+            except HostError as error:
+                log.warning("slot %s: %s", plan.id, error)  # what is left ends by itself
+            trace("slot.dropped")
+        finally:
+            with self._lock:
+                self._leaving.pop(plan.interface, None)
