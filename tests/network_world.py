@@ -1,8 +1,8 @@
 """A world for tests of slots: a host, an internet and machines, each a network namespace of this process. No process is started,
 nothing has a name on the real host, and all of it goes when its descriptors are closed.
 
-A "machine" is a namespace with a TAP of its own, whose frames a thread carries to and from the slot's: a real IP stack behind a real
-slot, without a VMM.
+A "machine" is a namespace with a TAP of its own, whose frames a thread carries to and from the slot's: a real IP stack behind a
+real slot, without a VMM.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def configure(*requests: netlink.Request) -> None:
 
 def up(name: str) -> netlink.Request:
     index = socket.if_nametoindex(name)
-    return netlink.set_link(index, name, up=True, ipv6=False)
+    return netlink.set_link(index, name, up=True)
 
 
 def addressed(name: str, *addresses: str) -> list[netlink.Request]:
@@ -102,9 +102,14 @@ class Place:
     """A namespace with servers in it."""
 
     def __init__(self, stack: ExitStack) -> None:
-        self.namespace, _ = Namespace.create(lambda _: configure(up("lo")))
+        self.namespace, _ = Namespace.create(lambda _: self._begin())
         self._stack = stack
         stack.callback(self.namespace.close)
+
+    def _begin(self) -> None:
+        with open("/proc/sys/net/ipv6/conf/default/disable_ipv6", "w") as file:
+            file.write("1")
+        configure(up("lo"))
 
     def run(self, work: Callable[[], T]) -> T:
         return self.namespace.run(work)
@@ -157,7 +162,7 @@ class Guest(Place):
         def inside() -> int:
             fd = tun.open_tap("eth0", create=True, index=2)
             configure(
-                netlink.set_link(2, "eth0", up=True, mac=plan.mac, ipv6=False),
+                netlink.set_link(2, "eth0", up=True, mac=plan.mac),
                 netlink.add_address(2, IPv4Interface((plan.guest, 30)), "eth0"),
                 netlink.add_route(EVERYTHING, gateway=gateway),
             )
@@ -207,9 +212,13 @@ class World:
         self.host.run(self._route)
         for address in SERVED:
             self.internet.serve(address)
+        self.reopen()
+
+    def reopen(self) -> None:
+        """As a daemon that starts: takes over what is there."""
         self.firewall = self.host.run(lambda: Firewall.open([RUN_RANGE.network, NAMESPACE_RANGE.network], log_group=5300))
-        stack.callback(self.firewall.close)
-        self.slots = stack.enter_context(self.host.run(lambda: Slots.open(self.firewall)))
+        self.stack.callback(self.firewall.close)
+        self.slots = self.stack.enter_context(self.host.run(lambda: Slots.open(self.firewall)))
 
     def _wire(self) -> None:
         configure(netlink.add_veth(End("up0", "02:aa:00:00:00:01"), End("net0", "02:aa:00:00:00:02"), self.internet.namespace.fd))

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from ipaddress import IPv4Address, IPv4Interface
+from pathlib import Path
 
 import pytest
 
-from network_world import PORT, Guest, World, world
+from network_world import PORT, Guest, World, addressed, configure, world
+from stoker.errors import Conflict, HostError, StokerError
+from stoker.host import netlink
+from stoker.host.netlink import End
+from stoker.network.egress import ALL, NONE, Protocol, parse_egress
+from stoker.network.firewall import Firewall
+from stoker.network.plan import NAMESPACE_RANGE, RUN_RANGE, RunPlan, Taken, parse_slot, plan_namespace, plan_run
+from stoker.network.rules import Machine, Publication
+from stoker.network.slot import POINTS, Slots
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+KINDS = pytest.mark.parametrize("kind", ["run", "ns"])
+CUT = ("ConnectionResetError", "BrokenPipeError", "TimeoutError")
+CLOSED = ("No route to host", "timeout", "PermissionError", "ConnectionRefusedError")
+"""What a program sees that may not connect. (A port where nobody listens says ConnectionRefusedError too; these all have one.)"""
 
 
 @pytest.fixture
@@ -18,11 +37,339 @@ def made() -> Iterator[World]:
         yield one
 
 
-KINDS = pytest.mark.parametrize("kind", ["run", "ns"])
+def said(connection: socket.socket, text: bytes = b"still there?") -> str:
+    """What comes back over an open connection; the error's name when it is cut."""
+    connection.settimeout(0.7)
+    try:
+        connection.sendall(text)
+        return connection.recv(1000).decode() or "closed"
+    except OSError as e:
+        return type(e).__name__
+
+
+def eventually(look: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not look():
+        assert time.monotonic() < deadline, "it does not come about"
+        time.sleep(0.02)
 
 
 @KINDS
-def test_out(made: World, kind: str) -> None:
-    guest = made.machine(kind)
+def test_the_public_is_reached_and_nothing_else(made: World, kind: str) -> None:
+    guest, other = made.machine(kind), made.machine(kind, "two")
+    other.serve("0.0.0.0")
+    made.host.serve("0.0.0.0")
     assert guest.ask("1.1.1.1") == "5.5.5.5"
     assert guest.ask_udp("8.8.8.8") == "5.5.5.5"
+    plan = guest.slot.plan
+    closed = ["10.1.2.3", "192.168.3.4", "169.254.169.254", "5.5.5.5", str(plan.host), str(other.slot.plan.address)]
+    if kind == "ns":
+        closed += ["169.254.0.22", str(plan.address)]
+    else:
+        closed.append(str(other.slot.plan.host))
+    for address in closed:
+        assert guest.ask(address, timeout=0.3) in CLOSED, address
+        assert guest.ask_udp(address, timeout=0.1) in CLOSED, address
+    # That it is the rules that close all this: the host reaches what it asks, and the private network is there.
+    assert made.host.ask(str(other.slot.plan.address)) == str(other.slot.plan.host)
+    assert made.host.ask("10.1.2.3") == "5.5.5.5"
+    assert made.firewall.counters()[plan.interface].denied >= 10
+    assert made.firewall.counters()[other.slot.plan.interface].denied == 0
+
+
+@KINDS
+def test_two_machines_of_one_address_at_once(made: World, kind: str) -> None:
+    guests = [made.machine(kind, f"m{number}") for number in range(3)]
+    assert [guest.ask("1.1.1.1") for guest in guests] == ["5.5.5.5"] * 3
+    addresses = {guest.slot.plan.guest for guest in guests}
+    assert len(addresses) == (1 if kind == "ns" else 3)
+    assert len({guest.slot.plan.address for guest in guests}) == 3
+
+
+def test_host_access_and_services(made: World) -> None:
+    made.host.serve("0.0.0.0")
+    made.host.serve("0.0.0.0", 53)
+    guest = made.machine("run")
+    gateway = str(guest.slot.plan.host)
+    assert guest.ask(gateway, timeout=0.3) in CLOSED
+    made.change(guest, host_services=((Protocol.UDP, 53), (Protocol.TCP, 53)))
+    assert guest.ask(gateway, 53) == guest.ask_udp(gateway, 53) == str(guest.slot.plan.guest)
+    assert guest.ask(gateway, timeout=0.3) in CLOSED
+    made.change(guest, host_access=True)
+    assert guest.ask(gateway) == str(guest.slot.plan.guest)
+
+
+@KINDS
+def test_peers_one_way(made: World, kind: str) -> None:
+    one, two = made.machine(kind, "one"), made.machine(kind, "two")
+    one.serve("0.0.0.0")
+    two.serve("0.0.0.0")
+    made.change(one, peers=(two.slot.plan.address,))
+    assert one.ask(str(two.slot.plan.address)) == str(one.slot.plan.address)
+    assert two.ask(str(one.slot.plan.address), timeout=0.3) in CLOSED
+    # An egress rule that names another machine's address does not lead there.
+    made.change(one, egress=parse_egress(f"allow: {two.slot.plan.address}/32"))
+    assert one.ask(str(two.slot.plan.address), timeout=0.3) in CLOSED
+
+
+@KINDS
+def test_policies_decide_by_the_first_rule(made: World, kind: str) -> None:
+    made.internet.serve("1.1.1.1", 443)
+    made.internet.serve("10.1.2.3", 5432)
+    guest = made.machine(kind, egress=NONE)
+    assert guest.ask("1.1.1.1", timeout=0.3) in CLOSED
+    made.change(guest, egress=parse_egress("deny: 10.1.9.0/24; allow: 10.1.0.0/16:8080/tcp, public:443"))
+    assert guest.ask("10.1.2.3") == "5.5.5.5"
+    assert guest.ask_udp("10.1.2.3", timeout=0.2) in CLOSED
+    assert guest.ask("10.1.2.3", 5432, timeout=0.3) in CLOSED
+    assert guest.ask("10.1.9.3", timeout=0.3) in CLOSED
+    assert guest.ask("1.1.1.1", 443) == guest.ask_udp("1.1.1.1", 443) == "5.5.5.5"
+    assert guest.ask("1.1.1.1", timeout=0.3) in CLOSED
+    # A rule for everything does not open what is private.
+    made.change(guest, egress=parse_egress("allow: 0.0.0.0/0"))
+    assert guest.ask("1.1.1.1") == "5.5.5.5"
+    assert guest.ask("10.1.2.3", timeout=0.3) in CLOSED
+    assert guest.ask("169.254.169.254", timeout=0.3) in CLOSED
+    # Nothing but denials: the rest is public.
+    made.change(guest, egress=parse_egress("deny: 8.8.8.8"))
+    assert guest.ask("1.1.1.1") == "5.5.5.5"
+    assert guest.ask("8.8.8.8", timeout=0.3) in CLOSED
+    assert guest.ask("10.1.2.3", timeout=0.3) in CLOSED
+
+
+@KINDS
+def test_an_edit_cuts_what_is_open(made: World, kind: str) -> None:
+    guest = made.machine(kind, egress=parse_egress("allow: 1.1.1.1, 8.8.8.8"))
+    kept, cut = guest.connect("8.8.8.8"), guest.connect("1.1.1.1")
+    with kept, cut:
+        assert [kept.recv(100), cut.recv(100)] == [b"5.5.5.5\n"] * 2
+        assert said(kept) == said(cut) == "still there?"
+        made.change(guest, egress=parse_egress("allow: 8.8.8.8"))
+        assert said(cut) in CUT
+        assert said(kept) == "still there?"
+
+
+def test_domains(made: World) -> None:
+    policy = parse_egress("deny: bad.example.org; allow: *.example.org:8080/tcp")
+    guest = made.machine("run", egress=policy)
+    public, private = IPv4Address("1.1.1.1"), IPv4Address("10.1.2.3")
+    assert guest.ask("1.1.1.1", timeout=0.3) in CLOSED
+    assert policy.naming("www.example.org") == (1,) and policy.naming("bad.example.org") == (0, 1)
+    made.firewall.resolved(policy, {1: [(public, 1), (private, 60)]})
+    with guest.connect("1.1.1.1") as connection:
+        assert connection.recv(100) == b"5.5.5.5\n"
+        assert guest.ask_udp("1.1.1.1", timeout=0.2) in CLOSED, "only TCP was allowed"
+        assert guest.ask("10.1.2.3", timeout=0.3) in CLOSED, "a name does not open a private address"
+        eventually(lambda: guest.ask("1.1.1.1", timeout=0.3) in CLOSED)  # its lifetime is over
+        assert said(connection) == "still there?", "an open connection outlives the name's lifetime"
+        made.firewall.resolved(policy, {1: [(public, 600)]})
+        assert guest.ask("1.1.1.1") == "5.5.5.5"
+        made.firewall.resolved(policy, {0: [(public, 600)]})
+        assert guest.ask("1.1.1.1", timeout=0.3) in CLOSED
+        assert said(connection) in CUT
+
+
+@KINDS
+def test_published_ports(made: World, kind: str) -> None:
+    ports = (
+        Publication(Protocol.TCP, 9000, PORT),
+        Publication(Protocol.UDP, 9000, PORT),
+        Publication(Protocol.TCP, 9001, PORT, IPv4Address("127.0.0.1")),
+    )
+    guest, other = made.machine(kind, published=ports), made.machine(kind, "two")
+    guest.serve("0.0.0.0")
+    assert made.internet.ask("5.5.5.5", 9000) == "5.5.5.1", "the machine sees who it is"
+    assert made.internet.ask_udp("5.5.5.5", 9000) == "5.5.5.1"
+    assert made.internet.ask("5.5.5.5", 9001, timeout=0.3) in CLOSED
+    inward = str(guest.slot.plan.host)
+    for address in ("127.0.0.1", "5.5.5.5"):
+        assert made.host.ask(address, 9000) in (inward, "5.5.5.5"), address
+    assert made.host.ask("127.0.0.1", 9001) == inward
+    assert made.host.ask_udp("127.0.0.1", 9000) == inward
+    assert other.ask("5.5.5.5", 9000, timeout=0.3) in CLOSED, "other machines are not let in by the host's port"
+    assert guest.ask("5.5.5.5", 9000, timeout=0.3) in CLOSED
+    with pytest.raises(Conflict, match="tcp 9000"):
+        made.change(other, published=ports[:1])
+    with made.internet.connect("5.5.5.5", 9000) as connection:
+        assert connection.recv(100) == b"5.5.5.1\n"
+        made.change(guest, published=())
+        assert made.internet.ask("5.5.5.5", 9000, timeout=0.3) in CLOSED
+        assert said(connection) in CUT
+    made.change(other, published=ports[:1])
+
+
+def test_machines_are_not_reached_unasked(made: World) -> None:
+    guest = made.machine("run")
+    guest.serve("0.0.0.0")
+    address = guest.slot.plan.address
+    made.internet.run(lambda: configure(netlink.add_route(guest.slot.plan.network, gateway=IPv4Address("5.5.5.5"))))
+    assert made.internet.ask(str(address), timeout=0.3) == "timeout"
+    assert made.firewall.counters()[guest.slot.plan.interface].refused >= 1
+
+
+@KINDS
+def test_sources_are_pinned(made: World, kind: str) -> None:
+    guest, other = made.machine(kind), made.machine(kind, "two")
+    assert guest.ask("1.1.1.1") == "5.5.5.5"
+    forged = str(other.slot.plan.guest) if kind == "run" else "169.254.0.20"
+    guest.run(lambda: configure(*addressed("eth0", f"{forged}/32", "9.9.9.9/32")))
+    for source in (forged, "9.9.9.9"):
+        assert guest.ask("1.1.1.1", timeout=0.3, source=source) == "timeout", source
+    # A packet to the host's loopback, which a TAP with route_localnet would take.
+    made.host.serve("127.0.0.1", 7777)
+    hole = netlink.add_route(IPv4Interface("127.0.0.0/8").network, gateway=guest_gateway(guest))
+    guest.run(lambda: configure(netlink.set_link(1, "lo", up=False), hole))
+    assert guest.ask("127.0.0.1", 7777, timeout=0.3) in (*CLOSED, "Network is unreachable")
+    assert guest.ask("1.1.1.1") == "5.5.5.5"
+    guest.run(lambda: configure(netlink.set_link(2, "eth0", mac="02:fc:00:00:00:99")))
+    assert guest.ask("1.1.1.1", timeout=0.5) in ("timeout", "No route to host")
+
+
+def guest_gateway(guest: Guest) -> IPv4Address:
+    plan = guest.slot.plan
+    return plan.host if isinstance(plan, RunPlan) else IPv4Address("169.254.0.22")
+
+
+def ethernet(source: str, kind: int, body: bytes, target: str = "ff:ff:ff:ff:ff:ff") -> bytes:
+    return bytes.fromhex((target + source).replace(":", "")) + struct.pack("!H", kind) + body
+
+
+def test_forged_arp_and_ipv6_change_nothing(made: World) -> None:
+    guest = made.machine("run")
+    plan = guest.slot.plan
+    assert guest.ask("1.1.1.1") == "5.5.5.5"
+
+    def arp(mac: str, address: str) -> bytes:
+        sender = bytes.fromhex(mac.replace(":", "")) + socket.inet_aton(address)
+        return ethernet(mac, 0x0806, struct.pack("!HHBBH", 1, 0x0800, 6, 4, 2) + sender + bytes(6) + plan.host.packed)
+
+    before = made.host.run(lambda: Path("/proc/thread-self/net/arp").read_text())
+    assert plan.mac in before
+    guest.run(lambda: inject(arp("02:66:66:66:66:66", str(plan.guest))))
+    # Without its switch, which the kernel looks at before the firewall is asked.
+    made.host.run(lambda: Path(f"/proc/sys/net/ipv6/conf/{plan.interface}/disable_ipv6").write_text("0"))
+    addresses = socket.inet_pton(socket.AF_INET6, "fe80::1") + socket.inet_pton(socket.AF_INET6, "ff02::1")
+    packet = struct.pack("!IHBB", 6 << 28, 0, 59, 64) + addresses
+    guest.run(lambda: inject(ethernet(plan.mac, 0x86DD, packet, "33:33:00:00:00:01")))
+    eventually(lambda: made.firewall.counters()[plan.interface].denied >= 1)
+    after = made.host.run(lambda: Path("/proc/thread-self/net/arp").read_text())
+    assert "02:66:66:66:66:66" not in after and plan.mac in after
+    assert guest.ask("1.1.1.1") == "5.5.5.5"
+
+
+def inject(frame: bytes) -> None:
+    """A frame out of the machine's interface, as its kernel would never send it."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+        raw.bind(("eth0", 0))
+        raw.send(frame)
+
+
+@KINDS
+def test_reuse(made: World, kind: str) -> None:
+    first = made.machine(kind, published=(Publication(Protocol.TCP, 9000, PORT),))
+    slot = first.slot
+    first.serve("0.0.0.0")
+    assert first.ask("1.1.1.1") == made.internet.ask("5.5.5.5", 9000).replace("5.1", "5.5") == "5.5.5.5"
+    with pytest.raises(HostError, match="in use"):
+        made.slots.reuse(slot, Machine(slot.plan.interface, slot.plan.source_mac, slot.plan.address, ALL))
+    first.end()
+    assert made.slots.park(slot).result(20) is slot
+    assert made.internet.ask("5.5.5.5", 9000, timeout=0.3) in CLOSED
+    machine = Machine(slot.plan.interface, slot.plan.source_mac, slot.plan.address, ALL)
+    second = Guest(made.stack, made.slots.reuse(slot, machine))
+    made.guests = [second]
+    assert second.ask("8.8.8.8") == "5.5.5.5"
+    assert second.ask("10.1.2.3", timeout=0.3) in CLOSED
+
+
+@KINDS
+def test_dropped_twice_and_by_the_id_alone(made: World, kind: str) -> None:
+    guest = made.machine(
+        kind, egress=parse_egress("allow: example.org, 1.1.1.1"), published=(Publication(Protocol.TCP, 9000, PORT),)
+    )
+    guest.end()
+    plan = parse_slot(guest.slot.plan.id)
+    assert plan.id == guest.slot.plan.id
+    guest.slot.close()
+    with made.host.run(lambda: Firewall.open([RUN_RANGE.network, NAMESPACE_RANGE.network], log_group=5300)) as later:
+        assert plan.interface in later.interfaces
+        with made.host.run(lambda: Slots.open(later)) as slots:
+            slots.drop(plan).result(20)
+            slots.drop(plan).result(20)
+        assert later.interfaces == frozenset()
+    assert plan.interface not in made.interfaces() and not made.left()
+    made.guests.clear()
+    made.reopen()
+
+
+@KINDS
+def test_a_failed_step_leaves_nothing(made: World, kind: str) -> None:
+    plan = made.plan(kind)
+    machine = Machine(plan.interface, plan.source_mac, plan.address, ALL)
+    other = End("other0", "02:aa:00:00:00:09")
+    made.host.run(lambda: configure(netlink.add_veth(End(plan.interface, "02:aa:00:00:00:08"), other, made.host.namespace.fd)))
+    with pytest.raises(StokerError, match=plan.interface):
+        made.slots.up(plan, machine)
+    assert made.firewall.interfaces == frozenset() and not made.left()
+    with made.host.run(netlink.Netlink) as link:
+        assert link.delete(plan.interface)
+    guest = Guest(made.stack, made.slots.up(plan, machine))
+    made.guests.append(guest)
+    assert guest.ask("1.1.1.1") == "5.5.5.5"
+    with pytest.raises(Conflict, match="in use"):
+        made.slots.up(plan, machine)
+    assert guest.ask("1.1.1.1") == "5.5.5.5"
+
+
+def test_adopted_by_the_tap(made: World) -> None:
+    guest = made.machine("ns")
+    assert guest.slot.namespace is not None
+    there = guest.slot.namespace.identity
+    adopted = made.slots.adopt(parse_slot(guest.slot.plan.id), guest.wire)
+    assert adopted.namespace is not None and adopted.namespace.identity == there != made.host.namespace.identity
+    guest.slot.close()
+    assert guest.ask("1.1.1.1") == "5.5.5.5"
+    guest.slot = adopted
+
+
+def test_a_packet_passes_the_same_rules_with_more_machines(made: World) -> None:
+    def rules() -> int:
+        from stoker.host.nftables import Nftables
+
+        with made.host.run(Nftables) as nft:
+            return sum("rule" in row for row in nft.query("list ruleset"))
+
+    policies = [ALL, NONE, parse_egress("allow: example.org, 10.0.0.0/8")]
+    facts = {"published": (), "host_access": True}
+    made.firewall.put(machine_number(0, policies[2]))
+    one = rules()
+    for number in range(1, 60):
+        made.firewall.put(machine_number(number, policies[number % 3], **facts))
+    assert rules() == one
+    for number in range(60):
+        made.firewall.remove(machine_number(number, ALL).interface)
+    assert rules() < one, "the policy's own chain went with its last machine"
+
+
+def machine_number(number: int, egress: object, **facts: object) -> Machine:
+    plan = plan_namespace(Taken(), after=number)
+    return Machine(plan.interface, plan.source_mac, plan.address, egress, **facts)  # type: ignore[arg-type]
+
+
+@KINDS
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_every_point(made: World, kind: str, point: str) -> None:
+    if kind == "run" and point == "slot.inside":
+        pytest.skip("the run plan has no inside")
+    plan = plan_run("test", ["one"], Taken())["one"] if kind == "run" else plan_namespace(Taken())
+    words = [sys.executable, str(Path(__file__).parents[1] / "slot_worker.py"), str(made.host.namespace.fd), plan.id, point]
+    ended = subprocess.run(words, pass_fds=[made.host.namespace.fd], timeout=60, capture_output=True, text=True)
+    assert ended.returncode == -9, ended.stderr
+    made.reopen()
+    for _ in range(2):
+        made.slots.drop(parse_slot(plan.id)).result(20)
+    assert not made.left()
+    assert plan.interface not in made.interfaces()
+    guest = Guest(made.stack, made.slots.up(plan, Machine(plan.interface, plan.source_mac, plan.address, ALL)))
+    made.guests.append(guest)
+    assert guest.ask("1.1.1.1") == "5.5.5.5"

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
-from pathlib import Path
 from typing import Any, Final
 
 from stoker.errors import HostError
@@ -30,8 +29,6 @@ RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x300, 0x200, 0x400
 IFF_UP: Final = 1
-NONE_MODE: Final = 1
-"""IN6_ADDR_GEN_MODE_NONE: an interface without an IPv6 address of its own."""
 SOL_NETLINK, NETLINK_EXT_ACK, NETLINK_CAP_ACK = 270, 11, 10
 SIOCGIFINDEX: Final = 0x8933
 MAIN_TABLE: Final = 254
@@ -108,31 +105,18 @@ def _codecs() -> Any:
     return SimpleNamespace(link=ifinfmsg, address=ifaddrmsg, route=rtmsg)
 
 
-@cache
-def _has_ipv6() -> bool:
-    return Path("/proc/net/if_inet6").exists()
-
-
 def _request(kind: int, flags: int, message: Any, about: str) -> Request:
     message.encode()
     return Request(kind, flags, bytes(message.data[16:]), about)
 
 
-def _without_ipv6() -> list[Any]:
-    if not _has_ipv6():
-        return []
-    return [("IFLA_AF_SPEC", {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", NONE_MODE)]})]})]
-
-
-def set_link(
-    index: int, about: str, *, up: bool | None = None, mac: str = "", mtu: int = 0, queue: int = 0, ipv6: bool = True
-) -> Request:
-    """Changes a link. ``queue`` is its transmit queue's length in packets; without ``ipv6`` it gets no address of that kind."""
+def set_link(index: int, about: str, *, up: bool | None = None, mac: str = "", mtu: int = 0, queue: int = 0) -> Request:
+    """Changes a link. ``queue`` is its transmit queue's length in packets."""
     message = _codecs().link()
     message["index"] = index
     if up is not None:
         message["flags"], message["change"] = IFF_UP * up, IFF_UP
-    attributes: list[Any] = [] if ipv6 else _without_ipv6()
+    attributes: list[Any] = []
     if mac:
         attributes.append(("IFLA_ADDRESS", mac))
     if mtu:

@@ -50,6 +50,13 @@ Plan = RunPlan | NamespacePlan
 EVERYTHING = IPv4Network("0.0.0.0/0")
 QUEUE = 5000
 """Packets a TAP holds for a machine that does not read."""
+ALONE = [
+    *((f"ipv6/conf/{name}/disable_ipv6", "1") for name in ("all", "default")),
+    *((f"ipv4/conf/{name}/rp_filter", "0") for name in ("all", "default", INSIDE.tap)),
+    ("ipv4/ip_forward", "1"),
+]
+"""Settings of a machine's namespace, once it has its TAP. The larger of the filter's values for all and for an interface counts; an
+interface begins with the default one."""
 WORKERS = 4
 """Threads that remove links. They wait for the kernel, which does several at once."""
 PATIENCE = 2.0
@@ -83,15 +90,20 @@ class Slot:
 
 
 def _write(settings: Iterable[tuple[str, str]]) -> None:
-    """Settings below /proc/sys/net/ipv4, of the calling thread's namespace."""
+    """Settings below /proc/sys/net, of the calling thread's namespace."""
     for name, value in settings:
-        with open(f"/proc/sys/net/ipv4/{name}", "w") as file:
-            file.write(value)
+        try:
+            with open(f"/proc/sys/net/{name}", "w") as file:
+                file.write(value)
+        except FileNotFoundError:
+            if not name.startswith("ipv6/"):  # a kernel without IPv6
+                raise
 
 
-def _unjudged(interface: str) -> list[tuple[str, str]]:
-    """No second opinion about sources (the firewall pins them), and answers to what the host asked from 127.0.0.1 are let in."""
-    return [(f"conf/{interface}/rp_filter", "0"), (f"conf/{interface}/route_localnet", "1")]
+def _judged_by_us(interface: str) -> list[tuple[str, str]]:
+    """The kernel has no opinion of its own about sources, which the firewall pins; answers to 127.0.0.1 are let in; no IPv6."""
+    ours = [("ipv4", "rp_filter", "0"), ("ipv4", "route_localnet", "1"), ("ipv6", "disable_ipv6", "1")]
+    return [(f"{family}/conf/{interface}/{name}", value) for family, name, value in ours]
 
 
 class Slots:
@@ -173,9 +185,9 @@ class Slots:
             index = self._link.index(plan.tap)
             if index is None:
                 raise HostError("tap_unknown", f"the TAP {plan.tap} went away", "does something else remove TAPs?")
-            _write(_unjudged(plan.tap))
+            _write(_judged_by_us(plan.tap))
             self._link.apply(
-                netlink.set_link(index, plan.tap, up=True, mac=plan.tap_mac, mtu=mtu, queue=QUEUE, ipv6=False),
+                netlink.set_link(index, plan.tap, up=True, mac=plan.tap_mac, mtu=mtu, queue=QUEUE),
                 netlink.add_address(index, IPv4Interface((plan.host, 30)), plan.tap),
             )
             trace("slot.linked")
@@ -202,16 +214,16 @@ class Slots:
             undo.callback(os.close, tap)
             trace("slot.tap")
             nft.apply(rules.inside(guest))
+            _write(ALONE)
             here, there = End(guest.out, plan.source_mac, OUT), End(plan.veth, plan.veth_mac)
             link.apply(
                 netlink.add_veth(here, there, self._home.fd, mtu=mtu),
                 netlink.set_link(LO, "lo", up=True),
-                netlink.set_link(TAP, guest.tap, up=True, mac=guest.tap_mac, mtu=mtu, queue=QUEUE, ipv6=False),
+                netlink.set_link(TAP, guest.tap, up=True, mac=guest.tap_mac, mtu=mtu, queue=QUEUE),
                 netlink.add_address(TAP, guest.gateway, guest.tap),
                 netlink.add_address(OUT, IPv4Interface((plan.address, 31)), guest.out),
                 netlink.add_route(EVERYTHING, gateway=plan.host),
             )
-            _write([("ip_forward", "1"), *((f"conf/{name}/rp_filter", "0") for name in ("all", guest.tap, guest.out))])
             undo.pop_all()
         return tap
 
@@ -220,9 +232,9 @@ class Slots:
         index = self._link.index(plan.veth)
         if index is None:
             raise HostError("link_unknown", f"the interface {plan.veth} went away", "does something else remove interfaces?")
-        _write(_unjudged(plan.veth))
+        _write(_judged_by_us(plan.veth))
         self._link.apply(
-            netlink.set_link(index, plan.veth, up=True, ipv6=False),
+            netlink.set_link(index, plan.veth, up=True),
             netlink.add_address(index, IPv4Interface((plan.host, 31)), plan.veth),
         )
 

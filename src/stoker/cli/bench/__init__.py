@@ -20,6 +20,7 @@ bench = LazyGroup(
         "api": ("stoker.cli.bench.api:api", "Lists, `stoker ls`, and the daemon at rest."),
         "proxy": ("stoker.cli.bench.proxy:proxy", "The reverse proxy: requests per second over kept connections."),
         "files": ("stoker.cli.bench.files:files", "A big file in and out, and small ones."),
+        "network": ("stoker.cli.bench.network:network", "Network slots: made, used again, given back, and many at once."),
         "exec": ("stoker.cli.bench.exec:exec_bench", "A command in a running sandbox, against the agent's own work and SSH."),
     },
     help="Measure. With --json each verb prints one object: name, n, failures, p50_ms, p90_ms, p99_ms, ratios and more.",
