@@ -34,6 +34,7 @@ SIOCGIFINDEX: Final = 0x8933
 MAIN_TABLE: Final = 254
 RTN_UNICAST: Final = 1
 BUFFER: Final = 1 << 18
+TOGETHER: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +192,9 @@ def delete_route(destination: IPv4Network, *, index: int = 0, gateway: IPv4Addre
     return _route(RTM_DELROUTE, 0, destination, index, gateway)
 
 
-def _said(payload: bytes, asked: int) -> str:
+def _said(payload: bytes) -> str:
     """The kernel's own words in an extended acknowledgement (NLMSGERR_ATTR_MSG), if it gave any."""
-    rest = payload[4 + 16 + asked :]
+    rest = payload[4 + 16 :]
     while len(rest) >= 4:
         length, kind = struct.unpack_from("=HH", rest)
         if length < 4:
@@ -241,25 +242,30 @@ class Netlink:
             data = data[(length + 3) & ~3 :]
 
     def apply(self, *requests: Request) -> None:
-        """Has the kernel do all of it, in this order. Raises what :func:`refusal` makes of the first that it refused; those after
-        that one may have been done."""
+        """Has the kernel do all of it, in this order. Raises what :func:`refusal` makes of the first that it refused; some of those
+        after that one may have been done."""
         with self._lock:
-            packed, waiting = bytearray(), {}
-            for request in requests:
-                self._sequence += 1
-                waiting[self._sequence] = request
-                flags = request.flags | NLM_F_REQUEST | NLM_F_ACK
-                packed += struct.pack("=IHHII", 16 + len(request.body), request.kind, flags, self._sequence, 0) + request.body
-                packed += bytes(-len(packed) % 4)
-            self._socket.send(packed)
-            failed: HostError | None = None
-            while waiting:
-                for kind, sequence, message in self._messages():
-                    if kind != NLMSG_ERROR or (asked := waiting.pop(sequence, None)) is None:
-                        continue
-                    number = -struct.unpack_from("=i", message, 16)[0]
-                    if number and failed is None:
-                        failed = refusal(number, asked.about, _said(message[16:], 0))
+            # More answers than this at once do not fit into what the kernel keeps for a socket.
+            for start in range(0, len(requests), TOGETHER):
+                self._apply(requests[start : start + TOGETHER])
+
+    def _apply(self, requests: Sequence[Request]) -> None:
+        packed, waiting = bytearray(), {}
+        for request in requests:
+            self._sequence += 1
+            waiting[self._sequence] = request
+            flags = request.flags | NLM_F_REQUEST | NLM_F_ACK
+            packed += struct.pack("=IHHII", 16 + len(request.body), request.kind, flags, self._sequence, 0) + request.body
+            packed += bytes(-len(packed) % 4)
+        self._socket.send(packed)
+        failed: HostError | None = None
+        while waiting:
+            for kind, sequence, message in self._messages():
+                if kind != NLMSG_ERROR or (asked := waiting.pop(sequence, None)) is None:
+                    continue
+                number = -struct.unpack_from("=i", message, 16)[0]
+                if number and failed is None:
+                    failed = refusal(number, asked.about, _said(message[16:]))
         if failed is not None:
             raise failed
 

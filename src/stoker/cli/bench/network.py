@@ -1,6 +1,6 @@
 """``stoker bench network``: network slots made, used again and given back, against the same by spawned tools; and many at once.
 
-Everything is in a namespace of the benchmark's own, with an uplink that leads to another one: the real host's network is not touched.
+Everything is in a namespace of the benchmark's own, with an uplink that leads to another one: the real host's is not touched.
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ def _reference(slots: Slots, kind: str) -> tuple[list[float], list[str]]:
     return taken, failures
 
 
-def _packet(plan: RunPlan | NamespacePlan) -> bytes:
-    """A frame of the machine's to a public address, with its virtio header."""
+def _packet(plan: RunPlan | NamespacePlan, port: int) -> bytes:
+    """A frame of the machine's from a port to a public address, with its virtio header."""
     from stoker.network.plan import INSIDE, RunPlan
 
     gateway = plan.tap_mac if isinstance(plan, RunPlan) else INSIDE.tap_mac
@@ -200,18 +200,18 @@ def _packet(plan: RunPlan | NamespacePlan) -> bytes:
     checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
     header = header[:10] + struct.pack("!H", checksum) + header[12:]
     link = bytes.fromhex((gateway + plan.mac).replace(":", "")) + b"\x08\x00"
-    return bytes(10) + link + header + struct.pack("!HHHH", 4000, 53, 12, 0) + b"test"
+    return bytes(10) + link + header + struct.pack("!HHHH", port, 53, 12, 0) + b"test"
 
 
-def _passed(slot: Slot) -> int:
-    """How many rules of the host's a packet of a machine passes, by the kernel's own trace."""
+def _passed(slot: Slot, port: int) -> int:
+    """How many rules of the host's a new connection's packet passes, by the kernel's own trace. Each from a port of its own."""
     from stoker.host.nftables import Nftables
     from stoker.host.run import run
 
     async def look() -> str:
         watch = asyncio.ensure_future(run(["timeout", "1", "nft", "monitor", "trace"], success=(124,), timeout=20))
         await asyncio.sleep(0.4)
-        os.write(slot.tap, _packet(slot.plan))
+        os.write(slot.tap, _packet(slot.plan, port))
         return (await watch).stdout.decode(errors="replace")
 
     hook = "add chain inet watch first { type filter hook prerouting priority -500; }"
@@ -235,7 +235,7 @@ def _crowd(slots: Slots, many: int) -> dict[str, Any]:
         for plan in plans:
             made.append(_timed(up, lambda plan=plan: _up(slots, plan)))  # type: ignore[misc]
             if len(made) in (1, many):
-                passed.append(_passed(made[0]))
+                passed.append(_passed(made[0], 4000 + len(made)))
     finally:
         began = time.perf_counter()
         for future in [slots.drop(slot.plan, slot) for slot in made]:
