@@ -57,6 +57,8 @@ class Server:
         self.tcp = socket.create_server((address, port))
         self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.udp.bind((address, port))
+        self.heard: list[bytes] = []
+        """What came over UDP."""
         self._open: list[socket.socket] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -72,7 +74,8 @@ class Server:
                     connection.sendall(peer[0].encode() + b"\n")
                     self._open.append(connection)
                 elif one is self.udp:
-                    _, peer = self.udp.recvfrom(2048)
+                    data, peer = self.udp.recvfrom(2048)
+                    self.heard.append(data)
                     self.udp.sendto(peer[0].encode(), peer)
                 else:
                     assert isinstance(one, socket.socket)
@@ -114,9 +117,10 @@ class Place:
     def run(self, work: Callable[[], T]) -> T:
         return self.namespace.run(work)
 
-    def serve(self, address: str, port: int = PORT) -> None:
+    def serve(self, address: str, port: int = PORT) -> Server:
         server = self.run(lambda: Server(address, port))
         self._stack.callback(server.close)
+        return server
 
     def connect(self, address: str, port: int = PORT, *, timeout: float = 1.0, source: str = "") -> socket.socket:
         """A connection whose greeting (who we are to the server) is unread."""

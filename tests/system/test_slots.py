@@ -9,18 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
-from network_world import PORT, Guest, World, addressed, configure, world
+from network_world import PORT, Guest, World, configure, world
 from stoker.errors import Conflict, HostError, StokerError
 from stoker.host import netlink
 from stoker.host.netlink import End
 from stoker.network.egress import ALL, NONE, Protocol, parse_egress
 from stoker.network.firewall import Firewall
-from stoker.network.plan import NAMESPACE_RANGE, RUN_RANGE, RunPlan, Taken, parse_slot, plan_namespace, plan_run
+from stoker.network.plan import INSIDE, NAMESPACE_RANGE, RUN_RANGE, RunPlan, Taken, parse_slot, plan_namespace, plan_run
 from stoker.network.rules import Machine, Publication
 from stoker.network.slot import POINTS, Slots
 
@@ -210,32 +210,66 @@ def test_machines_are_not_reached_unasked(made: World) -> None:
 @KINDS
 def test_sources_are_pinned(made: World, kind: str) -> None:
     guest, other = made.machine(kind), made.machine(kind, "two")
-    assert guest.ask("1.1.1.1") == "5.5.5.5"
+    far = made.internet.serve("1.1.1.1", 53)
+    mine, gateway = guest.slot.plan, guest_gateway(guest)
     forged = str(other.slot.plan.guest) if kind == "run" else "169.254.0.20"
-    guest.run(lambda: configure(*addressed("eth0", f"{forged}/32", "9.9.9.9/32")))
-    for source in (forged, "9.9.9.9"):
-        assert guest.ask("1.1.1.1", timeout=0.3, source=source) == "timeout", source
-    # A packet to the host's loopback, which a TAP with route_localnet would take.
-    made.host.serve("127.0.0.1", 7777)
-    hole = netlink.add_route(IPv4Interface("127.0.0.0/8").network, gateway=guest_gateway(guest))
-    guest.run(lambda: configure(netlink.set_link(1, "lo", up=False), hole))
-    assert guest.ask("127.0.0.1", 7777, timeout=0.3) in (*CLOSED, "Network is unreachable")
-    assert guest.ask("1.1.1.1") == "5.5.5.5"
-    guest.run(lambda: configure(netlink.set_link(2, "eth0", mac="02:fc:00:00:00:99")))
-    assert guest.ask("1.1.1.1", timeout=0.5) in ("timeout", "No route to host")
+    mac = guest.run(lambda: gateway_mac(gateway))
+
+    def send(payload: bytes, source: str, sender: str = mine.mac) -> None:
+        guest.run(lambda: inject(ethernet(sender, 0x0800, datagram(source, "1.1.1.1", 53, payload), mac)))
+
+    send(b"mine", str(mine.guest))
+    eventually(lambda: far.heard == [b"mine"])
+    for number, source in enumerate((forged, "9.9.9.9", "0.0.0.0", "127.0.0.1")):
+        send(f"forged {number}".encode(), source)
+    send(b"another's MAC", str(mine.guest), "02:fc:00:00:00:99")
+    send(b"last", str(mine.guest))
+    eventually(lambda: b"last" in far.heard)
+    assert far.heard == [b"mine", b"last"]
+
+
+@KINDS
+def test_the_hosts_loopback_is_closed_even_to_a_machine_that_may_reach_the_host(made: World, kind: str) -> None:
+    guest = made.machine(kind, host_access=True)
+    near, inner = made.host.serve(str(guest.slot.plan.host), 7777), made.host.serve("127.0.0.1", 7777)
+    gateway = guest_gateway(guest)
+    mac = guest.run(lambda: gateway_mac(gateway))
+    for target in ("127.0.0.1", str(guest.slot.plan.host)):
+        packet = datagram(str(guest.slot.plan.guest), target, 7777, target.encode())
+        guest.run(lambda packet=packet: inject(ethernet(guest.slot.plan.mac, 0x0800, packet, mac)))  # type: ignore[misc]
+    eventually(lambda: near.heard == [str(guest.slot.plan.host).encode()])
+    assert inner.heard == []
 
 
 def guest_gateway(guest: Guest) -> IPv4Address:
     plan = guest.slot.plan
-    return plan.host if isinstance(plan, RunPlan) else IPv4Address("169.254.0.22")
+    return plan.host if isinstance(plan, RunPlan) else INSIDE.gateway.ip
+
+
+def gateway_mac(gateway: IPv4Address) -> str:
+    """As the machine's kernel learned it by asking."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.sendto(b"?", (str(gateway), 9))
+    table = Path("/proc/thread-self/net/arp")
+    eventually(lambda: any(line.split()[0] == str(gateway) and line.split()[2] == "0x2" for line in table.read_text().splitlines()))
+    return next(line.split()[3] for line in table.read_text().splitlines() if line.split()[0] == str(gateway))
 
 
 def ethernet(source: str, kind: int, body: bytes, target: str = "ff:ff:ff:ff:ff:ff") -> bytes:
     return bytes.fromhex((target + source).replace(":", "")) + struct.pack("!H", kind) + body
 
 
+def datagram(source: str, target: str, port: int, payload: bytes) -> bytes:
+    """An IPv4 packet with a UDP datagram in it."""
+    ends = socket.inet_aton(source) + socket.inet_aton(target)
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 28 + len(payload), 1, 0, 64, 17, 0) + ends
+    total = sum(struct.unpack("!10H", header))
+    checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+    return header[:10] + struct.pack("!H", checksum) + header[12:] + struct.pack("!HHHH", 4000, port, 8 + len(payload), 0) + payload
+
+
 def test_forged_arp_and_ipv6_change_nothing(made: World) -> None:
-    guest = made.machine("run")
+    guest = made.machine("run", host_access=True)
     plan = guest.slot.plan
     assert guest.ask("1.1.1.1") == "5.5.5.5"
 
@@ -243,11 +277,12 @@ def test_forged_arp_and_ipv6_change_nothing(made: World) -> None:
         sender = bytes.fromhex(mac.replace(":", "")) + socket.inet_aton(address)
         return ethernet(mac, 0x0806, struct.pack("!HHBBH", 1, 0x0800, 6, 4, 2) + sender + bytes(6) + plan.host.packed)
 
+    # The kernel believes a new answer at once, and hears IPv6, which it otherwise drops before the firewall is asked.
+    for name in (f"ipv4/neigh/{plan.interface}/locktime", f"ipv6/conf/{plan.interface}/disable_ipv6"):
+        made.host.run(lambda name=name: Path(f"/proc/sys/net/{name}").write_text("0"))  # type: ignore[misc]
     before = made.host.run(lambda: Path("/proc/thread-self/net/arp").read_text())
     assert plan.mac in before
     guest.run(lambda: inject(arp("02:66:66:66:66:66", str(plan.guest))))
-    # Without its switch, which the kernel looks at before the firewall is asked.
-    made.host.run(lambda: Path(f"/proc/sys/net/ipv6/conf/{plan.interface}/disable_ipv6").write_text("0"))
     addresses = socket.inet_pton(socket.AF_INET6, "fe80::1") + socket.inet_pton(socket.AF_INET6, "ff02::1")
     packet = struct.pack("!IHBB", 6 << 28, 0, 59, 64) + addresses
     guest.run(lambda: inject(ethernet(plan.mac, 0x86DD, packet, "33:33:00:00:00:01")))
@@ -255,6 +290,20 @@ def test_forged_arp_and_ipv6_change_nothing(made: World) -> None:
     after = made.host.run(lambda: Path("/proc/thread-self/net/arp").read_text())
     assert "02:66:66:66:66:66" not in after and plan.mac in after
     assert guest.ask("1.1.1.1") == "5.5.5.5"
+
+
+def test_a_machine_answers_no_dhcp(made: World) -> None:
+    guest = made.machine("run", host_access=True)
+    made.host.serve("0.0.0.0", 68)
+
+    def offer() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind(("0.0.0.0", 67))
+            sock.sendto(b"offer", (str(guest.slot.plan.host), 68))
+
+    assert guest.ask_udp(str(guest.slot.plan.host), 68) == str(guest.slot.plan.guest), "but not from the server's port"
+    guest.run(offer)
+    eventually(lambda: made.firewall.counters()[guest.slot.plan.interface].denied == 1)
 
 
 def inject(frame: bytes) -> None:
@@ -272,12 +321,14 @@ def test_reuse(made: World, kind: str) -> None:
     assert first.ask("1.1.1.1") == made.internet.ask("5.5.5.5", 9000).replace("5.1", "5.5") == "5.5.5.5"
     with pytest.raises(HostError, match="in use"):
         made.slots.reuse(slot, Machine(slot.plan.interface, slot.plan.source_mac, slot.plan.address, ALL))
+    other = made.machine(kind, "two")
     first.end()
     assert made.slots.park(slot).result(20) is slot
+    made.change(other, published=(Publication(Protocol.TCP, 9000, PORT),))  # its port is free again
     assert made.internet.ask("5.5.5.5", 9000, timeout=0.3) in CLOSED
     machine = Machine(slot.plan.interface, slot.plan.source_mac, slot.plan.address, ALL)
     second = Guest(made.stack, made.slots.reuse(slot, machine))
-    made.guests = [second]
+    made.guests = [second, other]
     assert second.ask("8.8.8.8") == "5.5.5.5"
     assert second.ask("10.1.2.3", timeout=0.3) in CLOSED
 

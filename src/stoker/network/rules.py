@@ -253,7 +253,7 @@ def base(ranges: Iterable[IPv4Network], private: Iterable[IPv4Network] = (), log
         "fib daddr type local dnat ip to ip daddr . meta l4proto . th dport map @published_at",
         "fib daddr type local dnat ip to meta l4proto . th dport map @published",
     ]
-    commands += _chain("publish", ["iifname @machines return", *publish], "nat hook prerouting priority dstnat")
+    commands += _chain("publish", publish, "nat hook prerouting priority dstnat")
     commands += _chain("publish_here", publish, "nat hook output priority -100")
     source = ["oifname @machines ip saddr 127.0.0.0/8 masquerade", "oifname @machines return", "ip saddr @ranges masquerade"]
     commands += _chain("source", source, "nat hook postrouting priority srcnat")
