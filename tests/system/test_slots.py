@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from network_world import PORT, Guest, World, configure, world
 from stoker.errors import Conflict, HostError, StokerError
 from stoker.host import netlink
 from stoker.host.netlink import End
+from stoker.host.nftables import Nftables
 from stoker.network.egress import ALL, NONE, Protocol, parse_egress
 from stoker.network.firewall import Firewall
 from stoker.network.plan import INSIDE, NAMESPACE_RANGE, RUN_RANGE, RunPlan, Taken, parse_slot, plan_namespace, plan_run
 from stoker.network.rules import Machine, Publication
-from stoker.network.slot import POINTS, Slots
+from stoker.network.slot import POINTS, Plan, Slots
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 KINDS = pytest.mark.parametrize("kind", ["run", "ns"])
@@ -385,8 +387,6 @@ def test_adopted_by_the_tap(made: World) -> None:
 
 def test_a_packet_passes_the_same_rules_with_more_machines(made: World) -> None:
     def rules() -> int:
-        from stoker.host.nftables import Nftables
-
         with made.host.run(Nftables) as nft:
             return sum("rule" in row for row in nft.query("list ruleset"))
 
@@ -400,6 +400,60 @@ def test_a_packet_passes_the_same_rules_with_more_machines(made: World) -> None:
     for number in range(60):
         made.firewall.remove(machine_number(number, ALL).interface)
     assert rules() < one, "the policy's own chain went with its last machine"
+
+
+def test_many_at_once_from_many_threads(made: World) -> None:
+    plans: list[Plan] = [*plan_run("many", [f"m{number}" for number in range(12)], made.slots.taken()).values()]
+    for _ in range(12):
+        plans.append(plan_namespace(made.slots.taken(plans)))
+
+    def live(plan: Plan) -> None:
+        for _ in range(2):
+            slot = made.slots.up(plan, Machine(plan.interface, plan.source_mac, plan.address, ALL))
+            made.slots.drop(plan, slot).result(20)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(live, plans))
+    assert made.firewall.interfaces == frozenset() and not made.left()
+
+
+def test_another_version_of_the_rules_takes_over(made: World) -> None:
+    port = (Publication(Protocol.TCP, 9000, PORT),)
+    guest, other = made.machine("run", published=port), made.machine("ns", "two", parse_egress("allow: 1.1.1.1"))
+    guest.serve("0.0.0.0")
+    with made.host.run(lambda: Firewall.open([RUN_RANGE.network, NAMESPACE_RANGE.network], log_group=77)) as later:
+        assert later.interfaces == {guest.slot.plan.interface, other.slot.plan.interface}
+        assert guest.ask("1.1.1.1") == "5.5.5.5" and made.internet.ask("5.5.5.5", 9000) == "5.5.5.1"
+        assert other.ask("1.1.1.1", timeout=0.3) in CLOSED, "closed until its policy is set again"
+        plan = other.slot.plan
+        later.put(Machine(plan.interface, plan.source_mac, plan.address, parse_egress("allow: 1.1.1.1")))
+        assert other.ask("1.1.1.1") == "5.5.5.5" and other.ask("8.8.8.8", timeout=0.3) in CLOSED
+    made.reopen()
+
+
+def test_a_flushed_firewall_is_made_anew(made: World) -> None:
+    guest, other = made.machine("run"), made.machine("ns", "two", parse_egress("allow: 1.1.1.1"))
+    assert not made.firewall.restore()
+    for flush in ("flush ruleset", "delete table inet stoker", "flush set inet stoker pinned"):
+        with made.host.run(Nftables) as nft:
+            nft.apply([flush])
+        assert made.firewall.restore() and not made.firewall.restore()
+        assert guest.ask("1.1.1.1") == other.ask("1.1.1.1") == "5.5.5.5"
+        assert other.ask("8.8.8.8", timeout=0.3) in CLOSED
+    with made.host.run(Nftables) as nft:
+        nft.apply(["flush ruleset"])
+    made.change(guest, egress=NONE)  # notices it
+    assert guest.ask("1.1.1.1", timeout=0.3) in CLOSED and other.ask("1.1.1.1") == "5.5.5.5"
+    with made.host.run(Nftables) as nft:
+        nft.apply(["flush ruleset"])
+
+
+def test_prune(made: World) -> None:
+    guest = made.machine("run")
+    for number in range(3):
+        made.firewall.put(machine_number(number, ALL))
+    gone = made.firewall.prune([guest.slot.plan.interface])
+    assert len(gone) == 3 and made.firewall.interfaces == {guest.slot.plan.interface}
 
 
 def machine_number(number: int, egress: object, **facts: object) -> Machine:

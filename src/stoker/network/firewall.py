@@ -7,6 +7,7 @@ what a machine left. A table that another version of the rules made is replaced 
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from stoker.network.rules import ARP_TABLE, MAPS, SETS, TABLE, Element, Machine
 
 __all__ = ["Counters", "Firewall"]
 
+log = logging.getLogger(__name__)
 MARK: Final = "version-"
 BY_INTERFACE: Final = ("machines", "denials", "refusals", "pinned", "egress", "host_access", "host_services")
 BY_ADDRESS: Final = ("open", "peers")
@@ -75,6 +77,11 @@ def _rows(row: Mapping[str, Any]) -> Iterable[tuple[list[str], str]]:
             yield _parts(item), ""
 
 
+def _sets_of(commands: Iterable[str]) -> set[str]:
+    """The names of the sets that commands make."""
+    return {command.split()[4] for command in commands if command.startswith("add set ")}
+
+
 class Firewall:
     """The host's two tables. Made by :meth:`open`; safe to use from any thread."""
 
@@ -84,7 +91,7 @@ class Firewall:
         self._version = hashlib.sha256("\n".join(base).encode()).hexdigest()[:16]
         self._installed: dict[str, frozenset[Element]] = {}
         self._chains: dict[str, list[str]] = {}
-        """The commands of each policy that is installed, as far as we made it."""
+        """The commands of each policy that is installed; none where another process made it."""
         self._sets: set[str] = set()
         self._published: dict[tuple[str, str], str] = {}
         """Whose each published port is: map and key, interface."""
@@ -117,7 +124,7 @@ class Firewall:
         except HostError as error:
             if error.code != "nftables_unknown":
                 raise
-            return self._install([])
+            return self._install()
         chains = {row["chain"]["name"] for row in found if "chain" in row}
         self._read(found)
         self._chains = {name: [] for name in chains if name.startswith("policy-")}
@@ -149,27 +156,41 @@ class Firewall:
             (item.name, item.key): interface for interface, items in installed.items() for item in items if item.name in PUBLISHED
         }
 
-    def _install(self, more: list[str]) -> None:
-        self._nft.apply([*self._base, f"add chain {TABLE} {MARK}{self._version}", *more])
-        self._sets |= {*SETS, *MAPS}
+    def _install(self) -> None:
+        self._nft.apply([*self._base, f"add chain {TABLE} {MARK}{self._version}"])
+        self._sets = {*SETS, *MAPS}
+
+    def restore(self) -> bool:
+        """Makes the tables what they should be, when somebody else flushed or changed them; False when they are."""
+        with self._lock:
+            try:
+                there = Firewall(self._nft, self._base)
+                found = self._nft.query(f"list table {TABLE}")
+                there._read(found)
+                chains = {row["chain"]["name"] for row in found if "chain" in row}
+                if there._installed == self._installed and {f"{MARK}{self._version}", *self._chains} <= chains:
+                    return False
+            except HostError as error:
+                if error.code != "nftables_unknown":
+                    raise
+            self._replace()
+            return True
 
     def _replace(self) -> None:
-        """Puts these rules in the place of another version's. Machines with a policy of their own have none until it is set again:
-        what it was is not known from its digest."""
+        """Puts these rules in the place of what is there. Machines whose policy is only known by its chain's name, since another
+        process set it, reach nothing until it is set again."""
+        lost = {f"goto {chain}" for chain, commands in self._chains.items() if not commands}
         kept: dict[str, frozenset[Element]] = {}
         for interface, items in self._installed.items():
-            policies = {item for item in items if item.name == "egress" and item.value.startswith("goto policy-")}
-            kept[interface] = (items - policies) | {Element(TABLE, "egress", item.key, rules.NONE_VERDICT) for item in policies}
-        gone = [line for table in (TABLE, ARP_TABLE) for line in (f"add table {table}", f"delete table {table}")]
-        self._nft.apply(
-            [
-                *gone,
-                *self._base,
-                f"add chain {TABLE} {MARK}{self._version}",
-                *(item.added for items in kept.values() for item in sorted(items)),
-            ]
-        )
-        self._installed, self._chains, self._sets = kept, {}, {*SETS, *MAPS}
+            gone = {item for item in items if item.name == "egress" and item.value in lost}
+            kept[interface] = (items - gone) | {Element(TABLE, "egress", item.key, rules.NONE_VERDICT) for item in gone}
+        chains = {chain: commands for chain, commands in self._chains.items() if commands}
+        policies = [command for commands in chains.values() for command in commands]
+        entries = [item.added for items in kept.values() for item in sorted(items)]
+        tables = [line for table in (TABLE, ARP_TABLE) for line in (f"add table {table}", f"delete table {table}")]
+        self._nft.apply([*tables, *self._base, f"add chain {TABLE} {MARK}{self._version}", *policies, *entries])
+        self._installed, self._chains = kept, chains
+        self._sets = {*SETS, *MAPS, *_sets_of(policies)}
 
     @property
     def interfaces(self) -> frozenset[str]:
@@ -221,7 +242,14 @@ class Firewall:
         unused = self._unused(after, {item.value for item in deleted if item.name == "egress"})
         for chain in unused:
             commands += rules.without_policy(chain, self._sets | made)
-        self._nft.apply(commands)
+        try:
+            self._nft.apply(commands)
+        except HostError as error:
+            if error.code != "nftables_unknown":
+                raise
+            log.warning("the firewall's tables are not what they were (%s); making them anew", error.message)
+            self._replace()
+            self._nft.apply(commands)
         self._installed = after
         for item in before | wanted:
             if item.name in PUBLISHED:
@@ -233,14 +261,14 @@ class Firewall:
             digest = chain.removeprefix("policy-")
             self._sets = {name for name in self._sets if f"-{digest}-" not in name}
         if egress is not None and egress.rules:
-            self._chains.setdefault(rules.policy_chain(egress), [])
+            self._chains[rules.policy_chain(egress)] = rules.policy(egress)
 
     def _needed(self, egress: Egress | None) -> tuple[list[str], set[str]]:
         """The commands for a policy's chain that is not there yet, and the names of the sets they make."""
         if egress is None or not egress.rules or rules.policy_chain(egress) in self._chains:
             return [], set()
         commands = rules.policy(egress)
-        return commands, {line.split()[4] for line in commands if line.startswith("add set ")}
+        return commands, _sets_of(commands)
 
     def _unused(self, after: Mapping[str, frozenset[Element]], left: set[str]) -> list[str]:
         """The chains of those verdicts that no machine has any more."""

@@ -161,7 +161,7 @@ class Slots:
         """
         if (machine.interface, machine.mac, machine.address) != (plan.interface, plan.source_mac, plan.address):
             raise ValueError("the machine is not the plan's")
-        if machine.interface in self.firewall.interfaces:
+        if machine.interface in self.firewall.interfaces or machine.interface in self._leaving:
             raise Conflict("slot_taken", f"the slot of {machine.interface} is in use", "stoker fsck")
         with ExitStack() as undo:
             self.firewall.put(machine)
