@@ -113,7 +113,7 @@ class Slots:
         self.firewall = firewall
         self._home, self._link = home, link
         self._behind = ThreadPoolExecutor(WORKERS, thread_name_prefix="slots")
-        self._leaving: dict[str, Plan] = {}
+        self._leaving: dict[str, tuple[Plan, Future[None]]] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -150,7 +150,7 @@ class Slots:
     def taken(self, plans: Iterable[Plan] = ()) -> Taken:
         """What new slots must keep clear of: what is on the host, ``plans`` that are promised, and what is being removed."""
         with self._lock:
-            known = [*plans, *self._leaving.values()]
+            known = [*plans, *(plan for plan, _ in self._leaving.values())]
         names = {link.name for link in self._link.links()} | {plan.interface for plan in known}
         return Taken(names, [*(found.network for found in self.foreign()), *(plan.network for plan in known)])
 
@@ -277,13 +277,16 @@ class Slots:
 
         Returns when the slot is given back; the future is done when nothing of it is left. Until then :meth:`taken` counts it.
         """
-        with self._lock:
-            self._leaving[plan.interface] = plan
         trace("slot.dropping")
         whole = slot is not None and slot.namespace is not None
         if slot is not None:
             slot.close()
-        return self._behind.submit(self._finish, plan, whole)
+        with self._lock:
+            if plan.interface in self._leaving:
+                return self._leaving[plan.interface][1]
+            future = self._behind.submit(self._finish, plan, whole)
+            self._leaving[plan.interface] = (plan, future)
+            return future
 
     def _finish(self, plan: Plan, whole: bool) -> None:
         """``whole``: the interface's namespace was let go of, and goes with it."""

@@ -1,0 +1,217 @@
+"""What the host's own network has to be like for ours, as data: what was found, what speaks against it, how to mend and undo it.
+
+Looking (:func:`observe`) and judging (:func:`judge`, pure) change nothing. :func:`mend` does what it is given, and returns what
+:func:`undo` needs. Only a :class:`Pass` reaches into a table that is not ours: another firewall that drops what is forwarded
+(Docker's and ufw's do) is told of our ranges, since to nftables an ``accept`` of our own is not the last word. Its rules carry a
+comment by which exactly they are found again. Addresses are translated by our own table (:mod:`.rules`), whatever the uplink is.
+
+The files that keep the settings over a restart of the host are rendered by :func:`sysctl_file`; who writes them is not told here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from stoker.errors import HostError
+from stoker.host.netlink import Netlink, uplinks
+from stoker.host.nftables import Nftables
+from stoker.network.plan import Foreign, Range, check_ranges
+
+__all__ = ["Chain", "Finding", "Observed", "Pass", "Setting", "judge", "mend", "observe", "sysctl_file", "undo"]
+
+ROOT: Final = "/proc/sys/net/ipv4"
+FORWARD: Final = "ip_forward"
+COMMENT: Final = "stoker"
+TAPS: Final = 'iifname "tap*" udp dport 67'
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A base chain of another's firewall that drops what it does not know. ``ours``: our rules are in it."""
+
+    family: str
+    table: str
+    name: str
+    hook: str
+    ours: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.table} {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """``settings``: names below ``net.ipv4`` (with slashes) and values. ``uplinks``: names, best first."""
+
+    settings: Mapping[str, str]
+    uplinks: tuple[str, ...]
+    foreign: tuple[Foreign, ...]
+    chains: tuple[Chain, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A mend: the value that a setting gets."""
+
+    name: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"sysctl -w net.ipv4.{self.name.replace('/', '.')}={self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A mend: rules at the beginning of another's chain, which let our machines' packets through to our own rules."""
+
+    chain: Chain
+    matches: tuple[str, ...]
+
+    @property
+    def commands(self) -> list[str]:
+        return [f'insert rule {self.chain} {match} accept comment "{COMMENT}"' for match in self.matches]
+
+    def __str__(self) -> str:
+        return "; ".join(f"nft '{command}'" for command in self.commands)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. ``mends`` is empty where it is well, or where only the operator can decide."""
+
+    name: str
+    ok: bool
+    says: str
+    mends: tuple[Setting | Pass, ...] = ()
+
+
+def _settings() -> dict[str, str]:
+    names = [FORWARD, *(f"conf/{interface}/rp_filter" for interface in sorted(os.listdir(f"{ROOT}/conf")))]
+    found = {}
+    for name in names:
+        try:
+            with open(f"{ROOT}/{name}") as file:
+                found[name] = file.read().strip()
+        except FileNotFoundError:
+            continue  # the interface is gone
+    return found
+
+
+def _chains(nft: Nftables) -> tuple[Chain, ...]:
+    """Base chains of others' that drop by default what is forwarded, or what comes in."""
+    rows = nft.query("list ruleset")
+    ours = {
+        (rule["family"], rule["table"], rule["chain"])
+        for row in rows
+        if (rule := row.get("rule")) and str(rule.get("comment", "")) == COMMENT
+    }
+    found = []
+    for row in rows:
+        chain = row.get("chain", {})
+        if chain.get("hook") in ("forward", "input") and chain.get("policy") == "drop" and chain["family"] in ("ip", "inet"):
+            place = (chain["family"], chain["table"], chain["name"])
+            found.append(Chain(*place, chain["hook"], place in ours))
+    return tuple(found)
+
+
+def observe(foreign: Iterable[Foreign]) -> Observed:
+    """The calling thread's namespace as it is. ``foreign``: networks of the host that are not slots' (:meth:`.Slots.foreign`)."""
+    with Netlink() as link, Nftables() as nft:
+        names = {found.index: found.name for found in link.links()}
+        out = tuple(dict.fromkeys(names[route.index] for route in uplinks(link.routes()) if route.index in names))
+        return Observed(_settings(), out, tuple(foreign), _chains(nft))
+
+
+def _filters(settings: Mapping[str, str]) -> Finding:
+    strict = sorted(name for name, value in settings.items() if name.endswith("/rp_filter") and value == "1")
+    names = ", ".join(name.split("/")[1] for name in strict)
+    says = f"packets are dropped by the way their answer would take (rp_filter) on: {names}" if strict else "no rp_filter is strict"
+    return Finding("reverse path", not strict, says, tuple(Setting(name, "0") for name in strict))
+
+
+def _others(chains: Sequence[Chain], ranges: Sequence[Range]) -> list[Finding]:
+    findings = []
+    for chain in chains:
+        if chain.hook == "forward":
+            matches = tuple(f"ip {side} {one.network}" for one in ranges for side in ("saddr", "daddr"))
+            what = "drops what is forwarded"
+        else:
+            matches, what = (TAPS,), "drops what comes in, our DHCP among it"
+        says = f"the chain {chain} of another firewall {what}" + ("; ours is let through" if chain.ours else "")
+        findings.append(Finding(f"firewall {chain}", chain.ours, says, () if chain.ours else (Pass(chain, matches),)))
+    return findings
+
+
+def judge(found: Observed, ranges: Sequence[Range]) -> list[Finding]:
+    """Every finding, good and bad, in the order in which to read them."""
+    forward = found.settings.get(FORWARD) == "1"
+    says = "the host forwards packets" if forward else "the host does not forward packets (net.ipv4.ip_forward is 0)"
+    findings = [Finding("forwarding", forward, says, () if forward else (Setting(FORWARD, "1"),)), _filters(found.settings)]
+    out = f"machines leave by {found.uplinks[0]}" if found.uplinks else "the host has no default route: machines reach nothing"
+    findings.append(Finding("uplink", bool(found.uplinks), out))
+    problems = check_ranges(ranges, found.foreign)
+    findings += [Finding("range", False, problem) for problem in problems]
+    if not problems:
+        findings.append(Finding("range", True, "no range of ours is somebody else's"))
+    return findings + _others(found.chains, ranges)
+
+
+def _set(name: str, value: str) -> str | None:
+    """Changes a setting and gives its old value; None when there is no such setting any more."""
+    try:
+        with open(f"{ROOT}/{name}", "r+") as file:
+            before = file.read().strip()
+            file.seek(0)
+            file.write(value)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise HostError("setting_refused", f"net.ipv4.{name}: {e.strerror}", "stoker network check --fix needs root") from None
+    return before
+
+
+def mend(mends: Iterable[Setting | Pass]) -> list[dict[str, Any]]:
+    """Does it, in the calling thread's namespace. What it gives back is JSON, for :func:`undo`; write it down first if it matters
+    that a crash in between is undone too: undoing what was not done is harmless."""
+    record: list[dict[str, Any]] = []
+    for one in mends:
+        if isinstance(one, Setting):
+            before = _set(one.name, one.value)
+            if before is not None and before != one.value:
+                record.append({"setting": one.name, "before": before, "after": one.value})
+        else:
+            with Nftables() as nft:
+                nft.apply(one.commands)
+            record.append({"chain": [one.chain.family, one.chain.table, one.chain.name]})
+    return record
+
+
+def undo(record: Iterable[Mapping[str, Any]]) -> None:
+    """Takes back what :func:`mend` recorded: a setting that is still as it was left, rules with our comment. Twice is fine."""
+    for step in reversed(list(record)):
+        if "setting" in step:
+            if _settings().get(step["setting"]) == step["after"]:
+                _set(step["setting"], step["before"])
+            continue
+        family, table, name = step["chain"]
+        with Nftables() as nft:
+            try:
+                rows = nft.query(f"list chain {family} {table} {name}")
+            except HostError as error:
+                if error.code == "nftables_unknown":
+                    continue
+                raise
+            handles = [row["rule"]["handle"] for row in rows if row.get("rule", {}).get("comment") == COMMENT]
+            nft.apply([f"delete rule {family} {table} {name} handle {handle}" for handle in handles])
+
+
+def sysctl_file(mends: Iterable[Setting | Pass]) -> str:
+    """For ``/etc/sysctl.d/``: the settings that last, as far as they are not of one interface, which may be gone by then."""
+    lasting = [one for one in mends if isinstance(one, Setting)]
+    kept = [one for one in lasting if one.name == FORWARD or one.name.split("/")[1] in ("all", "default")]
+    return "# Written by `stoker network check --fix`; `--undo` removes it.\n" + "".join(
+        f"net.ipv4.{one.name.replace('/', '.')} = {one.value}\n" for one in kept
+    )

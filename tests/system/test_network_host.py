@@ -1,0 +1,94 @@
+"""What the host's network is found to be like, and mended, in a host of namespaces that has another's firewall."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import pytest
+
+from network_world import World, world
+from stoker.host.nftables import Nftables
+from stoker.network.host import Chain, Finding, Observed, Pass, Setting, judge, mend, observe, sysctl_file, undo
+from stoker.network.plan import NAMESPACE_RANGE, RUN_RANGE, Foreign
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+RANGES = [RUN_RANGE, NAMESPACE_RANGE]
+
+
+@pytest.fixture
+def made() -> Iterator[World]:
+    with world() as one:
+        yield one
+
+
+def wrong(made: World) -> list[Finding]:
+    return [one for one in judge(made.host.run(lambda: observe(made.slots.foreign())), RANGES) if not one.ok]
+
+
+def ruleset(made: World) -> list[str]:
+    with made.host.run(Nftables) as nft:
+        # What was logged of late is forgotten by itself.
+        rows = [row for row in nft.query("list ruleset") if row.get("set", {}).get("name") != "logged"]
+    for row in rows:
+        for part in row.values():
+            part.pop("handle", None)
+    return [json.dumps(row, sort_keys=True) for row in rows]
+
+
+def test_what_others_do_against_us_is_found_mended_and_undone(made: World) -> None:
+    with made.host.run(Nftables) as nft:
+        for hook in ("forward", "input"):
+            nft.apply(
+                [
+                    "add table ip filter",
+                    f"add chain ip filter {hook.upper()} {{ type filter hook {hook} priority 0; policy drop; }}",
+                ]
+            )
+        nft.apply(["add rule ip filter FORWARD counter", "add rule ip filter INPUT ct state established accept"])
+    for name, value in (("ip_forward", "0"), ("conf/all/rp_filter", "1"), ("conf/up0/rp_filter", "2")):
+        made.host.run(lambda name=name, value=value: Path(f"/proc/sys/net/ipv4/{name}").write_text(value))  # type: ignore[misc]
+    before = ruleset(made)
+    guest = made.machine("run")
+    assert guest.ask("1.1.1.1", timeout=0.3) == "timeout"
+    bad = wrong(made)
+    assert [one.name for one in bad] == ["forwarding", "reverse path", "firewall ip filter FORWARD", "firewall ip filter INPUT"]
+    mends = [one for finding in bad for one in finding.mends]
+    record = made.host.run(lambda: mend(mends))
+    assert json.loads(json.dumps(record)) == record
+    assert wrong(made) == []
+    assert guest.ask("1.1.1.1") == "5.5.5.5"
+    assert guest.ask("10.1.2.3", timeout=0.3) != "5.5.5.5", "our own rules still decide"
+    guest.end()
+    made.slots.drop(guest.slot.plan, guest.slot).result(20)
+    made.guests.clear()
+    for _ in range(2):
+        made.host.run(lambda: undo(record))
+        assert ruleset(made) == before
+        assert made.host.run(lambda: Path("/proc/sys/net/ipv4/ip_forward").read_text()) == "0\n"
+        assert made.host.run(lambda: Path("/proc/sys/net/ipv4/conf/all/rp_filter").read_text()) == "1\n"
+
+
+def test_judging_by_value() -> None:
+    settings = {"ip_forward": "1", "conf/all/rp_filter": "0", "conf/eth0/rp_filter": "1", "conf/eth1/rp_filter": "2"}
+    vpn = Foreign(IPv4Network("100.64.0.0/10"), "is routed to vpn0")
+    chain = Chain("inet", "ufw", "forward", "forward")
+    found = judge(Observed(settings, (), (vpn,), (chain,)), RANGES)
+    assert [(one.name, one.ok) for one in found] == [
+        ("forwarding", True),
+        ("reverse path", False),
+        ("uplink", False),
+        ("range", False),
+        ("firewall inet ufw forward", False),
+    ]
+    assert found[1].mends == (Setting("conf/eth0/rp_filter", "0"),)
+    assert found[3].says == "the range machines (100.80.0.0/16) lies in 100.64.0.0/10, which is routed to vpn0"
+    (let_through,) = found[4].mends
+    assert isinstance(let_through, Pass)
+    assert let_through.commands[0] == 'insert rule inet ufw forward ip saddr 172.16.0.0/16 accept comment "stoker"'
+    assert len(let_through.commands) == 4 and "nft 'insert rule" in str(let_through)
+    mends = [Setting("ip_forward", "1"), Setting("conf/all/rp_filter", "0"), Setting("conf/eth0/rp_filter", "0"), let_through]
+    assert sysctl_file(mends).splitlines()[1:] == ["net.ipv4.ip_forward = 1", "net.ipv4.conf.all.rp_filter = 0"]
