@@ -221,14 +221,11 @@ class Firewall:
         return gone
 
     def _check_ports(self, machine: Machine) -> None:
-        mine = [(item.name, item.key) for item in rules.elements(machine) if item.name in PUBLISHED]
-        for other, items in self._installed.items():
-            for item in items if other != machine.interface else ():
-                if (item.name, item.key) in mine:
-                    port = item.key.replace(" . ", " ")
-                    raise Conflict(
-                        "port_published", f"{port} of this host leads to another machine ({other})", "choose another port"
-                    )
+        for name, key in [(item.name, item.key) for item in rules.elements(machine) if item.name in PUBLISHED]:
+            other = self._published.get((name, key), machine.interface)
+            if other != machine.interface:
+                port = key.replace(" . ", " ")
+                raise Conflict("port_published", f"{port} of this host leads to another machine ({other})", "choose another port")
 
     def _change(self, interface: str, wanted: frozenset[Element], egress: Egress | None) -> None:
         before = self._installed.get(interface, frozenset())
@@ -236,10 +233,7 @@ class Firewall:
         deleted = sorted(before - wanted)
         commands += [item.deleted for item in deleted]
         commands += [item.added for item in sorted(wanted - before)]
-        after = {**self._installed, interface: wanted}
-        if not wanted:
-            del after[interface]
-        unused = self._unused(after, {item.value for item in deleted if item.name == "egress"})
+        unused = self._unused(interface, {item.value for item in deleted if item.name == "egress"}, wanted)
         for chain in unused:
             commands += rules.without_policy(chain, self._sets | made)
         try:
@@ -250,7 +244,10 @@ class Firewall:
             log.warning("the firewall's tables are not what they were (%s); making them anew", error.message)
             self._replace()
             self._nft.apply(commands)
-        self._installed = after
+        if wanted:
+            self._installed[interface] = wanted
+        else:
+            self._installed.pop(interface, None)
         for item in before | wanted:
             if item.name in PUBLISHED:
                 self._published.pop((item.name, item.key), None)
@@ -270,13 +267,14 @@ class Firewall:
         commands = rules.policy(egress)
         return commands, _sets_of(commands)
 
-    def _unused(self, after: Mapping[str, frozenset[Element]], left: set[str]) -> list[str]:
-        """The chains of those verdicts that no machine has any more."""
+    def _unused(self, interface: str, left: set[str], wanted: frozenset[Element]) -> list[str]:
+        """The chains of those verdicts that no machine has any more, when this one has what is wanted."""
         candidates = {value.removeprefix("goto ") for value in left if value.startswith("goto policy-")}
         if not candidates:
             return []
-        used = {item.value.removeprefix("goto ") for items in after.values() for item in items if item.name == "egress"}
-        return sorted(candidates - used)
+        others = (items for other, items in self._installed.items() if other != interface)
+        used = {item.value for items in (*others, wanted) for item in items if item.name == "egress"}
+        return sorted(chain for chain in candidates if f"goto {chain}" not in used)
 
     def resolved(self, egress: Egress, answers: Mapping[int, Collection[tuple[IPv4Address, int]]]) -> None:
         """What a resolver learned: for the positions of rules (:meth:`Egress.naming`), addresses and their lifetimes in seconds."""

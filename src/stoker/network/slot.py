@@ -29,7 +29,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from ipaddress import IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
 from stoker.errors import Conflict, HostError
 from stoker.host import conntrack, netlink, tun
@@ -57,7 +57,7 @@ ALONE = [
 ]
 """Settings of a machine's namespace, once it has its TAP. The larger of the filter's values for all and for an interface counts; an
 interface begins with the default one."""
-WORKERS = 4
+WORKERS = 16
 """Threads that remove links. They wait for the kernel, which does several at once."""
 PATIENCE = 2.0
 """Seconds that a namespace without a holder gets to take its links along, before they are removed one by one."""
@@ -115,6 +115,8 @@ class Slots:
         self._behind = ThreadPoolExecutor(WORKERS, thread_name_prefix="slots")
         self._leaving: dict[str, tuple[Plan, Future[None]]] = {}
         self._lock = threading.Lock()
+        self._stale: set[IPv4Address] = set()
+        self._walking = threading.Lock()
 
     @classmethod
     def open(cls, firewall: Firewall) -> Slots:
@@ -248,7 +250,7 @@ class Slots:
         def clean() -> Slot:
             if slot.namespace is not None:
                 slot.namespace.run(conntrack.forget_all)
-            self._home.run(lambda: conntrack.forget(plan.address))
+            self._forget(plan)
             return slot
 
         return self._behind.submit(clean)
@@ -299,11 +301,22 @@ class Slots:
                 link.delete(plan.interface)
             trace("slot.unlinked")
             self.firewall.remove(plan.interface)
-            try:
-                self._home.run(lambda: conntrack.forget(plan.address))
-            except HostError as error:
-                log.warning("slot %s: %s", plan.id, error)  # what is left ends by itself
+            self._forget(plan)
             trace("slot.dropped")
         finally:
             with self._lock:
                 self._leaving.pop(plan.interface, None)
+
+    def _forget(self, plan: Plan) -> None:
+        """Forgets the connections of a slot's address; of all slots that wait for that in one walk."""
+        with self._lock:
+            self._stale.add(plan.address)
+        with self._walking:
+            with self._lock:
+                if plan.address not in self._stale:
+                    return  # somebody took it along
+                addresses, self._stale = self._stale, set()
+            try:
+                self._home.run(lambda: conntrack.forget(addresses))
+            except HostError as error:
+                log.warning("%s", error)  # what is left ends by itself
