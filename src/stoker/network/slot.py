@@ -51,12 +51,12 @@ EVERYTHING = IPv4Network("0.0.0.0/0")
 QUEUE = 5000
 """Packets a TAP holds for a machine that does not read."""
 ALONE = [
-    *((f"ipv6/conf/{name}/disable_ipv6", "1") for name in ("all", "default")),
-    *((f"ipv4/conf/{name}/rp_filter", "0") for name in ("all", "default", INSIDE.tap)),
+    ("ipv6/conf/default/disable_ipv6", "1"),
+    ("ipv4/conf/all/rp_filter", "0"),
+    ("ipv4/conf/default/rp_filter", "0"),
     ("ipv4/ip_forward", "1"),
 ]
-"""Settings of a machine's namespace, once it has its TAP. The larger of the filter's values for all and for an interface counts; an
-interface begins with the default one."""
+"""Settings of a machine's namespace, before it has an interface: each begins with the defaults."""
 WORKERS = 16
 """Threads that remove links. They wait for the kernel, which does several at once."""
 PATIENCE = 2.0
@@ -211,12 +211,12 @@ class Slots:
     def _inside_up(self, plan: NamespacePlan, owner: int | None, mtu: int) -> int:
         """What is in the machine's namespace; runs there. A failure takes the namespace along."""
         guest = INSIDE
+        _write(ALONE)
         tap = tun.open_tap(guest.tap, create=True, persistent=True, owner=owner, index=TAP)
         with ExitStack() as undo, Netlink() as link, Nftables() as nft:
             undo.callback(os.close, tap)
             trace("slot.tap")
             nft.apply(rules.inside(guest))
-            _write(ALONE)
             here, there = End(guest.out, plan.source_mac, OUT), End(plan.veth, plan.veth_mac)
             link.apply(
                 netlink.add_veth(here, there, self._home.fd, mtu=mtu),
