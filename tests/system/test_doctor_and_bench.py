@@ -90,3 +90,18 @@ def test_bench_density_prints_one_object_and_leaves_nothing(stoker: CommandLine)
     process.communicate(timeout=120)
     assert process.returncode != 0
     assert wait_gone(lambda: json.loads(stoker("ls", "--json").out)) == []
+
+
+def test_bench_network_prints_an_object_for_each_plan(stoker: CommandLine) -> None:
+    done = stoker("bench", "network", "-n", "2", "--slots", "4", "--json", timeout=100)
+    assert done.code == 0, done.error
+    reports = [json.loads(line) for line in done.out.splitlines()]
+    assert [(report["name"], report["failures"]) for report in reports] == [
+        ("network slot, namespace plan", 0),
+        ("network slot, run plan", 0),
+    ]
+    for report in reports:
+        assert report["ratios"]["faster than spawned ip and nft"] > 1
+        assert 0 < report["recycled_p50_ms"] and 0 < report["given_back_p50_ms"] < report["gone_behind_p50_ms"]
+    first, last = reports[0]["rules_passed_first_and_last"]
+    assert first == last > 3, "a packet passes the same rules with more machines"
