@@ -33,6 +33,7 @@ SERVED = ("1.1.1.1", "8.8.8.8", "10.1.2.3", "10.1.9.3", "169.254.169.254", "192.
 """Addresses of the internet, and of private networks that the host has a way to."""
 EVERYTHING = IPv4Network("0.0.0.0/0")
 PORT = 8080
+LOG_GROUP = 5300
 
 
 def configure(*requests: netlink.Request) -> None:
@@ -220,7 +221,7 @@ class World:
 
     def reopen(self) -> None:
         """As a daemon that starts: takes over what is there."""
-        self.firewall = self.host.run(lambda: Firewall.open([RUN_RANGE.network, NAMESPACE_RANGE.network], log_group=5300))
+        self.firewall = self.host.run(lambda: Firewall.open([RUN_RANGE.network, NAMESPACE_RANGE.network], log_group=LOG_GROUP))
         self.stack.callback(self.firewall.close)
         self.slots = self.stack.enter_context(self.host.run(lambda: Slots.open(self.firewall)))
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from network_world import PORT, Guest, World, configure, world
+from network_world import LOG_GROUP, PORT, Guest, World, configure, world
 from stoker.errors import Conflict, HostError, StokerError
 from stoker.host import netlink
 from stoker.host.netlink import End
+from stoker.host.nflog import Log
 from stoker.host.nftables import Nftables
 from stoker.network.egress import ALL, NONE, Protocol, parse_egress
 from stoker.network.firewall import Firewall
@@ -344,7 +345,7 @@ def test_dropped_twice_and_by_the_id_alone(made: World, kind: str) -> None:
     plan = parse_slot(guest.slot.plan.id)
     assert plan.id == guest.slot.plan.id
     guest.slot.close()
-    with made.host.run(lambda: Firewall.open([RUN_RANGE.network, NAMESPACE_RANGE.network], log_group=5300)) as later:
+    with made.host.run(lambda: Firewall.open([RUN_RANGE.network, NAMESPACE_RANGE.network], log_group=LOG_GROUP)) as later:
         assert plan.interface in later.interfaces
         with made.host.run(lambda: Slots.open(later)) as slots:
             slots.drop(plan).result(20)
@@ -446,6 +447,36 @@ def test_a_flushed_firewall_is_made_anew(made: World) -> None:
     assert guest.ask("1.1.1.1", timeout=0.3) in CLOSED and other.ask("1.1.1.1") == "5.5.5.5"
     with made.host.run(Nftables) as nft:
         nft.apply(["flush ruleset"])
+
+
+def test_denials_are_logged_at_a_bounded_rate(made: World) -> None:
+    guest, other = made.machine("run"), made.machine("ns", "two")
+    with made.host.run(lambda: Log(LOG_GROUP)) as log:
+        with pytest.raises(HostError, match="log"):
+            made.host.run(lambda: Log(LOG_GROUP))
+
+        mac = guest.run(lambda: gateway_mac(guest_gateway(guest)))
+        eventually(lambda: made.firewall.counters()[guest.slot.plan.interface].denied == 1)  # that it asked the gateway
+        before = made.firewall.counters()[guest.slot.plan.interface]
+        frame = ethernet(guest.slot.plan.mac, 0x0800, datagram(str(guest.slot.plan.guest), "10.1.2.3", 9999, b"x"), mac)
+        log.read()
+        guest.run(lambda: [inject(frame) for _ in range(200)])
+        eventually(lambda: made.firewall.counters()[guest.slot.plan.interface].denied == before.denied + 200)
+        after = made.firewall.counters()[guest.slot.plan.interface]
+        assert (after.sent, after.sent_bytes) == (before.sent + 200, before.sent_bytes + 200 * 29)
+        assert other.ask("192.168.3.4", timeout=0.3) in CLOSED
+        found, lost = log.read()
+        assert not lost and {one.prefix for one in found} == {"stoker-denied"}
+        mine = [one for one in found if one.interface == guest.slot.plan.interface]
+        assert 5 <= len(mine) <= 100
+        assert {(one.source, str(one.destination), one.protocol, one.port) for one in mine} == {
+            (guest.slot.plan.address, "10.1.2.3", 17, 9999)
+        }
+        (theirs,) = {(one.interface, one.source, one.protocol, one.port) for one in found if one not in mine}
+        assert theirs == (other.slot.plan.interface, other.slot.plan.address, 6, PORT), (
+            "one machine's noise hides no other's denial"
+        )
+        assert log.read() == ([], False)
 
 
 def test_prune(made: World) -> None:

@@ -24,7 +24,7 @@ __all__ = ["Counters", "Firewall"]
 
 log = logging.getLogger(__name__)
 MARK: Final = "version-"
-BY_INTERFACE: Final = ("machines", "denials", "refusals", "pinned", "egress", "host_access", "host_services")
+BY_INTERFACE: Final = ("machines", "sent", "denials", "refusals", "pinned", "egress", "host_access", "host_services")
 BY_ADDRESS: Final = ("open", "peers")
 PUBLISHED: Final = ("published", "published_at")
 
@@ -291,7 +291,7 @@ class Firewall:
     def counters(self) -> dict[str, Counters]:
         """Of every machine."""
         found: dict[str, dict[str, int]] = {}
-        for name, packets, size in (("machines", "sent", "sent_bytes"), ("denials", "denied", ""), ("refusals", "refused", "")):
+        for name, packets, size in (("sent", "sent", "sent_bytes"), ("denials", "denied", ""), ("refusals", "refused", "")):
             for row in self._nft.query(f"list set {TABLE} {name}"):
                 for item in row.get("set", {}).get("elem", []):
                     counter = item["elem"].get("counter", {})

@@ -54,7 +54,8 @@ HELD_FOR: Final = "1d"
 ANSWERS: Final = ("ct direction reply ct state established accept", "meta l4proto icmp ct state related accept")
 
 SETS: Final[Mapping[str, str]] = {
-    "machines": "type ifname; counter;",
+    "machines": "type ifname;",
+    "sent": "type ifname; counter;",
     "denials": "type ifname; counter;",
     "refusals": "type ifname; counter;",
     "pinned": "type ifname . ether_addr . ipv4_addr;",
@@ -123,7 +124,7 @@ def elements(machine: Machine) -> frozenset[Element]:
     """Everything that is in the tables because of this machine."""
     one, address = f'"{machine.interface}"', str(machine.address)
     pin = f"{one} . {machine.mac} . {address}"
-    found = [Element(TABLE, name, one) for name in ("machines", "denials", "refusals")]
+    found = [Element(TABLE, name, one) for name in ("machines", "sent", "denials", "refusals")]
     found += [Element(TABLE, "pinned", pin), Element(ARP_TABLE, "machines", one), Element(ARP_TABLE, "pinned", pin)]
     found.append(Element(TABLE, "egress", one, verdict(machine.egress)))
     for port in machine.published:
@@ -238,7 +239,8 @@ def base(ranges: Iterable[IPv4Network], private: Iterable[IPv4Network] = (), log
     commands += _chain("refused", ["oifname @refusals", "drop"])
     commands += _chain("public", ["ip daddr != @private accept", "goto denied"])
     dhcp = "ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept"
-    pins = ["meta nfproto ipv6 goto spoofed", dhcp, "iifname . ether saddr . ip saddr != @pinned goto spoofed"]
+    # Each look-up in a set that counts is counted: in those, an interface is looked up once for a packet.
+    pins = ["iifname @sent", "meta nfproto ipv6 goto spoofed", dhcp, "iifname . ether saddr . ip saddr != @pinned goto spoofed"]
     commands += _chain("from_machine", [*pins, "ip daddr 127.0.0.0/8 goto spoofed", "udp sport 67 goto spoofed"])
     commands += _chain("guard", ["iifname @machines jump from_machine"], "filter hook prerouting priority raw")
     commands += _chain("between", ["ip saddr . ip daddr @peers accept", "goto denied"])
