@@ -89,17 +89,18 @@ def test_two_machines_of_one_address_at_once(made: World, kind: str) -> None:
     assert len({guest.slot.plan.address for guest in guests}) == 3
 
 
-def test_host_access_and_services(made: World) -> None:
+@KINDS
+def test_host_access_and_services(made: World, kind: str) -> None:
     made.host.serve("0.0.0.0")
     made.host.serve("0.0.0.0", 53)
-    guest = made.machine("run")
-    gateway = str(guest.slot.plan.host)
-    assert guest.ask(gateway, timeout=0.3) in CLOSED
+    guest = made.machine(kind)
+    gateway, host, mine = str(guest_gateway(guest)), str(guest.slot.plan.host), str(guest.slot.plan.address)
+    assert guest.ask(gateway, 53, timeout=0.3) in CLOSED
     made.change(guest, host_services=((Protocol.UDP, 53), (Protocol.TCP, 53)))
-    assert guest.ask(gateway, 53) == guest.ask_udp(gateway, 53) == str(guest.slot.plan.guest)
-    assert guest.ask(gateway, timeout=0.3) in CLOSED
+    assert guest.ask(gateway, 53) == guest.ask_udp(gateway, 53) == mine, "a resolver is asked by the gateway's address"
+    assert guest.ask(host, timeout=0.3) in CLOSED
     made.change(guest, host_access=True)
-    assert guest.ask(gateway) == str(guest.slot.plan.guest)
+    assert guest.ask(host) == mine
 
 
 @KINDS
@@ -149,6 +150,32 @@ def test_an_edit_cuts_what_is_open(made: World, kind: str) -> None:
         assert said(kept) == said(cut) == "still there?"
         made.change(guest, egress=parse_egress("allow: 8.8.8.8"))
         assert said(cut) in CUT
+        assert said(kept) == "still there?"
+
+
+@KINDS
+def test_nothing_comes_in_over_what_was_cut(made: World, kind: str) -> None:
+    """A server that goes on sending, though the machine may no longer ask it."""
+    far = made.internet.serve("1.1.1.1", 5000)
+    guest = made.machine(kind, published=(Publication(Protocol.UDP, 9000, 9),))
+
+    def asking() -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.settimeout(0.5)
+        sock.bind(("0.0.0.0", 9))
+        sock.sendto(b"?", ("1.1.1.1", 5000))
+        return sock
+
+    with guest.run(asking) as sock, guest.connect("8.8.8.8") as kept:
+        assert sock.recv(100) == b"5.5.5.5" and kept.recv(100) == b"5.5.5.5\n"
+        far.udp.sendto(b"more", ("5.5.5.5", 9))
+        assert sock.recv(100) == b"more"
+        plan = guest.slot.plan
+        machine = Machine(plan.interface, plan.source_mac, plan.address, parse_egress("allow: 8.8.8.8"))
+        made.slots.change(machine).result(20)
+        far.udp.sendto(b"late", ("5.5.5.5", 9))
+        with pytest.raises(TimeoutError):
+            sock.recv(100)
         assert said(kept) == "still there?"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 from hypothesis import given
@@ -122,3 +122,24 @@ def test_rules_by_value() -> None:
         f"delete set inet stoker names-{digest}-4",
     ]
     assert rules.verdict(NONE) == "goto denied" and rules.verdict(ALL) == "goto public" and rules.verdict(policy) == f"goto {chain}"
+
+
+def test_what_becomes_of_a_packet() -> None:
+    policy = parse_egress(
+        "deny: 10.1.9.0/24; allow: 10.1.0.0/16:5432/tcp, public:80-443, 192.168.3.4/icmp, *.example.org:25; deny: public"
+    )
+
+    def allowed(address: str, protocol: int, port: int = 0, by: Egress = policy) -> bool | None:
+        return by.allows(IPv4Address(address), protocol, port)
+
+    assert allowed("10.1.2.3", 6, 5432) and not allowed("10.1.2.3", 17, 5432) and not allowed("10.1.2.3", 6, 80)
+    assert allowed("10.1.9.3", 6, 5432) is False and allowed("192.168.3.4", 1) and allowed("192.168.3.4", 6, 80) is False
+    assert allowed("1.1.1.1", 17, 443) and allowed("1.1.1.1", 6, 444) is False and allowed("1.1.1.1", 47) is False
+    assert allowed("1.1.1.1", 6, 25) is None and allowed("10.1.2.3", 6, 25) is False, "a name leads to no private address"
+    assert (
+        allowed("1.1.1.1", 47, by=ALL)
+        and allowed("10.0.0.1", 6, 80, by=ALL) is False
+        and allowed("1.1.1.1", 6, 80, by=NONE) is False
+    )
+    everything = parse_egress("allow: 0.0.0.0/0")
+    assert allowed("1.1.1.1", 50, by=everything) and allowed("169.254.169.254", 6, 80, by=everything) is False

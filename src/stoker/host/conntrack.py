@@ -9,64 +9,89 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Final
 
 from stoker.errors import HostError
 from stoker.host.nfnetlink import ACK, DUMP, answers, attributes, open_socket, send
 
-__all__ = ["connections", "forget", "forget_all"]
+__all__ = ["Connection", "connections", "forget", "forget_all"]
 
 GET, DELETE = 0x101, 0x102
 TUPLE_ORIGINAL, TUPLE_REPLY, ID, ZONE = 1, 2, 12, 18
-TUPLE_IP: Final = 1
+TUPLE_IP, TUPLE_PROTOCOL = 1, 2
+SOURCE, DESTINATION = 1, 2
+NUMBER, DESTINATION_PORT = 1, 3
 IDENTIFYING: Final = (TUPLE_ORIGINAL, ID, ZONE)
 
 
-def _ends(content: bytes) -> Iterator[bytes]:
-    """Source and destination address of a tuple."""
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Who opened it, to which address and port (0: has none), and who answers: another address where that was translated."""
+
+    source: IPv4Address
+    destination: IPv4Address
+    protocol: int
+    port: int
+    answering: IPv4Address
+    name: bytes
+    """The attributes that name it and no other, as they came."""
+
+
+def _inner(content: bytes, part: int) -> dict[int, bytes]:
+    """The addresses, or the protocol's part, of a tuple."""
     for kind, inner, _ in attributes(content):
-        if kind == TUPLE_IP:
-            yield from (address for _, address, _ in attributes(inner))
+        if kind == part:
+            return {number: value for number, value, _ in attributes(inner)}
+    return {}
+
+
+def _connection(body: bytes) -> Connection | None:
+    parts = list(attributes(body))
+    tuples = {kind: content for kind, content, _ in parts if kind in (TUPLE_ORIGINAL, TUPLE_REPLY)}
+    if len(tuples) != 2:
+        return None
+    ends, answer = _inner(tuples[TUPLE_ORIGINAL], TUPLE_IP), _inner(tuples[TUPLE_REPLY], TUPLE_IP)
+    transport = _inner(tuples[TUPLE_ORIGINAL], TUPLE_PROTOCOL)
+    return Connection(
+        IPv4Address(ends[SOURCE]),
+        IPv4Address(ends[DESTINATION]),
+        transport.get(NUMBER, b"\0")[0],
+        int.from_bytes(transport.get(DESTINATION_PORT, b""), "big"),
+        IPv4Address(answer[SOURCE]),
+        b"".join(whole for kind, _, whole in parts if kind in IDENTIFYING),
+    )
 
 
 def _refused(error: OSError) -> HostError:
     return HostError("conntrack_refused", f"the kernel's table of connections: {os.strerror(error.errno or 0)}", "this needs root")
 
 
-def _entries() -> list[tuple[frozenset[bytes], bytes]]:
-    """Of each connection: the addresses at its ends, both ways, and the attributes that name it and no other, as they came."""
-    found = []
-    with open_socket() as sock:
-        sock.settimeout(30)
-        send(sock, GET, DUMP, b"")
-        for body in answers(sock):
-            parts = list(attributes(body))
-            ends = frozenset(end for kind, content, _ in parts if kind in (TUPLE_ORIGINAL, TUPLE_REPLY) for end in _ends(content))
-            found.append((ends, b"".join(whole for kind, _, whole in parts if kind in IDENTIFYING)))
-    return found
-
-
-def connections() -> list[frozenset[IPv4Address]]:
-    """The addresses at the ends of every IPv4 connection of the calling thread's namespace. Raises ``conntrack_refused``."""
+def connections() -> list[Connection]:
+    """Every IPv4 connection of the calling thread's namespace. Raises ``conntrack_refused``."""
     try:
-        return [frozenset(IPv4Address(end) for end in ends) for ends, _ in _entries()]
+        with open_socket() as sock:
+            sock.settimeout(30)
+            send(sock, GET, DUMP, b"")
+            return [found for body in answers(sock) if (found := _connection(body)) is not None]
     except OSError as e:
         raise _refused(e) from None
 
 
-def forget(addresses: Iterable[IPv4Address]) -> int:
-    """Forgets every connection that one of the addresses opened or that leads to it, in the calling thread's namespace; says how
-    many. Raises ``conntrack_refused``."""
-    wanted: Collection[bytes] = frozenset(address.packed for address in addresses)
-    forgotten = 0
+def forget(those: Callable[[Connection], bool]) -> int:
+    """Forgets the connections of which it is true, in the calling thread's namespace; says how many.
+
+    Raises ``conntrack_refused``.
+    """
+    wanted, forgotten = [found for found in connections() if those(found)], 0
     try:
         with open_socket() as sock:
             sock.settimeout(30)
-            for name in [name for ends, name in _entries() if not ends.isdisjoint(wanted)]:
+            for found in wanted:
                 try:
-                    send(sock, DELETE, ACK, name)
+                    send(sock, DELETE, ACK, found.name)
                     list(answers(sock))
                     forgotten += 1
                 except OSError as e:

@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from ipaddress import AddressValueError, IPv4Network, NetmaskValueError
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueError
 from typing import Final
 
 from stoker.errors import InvalidRequest
@@ -43,6 +43,9 @@ class Protocol(StrEnum):
     TCP = "tcp"
     UDP = "udp"
     ICMP = "icmp"
+
+
+NUMBERS: Final = {Protocol.TCP: 6, Protocol.UDP: 17, Protocol.ICMP: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,24 @@ class Rule:
             text += f":{self.ports[0]}" if self.ports[0] == self.ports[1] else f":{self.ports[0]}-{self.ports[1]}"
         return f"{text}/{self.protocol}" if self.protocol else text
 
+    def covers(self, address: IPv4Address, protocol: int, port: int) -> bool | None:
+        """Whether it is about such packets (``protocol`` by its number); None: that is for a resolver to say."""
+        if self.ports and not (protocol in NUMBERS.values() and self.ports[0] <= port <= self.ports[1]):
+            return False
+        if self.protocol and protocol != NUMBERS[self.protocol]:
+            return False
+        if self.ports and protocol == NUMBERS[Protocol.ICMP]:
+            return False
+        if not self.special and any(address in network for network in SPECIAL):
+            return False
+        match self.target:
+            case Public():
+                return True
+            case Domain():
+                return None
+            case network:
+                return address in network
+
     @property
     def special(self) -> bool:
         """Whether its network lies inside a private or special one, which it then opens."""
@@ -107,6 +128,16 @@ class Egress:
                 clauses.append((rule.allow, []))
             clauses[-1][1].append(str(rule))
         return "; ".join(f"{'allow' if allow else 'deny'}: {', '.join(rules)}" for allow, rules in clauses)
+
+    def allows(self, address: IPv4Address, protocol: int, port: int) -> bool | None:
+        """What becomes of such packets; None: that is for a resolver to say."""
+        for rule in self.rules:
+            match rule.covers(address, protocol, port):
+                case None:
+                    return None
+                case True:
+                    return rule.allow
+        return self.rest and not any(address in network for network in SPECIAL)
 
     @property
     def digest(self) -> str:

@@ -264,9 +264,10 @@ def base(ranges: Iterable[IPv4Network], private: Iterable[IPv4Network] = (), log
     return commands
 
 
-def inside(plan: Inside = INSIDE) -> list[str]:
-    """The commands for the namespace of one machine: the same for all. What the guest sends leaves with the address of the way out,
-    what comes to that goes to the guest; its source is pinned; the namespace itself gives it DHCP and DNS, and nothing else."""
+def inside(resolver: IPv4Address, plan: Inside = INSIDE) -> list[str]:
+    """The commands for the namespace of one machine. What the guest sends leaves with the address of the way out, what comes to
+    that goes to the guest; its source is pinned; the namespace itself gives it DHCP and nothing else. What it asks of its gateway's
+    port 53 goes to ``resolver``, the host's end of the way out, where ``host_services`` decides."""
     table, tap = TABLE, f'iifname "{plan.tap}"'
     dhcp = f"{tap} ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept"
     mine = f"{tap} ether saddr {plan.guest_mac} ip saddr {plan.guest.ip} ip daddr != 127.0.0.0/8 udp sport != 67 accept"
@@ -274,11 +275,13 @@ def inside(plan: Inside = INSIDE) -> list[str]:
     other = f"{tap} ether saddr {plan.guest_mac} ip saddr {plan.guest.ip} ip daddr != 127.0.0.0/8 meta l4proto != udp accept"
     commands = [f"add table {table}", f"add table {ARP_TABLE}"]
     commands += _chain("guard", [dhcp, mine, other, f"{tap} drop"], "filter hook prerouting priority raw")
-    service = f"{tap} meta l4proto {{ tcp, udp }} th dport {{ 53, 67 }} accept"
+    service = f"{tap} udp dport 67 accept"
     commands += _chain(
         "input", [*(f"{tap} {answer}" for answer in ANSWERS), service, f"{tap} drop"], "filter hook input priority filter"
     )
-    commands += _chain("publish", [f'iifname "{plan.out}" dnat ip to {plan.guest.ip}'], "nat hook prerouting priority dstnat")
+    ask = f"{tap} ip daddr {plan.gateway.ip} meta l4proto {{ tcp, udp }} th dport 53 dnat ip to {resolver}"
+    publish = [f'iifname "{plan.out}" dnat ip to {plan.guest.ip}', ask]
+    commands += _chain("publish", publish, "nat hook prerouting priority dstnat")
     commands += _chain("source", [f'oifname "{plan.out}" masquerade'], "nat hook postrouting priority srcnat")
     arp = f"{tap} arp saddr ether != {plan.guest_mac} drop", f"{tap} arp saddr ip != {plan.guest.ip} drop"
     return commands + _chain("guard", arp, "filter hook input priority filter", ARP_TABLE)

@@ -33,6 +33,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
 from stoker.errors import Conflict, HostError
 from stoker.host import conntrack, netlink, tun
+from stoker.host.conntrack import Connection
 from stoker.host.namespaces import Namespace, own_namespace
 from stoker.host.netlink import End, Netlink
 from stoker.host.nftables import Nftables
@@ -216,7 +217,7 @@ class Slots:
         with ExitStack() as undo, Netlink() as link, Nftables() as nft:
             undo.callback(os.close, tap)
             trace("slot.tap")
-            nft.apply(rules.inside(guest))
+            nft.apply(rules.inside(plan.host, guest))
             here, there = End(guest.out, plan.source_mac, OUT), End(plan.veth, plan.veth_mac)
             link.apply(
                 netlink.add_veth(here, there, self._home.fd, mtu=mtu),
@@ -239,6 +240,21 @@ class Slots:
             netlink.set_link(index, plan.veth, up=True),
             netlink.add_address(index, IPv4Interface((plan.host, 31)), plan.veth),
         )
+
+    def change(self, machine: Machine) -> Future[None]:
+        """Another policy, other ports, other peers for a machine that is up. What it sends is judged anew at once; the future is
+        done when nothing comes in any more over connections that it may not have. Raises what :meth:`Firewall.put` does."""
+        self.firewall.put(machine)
+
+        def unwanted(one: Connection) -> bool:
+            if one.source != machine.address or one.destination in machine.peers:
+                return False
+            return machine.egress.allows(one.destination, one.protocol, one.port) is False
+
+        def cut() -> None:
+            self._home.run(lambda: conntrack.forget(unwanted))
+
+        return self._behind.submit(cut)
 
     def park(self, slot: Slot) -> Future[Slot]:
         """Takes a slot from a machine that has ended, for :meth:`reuse`: closed in both directions at once, its connections
@@ -317,6 +333,8 @@ class Slots:
                     return  # somebody took it along
                 addresses, self._stale = self._stale, set()
             try:
-                self._home.run(lambda: conntrack.forget(addresses))
+                self._home.run(
+                    lambda: conntrack.forget(lambda one: not addresses.isdisjoint({one.source, one.destination, one.answering}))
+                )
             except HostError as error:
                 log.warning("%s", error)  # what is left ends by itself
