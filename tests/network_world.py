@@ -230,7 +230,7 @@ class World:
         self.internet.run(lambda: configure(up("net0")))
 
     def _route(self) -> None:
-        configure(*addressed("up0", str(HOST)), netlink.add_route(EVERYTHING, gateway=ROUTER.ip))
+        configure(up("up0"), *addressed("up0", str(HOST)), netlink.add_route(EVERYTHING, gateway=ROUTER.ip))
         with open("/proc/sys/net/ipv4/ip_forward", "w") as file:
             file.write("1")
 

@@ -94,7 +94,11 @@ def test_a_pair_between_two_and_what_goes_with_one(one: Namespace) -> None:
             inside.apply(netlink.add_veth(here, there, two.fd, mtu=1400))
             found = {link.name: link for link in (*inside.links(), *outside.links()) if link.kind == "veth"}
             assert (found["eth0"].index, found["eth0"].mac, found["peer0"].mac) == (7, here.mac, there.mac)
-            assert found["eth0"].mtu == found["peer0"].mtu == 1400 and found["eth0"].up and not found["peer0"].up
+            assert found["eth0"].mtu == found["peer0"].mtu == 1400 and not found["eth0"].up and not found["peer0"].up
+            inside.apply(netlink.set_link(7, "eth0", settings={netlink.ROUTE_LOCALNET: 1}), netlink.set_link(7, "eth0", up=True))
+            assert one.run(lambda: Path("/proc/sys/net/ipv4/conf/eth0/route_localnet").read_text()) == "1\n"
+            outside.apply(netlink.set_link(outside.index("peer0") or 0, "peer0", up=True))
+            assert "eth0" not in one.run(lambda: Path("/proc/thread-self/net/if_inet6").read_text()), "no IPv6 address of its own"
             with pytest.raises(HostError, match="eth0") as caught:
                 inside.apply(netlink.add_veth(here, End("peer1", there.mac), two.fd))
             assert caught.value.code == "link_exists"

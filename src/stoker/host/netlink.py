@@ -13,8 +13,8 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from typing import Any, Final
@@ -35,6 +35,8 @@ MAIN_TABLE: Final = 254
 RTN_UNICAST: Final = 1
 BUFFER: Final = 1 << 18
 TOGETHER: Final = 64
+FORWARDING, ROUTE_LOCALNET = 1, 26
+IFLA_AF_SPEC, IFLA_INET_CONF, IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE = 26, 1, 8, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +108,37 @@ def _codecs() -> Any:
     return SimpleNamespace(link=ifinfmsg, address=ifaddrmsg, route=rtmsg)
 
 
+@cache
+def _has_ipv6() -> bool:
+    return os.path.exists("/proc/net/if_inet6")
+
+
 def _request(kind: int, flags: int, message: Any, about: str) -> Request:
     message.encode()
     return Request(kind, flags, bytes(message.data[16:]), about)
 
 
-def set_link(index: int, about: str, *, up: bool | None = None, mac: str = "", mtu: int = 0, queue: int = 0) -> Request:
-    """Changes a link. ``queue`` is its transmit queue's length in packets."""
+def _nested(kind: int, *parts: bytes) -> bytes:
+    body = b"".join(parts)
+    return struct.pack("=HH", 4 + len(body), kind) + body + bytes(-len(body) % 4)
+
+
+def set_link(
+    index: int,
+    about: str,
+    *,
+    up: bool | None = None,
+    mac: str = "",
+    mtu: int = 0,
+    queue: int = 0,
+    settings: Mapping[int, int] | None = None,
+) -> Request:
+    """Changes a link. ``queue`` is its transmit queue's length in packets. ``settings``: IPv4 settings of the link by number
+    (:data:`FORWARDING`, :data:`ROUTE_LOCALNET`); with any, it also gets no IPv6 address of itself. They count from the next request
+    on: raise the link in one of its own.
+
+    (In /proc/sys the same takes the longer the more namespaces there are: the kernel has a name there once for each.)
+    """
     message = _codecs().link()
     message["index"] = index
     if up is not None:
@@ -125,7 +151,14 @@ def set_link(index: int, about: str, *, up: bool | None = None, mac: str = "", m
     if queue:
         attributes.append(("IFLA_TXQLEN", queue))
     message["attrs"] = attributes
-    return _request(RTM_SETLINK, 0, message, about)
+    request = _request(RTM_SETLINK, 0, message, about)
+    if settings is None:
+        return request
+    values = _nested(IFLA_INET_CONF, *(_nested(number, struct.pack("=I", value)) for number, value in settings.items()))
+    families = [_nested(socket.AF_INET, values)]
+    if _has_ipv6():
+        families.append(_nested(socket.AF_INET6, _nested(IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))))
+    return replace(request, body=request.body + bytes(-len(request.body) % 4) + _nested(IFLA_AF_SPEC, *families))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +171,7 @@ class End:
 
 
 def add_veth(here: End, there: End, namespace: int, *, mtu: int = 0) -> Request:
-    """A pair whose one end is in the socket's namespace, up, and the other in that of the descriptor, still down (the kernel does
-    not raise it before the pair is whole).
+    """A pair whose one end is in the socket's namespace and the other in that of the descriptor; both are still down.
 
     Made where it belongs: moving an end to another namespace costs the kernel milliseconds.
     """
@@ -148,7 +180,6 @@ def add_veth(here: End, there: End, namespace: int, *, mtu: int = 0) -> Request:
     for end, part in ((here, message), (there, peer)):
         part["index"] = end.index
         part["attrs"] = [("IFLA_IFNAME", end.name), ("IFLA_ADDRESS", end.mac), *size]
-    message["flags"], message["change"] = IFF_UP, IFF_UP
     peer["attrs"].append(("IFLA_NET_NS_FD", namespace))
     data = {"index": there.index, "attrs": peer["attrs"]}
     info = [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", data)]})]

@@ -51,13 +51,10 @@ Plan = RunPlan | NamespacePlan
 EVERYTHING = IPv4Network("0.0.0.0/0")
 QUEUE = 5000
 """Packets a TAP holds for a machine that does not read."""
-ALONE = [
-    ("ipv6/conf/default/disable_ipv6", "1"),
-    ("ipv4/conf/all/rp_filter", "0"),
-    ("ipv4/conf/default/rp_filter", "0"),
-    ("ipv4/ip_forward", "1"),
-]
-"""Settings of a machine's namespace, before it has an interface: each begins with the defaults."""
+JUDGED = {netlink.ROUTE_LOCALNET: 1}
+"""Of the host's interface of a slot: answers to what the host asked from 127.0.0.1 are let in."""
+PASSING = {netlink.FORWARDING: 1}
+"""Of both interfaces of a machine's namespace."""
 WORKERS = 16
 """Threads that remove links. They wait for the kernel, which does several at once."""
 PATIENCE = 2.0
@@ -88,23 +85,6 @@ class Slot:
         self.let_go()
         if self.namespace is not None:
             self.namespace.close()
-
-
-def _write(settings: Iterable[tuple[str, str]]) -> None:
-    """Settings below /proc/sys/net, of the calling thread's namespace."""
-    for name, value in settings:
-        try:
-            with open(f"/proc/sys/net/{name}", "w") as file:
-                file.write(value)
-        except FileNotFoundError:
-            if not name.startswith("ipv6/"):  # a kernel without IPv6
-                raise
-
-
-def _judged_by_us(interface: str) -> list[tuple[str, str]]:
-    """The kernel has no opinion of its own about sources, which the firewall pins; answers to 127.0.0.1 are let in; no IPv6."""
-    ours = [("ipv4", "rp_filter", "0"), ("ipv4", "route_localnet", "1"), ("ipv6", "disable_ipv6", "1")]
-    return [(f"{family}/conf/{interface}/{name}", value) for family, name, value in ours]
 
 
 class Slots:
@@ -188,9 +168,9 @@ class Slots:
             index = self._link.index(plan.tap)
             if index is None:
                 raise HostError("tap_unknown", f"the TAP {plan.tap} went away", "does something else remove TAPs?")
-            _write(_judged_by_us(plan.tap))
             self._link.apply(
-                netlink.set_link(index, plan.tap, up=True, mac=plan.tap_mac, mtu=mtu, queue=QUEUE),
+                netlink.set_link(index, plan.tap, mac=plan.tap_mac, mtu=mtu, queue=QUEUE, settings=JUDGED),
+                netlink.set_link(index, plan.tap, up=True),
                 netlink.add_address(index, IPv4Interface((plan.host, 30)), plan.tap),
             )
             trace("slot.linked")
@@ -212,7 +192,6 @@ class Slots:
     def _inside_up(self, plan: NamespacePlan, owner: int | None, mtu: int) -> int:
         """What is in the machine's namespace; runs there. A failure takes the namespace along."""
         guest = INSIDE
-        _write(ALONE)
         tap = tun.open_tap(guest.tap, create=True, persistent=True, owner=owner, index=TAP)
         with ExitStack() as undo, Netlink() as link, Nftables() as nft:
             undo.callback(os.close, tap)
@@ -222,7 +201,10 @@ class Slots:
             link.apply(
                 netlink.add_veth(here, there, self._home.fd, mtu=mtu),
                 netlink.set_link(LO, "lo", up=True),
-                netlink.set_link(TAP, guest.tap, up=True, mac=guest.tap_mac, mtu=mtu, queue=QUEUE),
+                netlink.set_link(TAP, guest.tap, mac=guest.tap_mac, mtu=mtu, queue=QUEUE, settings=PASSING),
+                netlink.set_link(OUT, guest.out, settings=PASSING),
+                netlink.set_link(TAP, guest.tap, up=True),
+                netlink.set_link(OUT, guest.out, up=True),
                 netlink.add_address(TAP, guest.gateway, guest.tap),
                 netlink.add_address(OUT, IPv4Interface((plan.address, 31)), guest.out),
                 netlink.add_route(EVERYTHING, gateway=plan.host),
@@ -235,8 +217,8 @@ class Slots:
         index = self._link.index(plan.veth)
         if index is None:
             raise HostError("link_unknown", f"the interface {plan.veth} went away", "does something else remove interfaces?")
-        _write(_judged_by_us(plan.veth))
         self._link.apply(
+            netlink.set_link(index, plan.veth, settings=JUDGED),
             netlink.set_link(index, plan.veth, up=True),
             netlink.add_address(index, IPv4Interface((plan.host, 31)), plan.veth),
         )

@@ -63,6 +63,7 @@ def _slots() -> Iterator[Slots]:
             beyond.run(_raise_uplink)
             index = socket.if_nametoindex("up0")
             link.apply(
+                netlink.set_link(index, "up0", up=True),
                 netlink.add_address(index, IPv4Interface("5.5.5.5/24"), "up0"),
                 netlink.add_route(IPv4Network("0.0.0.0/0"), gateway=IPv4Address("5.5.5.1")),
             )
