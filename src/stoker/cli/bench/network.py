@@ -140,7 +140,9 @@ def _commands(plan: RunPlan | NamespacePlan, name: str) -> tuple[list[list[str]]
         tap = ["ip", "tuntap", "add", interface, "mode", "tap"]
         up = [tap, ["ip", "address", "add", f"{host}/30", "dev", interface], ["ip", "link", "set", interface, "up"]]
         return [*up, *rules], [["ip", "link", "del", interface]]
-    inside = ["ip", "-n", name]
+    # (`ip -n` and `ip netns exec` change mounts as well, which cannot be done everywhere.)
+    there = ["nsenter", f"--net=/run/netns/{name}"]
+    inside = [*there, "ip"]
     up = [
         ["ip", "netns", "add", name],
         ["ip", "link", "add", interface, "type", "veth", "peer", "name", INSIDE.out, "netns", name],
@@ -153,8 +155,8 @@ def _commands(plan: RunPlan | NamespacePlan, name: str) -> tuple[list[list[str]]
         ["ip", "address", "add", f"{host}/31", "dev", interface],
         ["ip", "link", "set", interface, "up"],
         [*inside, "route", "add", "default", "via", host],
-        ["ip", "netns", "exec", name, "nft", "add table ip nat; add chain ip nat out { type nat hook postrouting priority 100; }"],
-        ["ip", "netns", "exec", name, "nft", "add rule ip nat out masquerade"],
+        [*there, "nft", "add table ip nat; add chain ip nat out { type nat hook postrouting priority 100; }"],
+        [*there, "nft", "add rule ip nat out masquerade"],
     ]
     return [*up, *rules], [["ip", "netns", "del", name]]
 
