@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["network"]
 
 T = TypeVar("T")
+NAMED = "/run/netns"
+"""Where `ip netns` has its namespaces."""
 REFERENCE = 5
 """Runs by spawned tools. They take a tenth of a second each."""
 TENTH = 100
@@ -141,7 +143,7 @@ def _commands(plan: RunPlan | NamespacePlan, name: str) -> tuple[list[list[str]]
         up = [tap, ["ip", "address", "add", f"{host}/30", "dev", interface], ["ip", "link", "set", interface, "up"]]
         return [*up, *rules], [["ip", "link", "del", interface]]
     # (`ip -n` and `ip netns exec` change mounts as well, which cannot be done everywhere.)
-    there = ["nsenter", f"--net=/run/netns/{name}"]
+    there = ["nsenter", f"--net={NAMED}/{name}"]
     inside = [*there, "ip"]
     up = [
         ["ip", "netns", "add", name],
@@ -179,6 +181,7 @@ def _reference(slots: Slots, kind: str) -> tuple[list[float], list[str]]:
     )
     taken: list[float] = []
     failures: list[str] = []
+    mounted = os.path.ismount(NAMED)
     try:
         asyncio.run(all_of([["nft", f"add table inet reference; {chains}"]]))
         for number, plan in enumerate(_plans(slots, kind, REFERENCE)):
@@ -190,6 +193,9 @@ def _reference(slots: Slots, kind: str) -> tuple[list[float], list[str]]:
         asyncio.run(all_of([["nft", "delete table inet reference"]]))
     except StokerError as error:
         failures.append(f"reference: {error.message}")
+    finally:
+        if not mounted and os.path.ismount(NAMED):  # by the first `ip netns add` of this host
+            asyncio.run(all_of([["umount", NAMED]], check=False))
     return taken, failures
 
 
