@@ -163,6 +163,12 @@ def _commands(plan: RunPlan | NamespacePlan, name: str) -> tuple[list[list[str]]
     return [*up, *rules], [["ip", "netns", "del", name]]
 
 
+def _mounted() -> bool:
+    """(A directory that is mounted onto itself is nothing to ``os.path.ismount``.)"""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        return any(line.split()[4] == NAMED for line in file)
+
+
 def _reference(slots: Slots, kind: str) -> tuple[list[float], list[str]]:
     """The same by spawning `ip` and `nft`: seconds of each run, and what failed."""
     from stoker.host.run import run
@@ -181,7 +187,7 @@ def _reference(slots: Slots, kind: str) -> tuple[list[float], list[str]]:
     )
     taken: list[float] = []
     failures: list[str] = []
-    mounted = os.path.ismount(NAMED)
+    mounted = _mounted()
     try:
         asyncio.run(all_of([["nft", f"add table inet reference; {chains}"]]))
         for number, plan in enumerate(_plans(slots, kind, REFERENCE)):
@@ -194,7 +200,7 @@ def _reference(slots: Slots, kind: str) -> tuple[list[float], list[str]]:
     except StokerError as error:
         failures.append(f"reference: {error.message}")
     finally:
-        if not mounted and os.path.ismount(NAMED):  # by the first `ip netns add` of this host
+        if not mounted and _mounted():  # by the first `ip netns add` of this host
             asyncio.run(all_of([["umount", NAMED]], check=False))
     return taken, failures
 
