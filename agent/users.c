@@ -18,7 +18,7 @@ static char file_room[ROOM], copy_room[ROOM];
 static void give_back(char *text)
 {
 	if (text != file_room && text != copy_room)
-		give_back(text);
+		free(text);
 }
 
 static char *copy_of_text(const char *text)
