@@ -314,6 +314,8 @@ static void restore_others(const struct mp *m, bool copy, bool sshd)
 {
 	static struct others o;
 	bool drop = mp_bool_or(m, "drop_connections", true);
+	if (!copy && !drop && !sshd)
+		return; /* nobody asks */
 	others_visit(drop, sshd, &o);
 	if (sshd)
 		report_hazard("sshd", true, o.reloaded ? "told to read its keys" : "none is running");

@@ -159,6 +159,15 @@ async def test_what_is_no_program_of_that_kind(tmp_path: Path, pipes: Pipes) -> 
         await ended(pair)
 
 
+async def test_one_that_does_not_answer_begins_nothing_twice(pipes: Pipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stoker.vmm.zygote.PATIENCE", 0.2)
+    async with zygote() as mother:
+        os.kill(mother._pid, signal.SIGSTOP)
+        with pytest.raises(HostError) as silent:
+            await start(shim_path(), pipes.options(), (SHELL, "-c", ":"), ENVIRONMENT, mother)
+        assert silent.value.code == "zygote_silent" and mother.broken and find(pipes.directory) is None
+
+
 async def test_qemu_itself() -> None:
     program = shutil.which("qemu-system-x86_64")
     assert program is not None

@@ -119,17 +119,19 @@ async def start(
                 waits, go = os.pipe2(os.O_CLOEXEC)
                 ends.callback(os.close, waits)
                 undo.callback(os.close, go)
+            through = (theirs, *options.descriptors(), *(() if waits is None else (waits,)))
             descriptor = None
-            through = (theirs, *options.descriptors())
             if zygote is not None:
-                words = shim_command(shim, options, theirs, vmm)
-                with suppress(HostError):
-                    descriptor = await zygote.start(words, environment, (*through, *(() if waits is None else (waits,))), waits)
-            pid = _spawn(shim, options, vmm, environment, theirs, waits) if descriptor is None else _pid_of(descriptor)
+                descriptor = await _forked(zygote, shim_command(shim, options, theirs, vmm), environment, through, waits)
+            if descriptor is not None:
+                pid = _pid_of(descriptor)
+            else:
+                pid = _spawned(shim_command(shim, options, theirs, vmm, waits), environment, through)
         with ExitStack() as failed:
             failed.callback(_end, pid, descriptor)
             if options.gate is not None and go is not None:
-                await options.gate(pid)
+                if pid:  # else it has ended: its status pipe says why
+                    await options.gate(pid)
                 with suppress(BrokenPipeError):
                     os.write(go, b"g")  # gone already: its status pipe says why
             try:
@@ -142,16 +144,25 @@ async def start(
         return supervised
 
 
-def _spawn(
-    shim: Path, options: ShimOptions, vmm: Sequence[str], environment: Mapping[str, str], status: int, waits: int | None
-) -> int:
+async def _forked(
+    zygote: Zygote, words: Sequence[str], environment: Mapping[str, str], through: Sequence[int], go: int | None
+) -> int | None:
+    """A descriptor of a shim that the zygote has begun; None: it has not. Not known: it raises, lest there be two."""
+    try:
+        return await zygote.start(words, environment, through, go)
+    except HostError as error:
+        if error.code != "zygote_failed":
+            raise
+        return None
+
+
+def _spawned(words: list[str], environment: Mapping[str, str], through: Sequence[int]) -> int:
     # dup2 onto itself is posix_spawn's way to let a descriptor through; nothing becomes inheritable in this process.
-    through = (status, *options.descriptors(), *(() if waits is None else (waits,)))
     actions: list[tuple[object, ...]] = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in through]
     # A detached machine must not hold open the pipe that somebody reads our own output from.
     actions.append((os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0))
     actions += [(os.POSIX_SPAWN_DUP2, 0, fd) for fd in (1, 2)]
-    return os.posix_spawn(shim, shim_command(shim, options, status, vmm, waits), environment, file_actions=actions)
+    return os.posix_spawn(words[0], words, environment, file_actions=actions)
 
 
 def _pid_of(descriptor: int) -> int:
@@ -175,16 +186,13 @@ def _parse_status(line: bytes, program: str) -> Supervised:
 
 def _end(pid: int, descriptor: int | None) -> None:
     """Takes a shim that failed to start out of the process table; SIGKILL takes its VMM along."""
-    try:
+    with ExitStack() as close, suppress(ProcessLookupError, ChildProcessError):
         if descriptor is not None:
+            close.callback(os.close, descriptor)
             signal.pidfd_send_signal(descriptor, 9)
-            os.close(descriptor)
-            return
-        os.kill(pid, 9)  # our own child, not waited for yet: the number cannot mean another
-        os.waitpid(pid, 0)
-    except (ProcessLookupError, ChildProcessError):
-        if descriptor is not None:
-            os.close(descriptor)
+        else:
+            os.kill(pid, 9)  # our own child, not waited for yet: the number cannot mean another
+            os.waitpid(pid, 0)
 
 
 async def _read_line(fd: int) -> bytes:

@@ -75,7 +75,8 @@ class Zygote:
         """Starts a shim: its words, ``--``, the VMM's. ``descriptors`` (of this process) have the same numbers there. It begins
         when a byte comes at ``go``.
 
-        Returns a descriptor of the shim's process, the caller's to close. ``zygote_failed`` (HostError): nothing began.
+        Returns a descriptor of the shim's process, the caller's to close. Errors (HostError): ``zygote_failed`` (nothing began),
+        ``zygote_silent`` (it may yet).
         """
         passed = list(dict.fromkeys(descriptors))
         variables = [f"{name}={value}" for name, value in environment.items()]
@@ -119,7 +120,10 @@ class Zygote:
             async with asyncio.timeout(PATIENCE):
                 await ready
             data, fds, _, _ = socket.recv_fds(self._sock, 64, 1)
-        except (TimeoutError, OSError):
+        except TimeoutError:
+            self.broken = True
+            raise HostError("zygote_silent", f"{self.program} has not answered in {PATIENCE:g} s", "do it again") from None
+        except OSError:
             data, fds = b"", []
         finally:
             loop.remove_reader(self._sock)

@@ -12,8 +12,10 @@ import statistics
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["network"]
 
 T = TypeVar("T")
-NAMED = "/run/netns"
+NAMED = Path("/run/netns")
 """Where `ip netns` has its namespaces."""
 REFERENCE = 5
 """Runs by spawned tools. They take a tenth of a second each."""
@@ -110,11 +112,11 @@ def _one_by_one(slots: Slots, kind: str, runs: int) -> tuple[list[float], dict[s
     given_back: list[float] = []
     gone: list[float] = []
     for plan in _plans(slots, kind, runs):
-        slot = _timed(up, lambda plan=plan: _up(slots, plan))  # type: ignore[misc]
-        _timed(parked, lambda slot=slot: slots.park(slot)).result()  # type: ignore[misc]
+        slot = _timed(up, partial(_up, slots, plan))
+        _timed(parked, partial(slots.park, slot)).result()
         machine = Machine(plan.interface, plan.source_mac, plan.address, ALL)
-        _timed(again, lambda slot=slot, machine=machine: slots.reuse(slot, machine))  # type: ignore[misc]
-        left = _timed(given_back, lambda plan=plan, slot=slot: slots.drop(plan, slot))  # type: ignore[misc]
+        _timed(again, partial(slots.reuse, slot, machine))
+        left = _timed(given_back, partial(slots.drop, plan, slot))
         _timed(gone, left.result)
     return up, {
         "recycled_p50_ms": _milliseconds(again),
@@ -163,19 +165,17 @@ def _commands(plan: RunPlan | NamespacePlan, name: str) -> tuple[list[list[str]]
     return [*up, *rules], [["ip", "netns", "del", name]]
 
 
-def _mounted() -> bool:
-    """(A directory that is mounted onto itself is nothing to ``os.path.ismount``.)"""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-        return any(line.split()[4] == NAMED for line in file)
-
-
 def _reference(slots: Slots, kind: str) -> tuple[list[float], list[str]]:
     """The same by spawning `ip` and `nft`: seconds of each run, and what failed."""
+    from stoker.host.mounts import mounted_at, umount
     from stoker.host.run import run
 
     async def all_of(commands: list[list[str]], check: bool = True) -> None:
         for words in commands:
             await run(words, check=check, timeout=30)
+
+    def spawned(commands: list[list[str]]) -> None:
+        asyncio.run(all_of(commands))
 
     chains = "; ".join(
         f"add chain inet reference {name} {{ type {hook}; }}"
@@ -187,21 +187,22 @@ def _reference(slots: Slots, kind: str) -> tuple[list[float], list[str]]:
     )
     taken: list[float] = []
     failures: list[str] = []
-    mounted = _mounted()
+    mounted = mounted_at(NAMED)
     try:
         asyncio.run(all_of([["nft", f"add table inet reference; {chains}"]]))
         for number, plan in enumerate(_plans(slots, kind, REFERENCE)):
             up, down = _commands(plan, f"stoker-bench-{os.getpid()}-{number}")
             try:
-                _timed(taken, lambda up=up: asyncio.run(all_of(up)))  # type: ignore[misc]
+                _timed(taken, partial(spawned, up))
             finally:
                 asyncio.run(all_of(down, check=False))
         asyncio.run(all_of([["nft", "delete table inet reference"]]))
     except StokerError as error:
         failures.append(f"reference: {error.message}")
     finally:
-        if not mounted and _mounted():  # by the first `ip netns add` of this host
-            asyncio.run(all_of([["umount", NAMED]], check=False))
+        if mounted is None and mounted_at(NAMED) is not None:  # by the first `ip netns add` of this host
+            with suppress(OSError):
+                umount(NAMED)
     return taken, failures
 
 
@@ -248,7 +249,7 @@ def _crowd(slots: Slots, many: int) -> dict[str, Any]:
     try:
         plans = _plans(slots, "namespace", many)
         for plan in plans:
-            made.append(_timed(up, lambda plan=plan: _up(slots, plan)))  # type: ignore[misc]
+            made.append(_timed(up, partial(_up, slots, plan)))
             if len(made) in (1, many):
                 passed.append(_passed(made[0], 4000 + len(made)))
     finally:
