@@ -22,8 +22,12 @@ from stoker.settings import Settings
 
 __all__ = ["build_initramfs", "plan_modules", "render_initramfs", "superfluous"]
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache key: raise it when the archive's content changes for the same inputs."""
+PAGE = 4096
+"""QEMU lays an initrd right below the end of memory, at a page's start, and newer SeaBIOS puts a microvm's ACPI tables (1 to 3 KB) at
+the very end before it is read: an archive that fills the last page writes over them, and the guest then knows of no device. One of
+whole pages leaves that page free."""
 MAX_BASE = 1 << 30
 KEPT_SECONDS = 30 * 24 * 3600
 TOUCHED_EVERY = 3600
@@ -78,10 +82,13 @@ def _identity(path: Path) -> str:
 
 
 def _build(store: Store, kernel: Kernel, agent: Path, network: bool, base: Path | None, path: Path) -> None:
+    from stoker.images.cpio import pad
+
     directory = store.directory("cache", "initramfs")
     _prune(directory)
     data = _read_base(base) if base else b""
     data += render_initramfs(kernel, agent.read_bytes(), network=network)
+    data += pad(data, PAGE)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     with translate_errors(store.root, "an initramfs"):
         try:
