@@ -25,9 +25,9 @@ __all__ = ["build_initramfs", "plan_modules", "render_initramfs", "superfluous"]
 FORMAT = 3
 """Part of the cache key: raise it when the archive's content changes for the same inputs."""
 PAGE = 4096
-"""QEMU lays an initrd right below the end of memory, at a page's start, and newer SeaBIOS puts a microvm's ACPI tables (1 to 3 KB) at
-the very end before it is read: an archive that fills the last page writes over them, and the guest then knows of no device. One of
-whole pages leaves that page free."""
+"""QEMU lays an initrd right below the end of memory, at a page's start, and newer SeaBIOS puts a microvm's ACPI tables (1 to 3 KB)
+at the very end before it is read: an archive that fills the last page writes over them, and the guest then knows of no device. One
+of whole pages leaves that page free."""
 MAX_BASE = 1 << 30
 KEPT_SECONDS = 30 * 24 * 3600
 TOUCHED_EVERY = 3600
