@@ -230,6 +230,11 @@ const char *path_name(const char *path)
 	return slash && slash[1] ? slash + 1 : path;
 }
 
+bool home_of(const char *user, char *home, size_t size)
+{
+	return *user ? account_home(user, home, size) : text_format(home, size, "%s", self->home) < size;
+}
+
 char *path_argument(const char *key, bool optional)
 {
 	char text[PATH_ROOM], home[PATH_ROOM];
@@ -244,9 +249,7 @@ char *path_argument(const char *key, bool optional)
 		char *rest = strchr(text, '/');
 		if (rest)
 			*rest = 0;
-		if (!text[1])
-			strcpy(home, self->home);
-		else if (!account_home(text + 1, home, sizeof home))
+		if (!home_of(text + 1, home, sizeof home))
 			bad_path(text, "no such user");
 		return clean(path_join(home, rest ? rest + 1 : ""));
 	}
@@ -638,7 +641,7 @@ int applet_main(char **argv, const struct mp *args, const char *directory, int e
 		{"stat", applet_stat},       {"list", applet_list},     {"read", applet_read},         {"write", applet_write},
 		{"mkdir", applet_mkdir},     {"remove", applet_remove}, {"move", applet_move},         {"chmod", applet_chmod},
 		{"chown", applet_chown},     {"symlink", applet_symlink}, {"readlink", applet_readlink}, {"watch", applet_watch},
-		{"tar-out", applet_tar_out}, {"tar-in", applet_tar_in},
+		{"tar-out", applet_tar_out}, {"tar-in", applet_tar_in}, {"sftp", applet_sftp},
 	};
 	applet_args = *args;
 	self = a;

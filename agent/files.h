@@ -18,6 +18,7 @@ void die_request(const char *what) __attribute__((noreturn));
 
 /* A path argument: absolute, without "//" and "/./". Ends the applet when it is missing (unless optional: NULL). */
 char *path_argument(const char *key, bool optional);
+bool home_of(const char *user, char *home, size_t size); /* an empty name: of whom the applet runs as */
 char *path_join(const char *directory, const char *name);
 const char *text_temporary(void); /* a name beside a final one that nobody else uses */
 const char *path_name(const char *path); /* the last component, "/" for the root */
@@ -44,6 +45,7 @@ void applet_list(void);
 void applet_read(void);
 void applet_write(void);
 void applet_watch(void);
+void applet_sftp(void);
 void applet_tar_out(void);
 void applet_tar_in(void);
 /* The same for move: from one file system to another through a pipe. */

@@ -434,3 +434,104 @@ def watches(a: Agent) -> None:
         os.makedirs(f"{d}/many/{i}")
     id = box.start("watch", path=f"{d}/many", recursive=True, limit=10)
     h.until(lambda: {"e": "overflow"} in records(h.stream(4 * id + 1).data))
+
+
+class Sftp:
+    """One `sftp` applet, spoken to in packets of version 3."""
+
+    def __init__(self, box: Box, cwd: str) -> None:
+        self.host, self.number = box.host, 0
+        self.process = box.start("sftp", stdin=True, cwd=cwd)
+        self.at = self.sent = 0
+
+    def send(self, packet: bytes) -> None:
+        self.host.feed(4 * self.process, packet, start=self.sent, end=False)
+        self.sent += len(packet)
+
+    def receive(self) -> bytes:
+        data = self.host.stream(4 * self.process + 1).data
+        self.host.until(lambda: len(data) >= self.at + 4 and len(data) >= self.at + 4 + int.from_bytes(data[self.at : self.at + 4]))
+        size = int.from_bytes(data[self.at : self.at + 4])
+        packet = bytes(data[self.at + 4 : self.at + 4 + size])
+        self.at += 4 + size
+        return packet
+
+    def ask(self, kind: int, *words: bytes | str | int | tuple[int]) -> tuple[int, bytes]:
+        """Texts have their length in front, integers are 32 bits, those in a tuple 64. The answer's type, and it without its id."""
+        self.number += 1
+        body = bytes([kind]) + self.number.to_bytes(4)
+        for word in words:
+            if isinstance(word, tuple):
+                body += word[0].to_bytes(8)
+            elif isinstance(word, int):
+                body += word.to_bytes(4)
+            else:
+                raw = word if isinstance(word, bytes) else word.encode()
+                body += len(raw).to_bytes(4) + raw
+        self.send(len(body).to_bytes(4) + body)
+        answer = self.receive()
+        assert answer[1:5] == self.number.to_bytes(4)
+        return answer[0], answer[5:]
+
+    def status(self, kind: int, *words: bytes | str | int | tuple[int]) -> int:
+        found, rest = self.ask(kind, *words)
+        assert found == 101, found
+        return int.from_bytes(rest[:4])
+
+    def handle(self, kind: int, *words: bytes | str | int) -> bytes:
+        found, rest = self.ask(kind, *words)
+        assert found == 102, (found, rest)
+        return rest[4:]
+
+
+@host_test
+def speaks_sftp(a: Agent) -> None:
+    box, d = Box(a.connect()), f"{a.directory}/sftp"
+    os.mkdir(d)
+    s = Sftp(box, d)
+    s.send(bytes.fromhex("00000005 01 00000003"))
+    assert s.receive()[:5] == bytes.fromhex("02 00000003")
+    # Written at offsets, in any order; read behind the end.
+    h = s.handle(3, "new", 2 | 1 | 8, 4, 0o640)
+    assert s.status(6, h, (5,), "world") == 0 and s.status(6, h, (0,), "hello") == 0
+    assert s.ask(5, h, (3,), 4) == (103, b"\0\0\0\4lowo") and s.status(5, h, (10,), 4) == 1
+    assert s.status(10, h, 1 | 4 | 8, (7,), 0o4711, 1000, 2000) == 0 and s.status(4, h) == 0 and s.status(4, h) == 5
+    st = os.stat(f"{d}/new")
+    assert Path(f"{d}/new").read_bytes() == b"hellowo" and st.st_mode & 0o7777 == 0o4711 and (st.st_atime, st.st_mtime) == (1000, 2000)
+    big = os.urandom(250 << 10)
+    h = s.handle(3, "big", 2 | 8, 0)
+    assert s.status(6, h, (0,), big) == 0 and s.status(4, h) == 0 and Path(f"{d}/big").read_bytes() == big
+    h = s.handle(3, "big", 4 | 2, 0)
+    assert s.status(6, h, (0,), "appended") == 0 and Path(f"{d}/big").read_bytes() == big + b"appended"
+    # Names.
+    assert s.status(3, "new", 2 | 8 | 32, 0) == 4 and s.status(3, "none", 1, 0) == 2
+    assert s.status(18, "new", "big") == 4 and s.status(18, "new", "moved") == 0
+    assert s.status(200, "posix-rename@openssh.com", "moved", "big") == 0 and os.path.getsize(f"{d}/big") == 7
+    assert s.status(20, "big", "link") == 0 and os.readlink(f"{d}/link") == "big"
+    assert s.ask(19, "link")[1].count(b"big") == 2
+    assert s.ask(16, "missing")[1].count(f"{d}/missing".encode()) == 2 and s.ask(16, "./x/..")[0] == 104
+    assert s.ask(16, "link")[1].count(f"{d}/big".encode()) == 2
+    assert s.ask(200, "expand-path@openssh.com", "~/x")[1].count(f"{pwd.getpwuid(os.geteuid()).pw_dir}/x".encode()) == 2
+    assert s.status(200, "expand-path@openssh.com", "~nosuchuser/x") == 2
+    assert s.ask(17, "link")[1][4:12] == (7).to_bytes(8) and s.ask(7, "link")[1][4:12] == (3).to_bytes(8)
+    assert s.status(200, "hardlink@openssh.com", "big", "hard") == 0 and os.stat(f"{d}/hard").st_nlink == 2
+    # Directories, more of them than one answer takes.
+    assert s.status(14, "sub", 4, 0o700) == 0 and s.status(15, "sub") == 0 and s.status(15, "sub") == 2 and s.status(13, "none") == 2
+    for i in range(150):
+        Path(f"{d}/file{i}").touch()
+    h, count = s.handle(11, "."), 0
+    while (found := s.ask(12, h))[0] == 104:
+        count += int.from_bytes(found[1][:4])
+        assert b"-rw-r--r--" in found[1]
+    assert count == 150 + 2 + 3 and s.status(12, h) == 1 and s.status(4, h) == 0
+    assert s.ask(200, "statvfs@openssh.com", ".")[0] == 201 and s.ask(200, "limits@openssh.com")[0] == 201
+    # What is damaged is answered; what cannot be a packet is the end.
+    assert s.status(200, "nothing@example.org") == 8 and s.status(99) == 8
+    assert s.status(4, b"\xff\xff") == 5 and s.status(6, b"\x01", (0,)) == 5 and s.status(17, "a\0b") == 5 and s.status(17, "x" * 5000) == 5
+    many = [s.ask(3, "big", 1, 0)[0] for _ in range(260)]
+    assert many.count(101) > 0 and many[0] == 102 and many[-1] == 101
+    s.send(b"\xff\xff\xff\xff")
+    assert s.host.exit_of(s.process)["code"] == 1
+    s = Sftp(box, d)
+    s.host.feed(4 * s.process, b"")
+    assert s.host.exit_of(s.process)["code"] == 0

@@ -61,6 +61,7 @@ from stoker.api.sandboxes import (
     Versions,
 )
 from stoker.api.snapshots import CreateSnapshot, Snapshot, SnapshotId, SnapshotList, SnapshotState
+from stoker.api.ssh import SshAccess, SshBy
 from stoker.api.system import (
     ApiKey,
     ApiKeyPage,
@@ -167,6 +168,8 @@ __all__ = [
     "SignalRequest",
     "SignedOperation",
     "SignedUrl",
+    "SshAccess",
+    "SshBy",
     "StartProcess",
     "StopSandbox",
     "Terminal",

@@ -17,7 +17,8 @@ daemon answers with :class:`Attached`. From there on:
 * :class:`Exit` is the daemon's last message; then it closes with 1000. A failure is :class:`Failure` and close code 4000 + HTTP
   status (4404: no such process). Closing a WebSocket leaves the process as it is.
 
-A client that starts the process it attaches to sends :class:`Start` in the place of :class:`Attach`.
+A client that starts the process it attaches to sends :class:`Start` in the place of :class:`Attach`, one that wants to speak ssh
+:class:`Ssh`.
 
 The lease's WebSocket uses :class:`Auth` the same way; the daemon says :class:`Leased`, and then nothing more until it closes.
 """
@@ -56,6 +57,7 @@ __all__ = [
     "Leased",
     "Resize",
     "SendSignal",
+    "Ssh",
     "Start",
     "StdinClosed",
     "decode_client",
@@ -103,6 +105,14 @@ class Start(_Message, frozen=True, tag="start"):
     window: Annotated[int, Meta(ge=64 * KIB, le=16 * MIB)] = MIB
     lossless: bool = True
     """The process waits for this client rather than lose a byte of output; without, the oldest bytes go."""
+
+
+class Ssh(_Message, frozen=True, tag="ssh"):
+    """Speak ssh over this connection's streams: stdin is what the client sends, stdout what the server does. ``key`` is the public
+    key (as in an authorized_keys file) that may log in, and no other: whoever got so far may, and proves that the session is theirs."""
+
+    key: Annotated[str, Meta(min_length=1, max_length=4096)]
+    window: Annotated[int, Meta(ge=64 * KIB, le=16 * MIB)] = MIB
 
 
 class Ack(_Message, frozen=True, tag="ack"):
@@ -155,7 +165,7 @@ class Leased(_Message, frozen=True, tag="leased"):
     sandbox: str
 
 
-ClientMessage = Auth | Attach | Start | Ack | CloseStdin | Resize | SendSignal
+ClientMessage = Auth | Attach | Start | Ssh | Ack | CloseStdin | Resize | SendSignal
 DaemonMessage = Attached | Ack | StdinClosed | Exit | Failure | Leased
 
 _encoder = msgspec.json.Encoder()

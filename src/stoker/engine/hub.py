@@ -113,8 +113,8 @@ def _limits(wanted: dict[str, tuple[int, int]]) -> list[tuple[int, int, int]]:
     return limits
 
 
-def translate(request: StartProcess, number: int, *, attach: bool) -> ExecRequest:
-    """The agent's request for one of the API's."""
+def translate(request: StartProcess, number: int, *, attach: bool, builtin: bool = False) -> ExecRequest:
+    """The agent's request for one of the API's. ``builtin``: it names one of the agent's applets."""
     from stoker.guest.messages import ExecRequest
 
     return ExecRequest(
@@ -134,6 +134,8 @@ def translate(request: StartProcess, number: int, *, attach: bool) -> ExecReques
         rlimits=_limits(request.rlimits),
         umask=request.umask,
         attach=attach,
+        builtin=builtin,
+        args={} if builtin else None,
     )
 
 
@@ -161,17 +163,19 @@ class Hub:
         self._tell("process.started", process=tracked.started.id, argv=tracked.started.argv[:16], tag=tracked.started.tag)
         return tracked.info
 
-    async def open(self, agent: Agent, request: StartProcess, *, lossless: bool = False) -> Client:
+    async def open(self, agent: Agent, request: StartProcess, *, lossless: bool = False, builtin: bool = False) -> Client:
         """Started and attached in one round trip."""
-        tracked = await self._exec(agent, request, attach=True, lossless=lossless)
+        tracked = await self._exec(agent, request, attach=True, lossless=lossless, builtin=builtin)
         client = self._client(tracked)
         client.lossless = lossless
         await tracked.feed.join(client, 0, 0, flowing=True)
         return client
 
-    async def _exec(self, agent: Agent, request: StartProcess, *, attach: bool, lossless: bool = False) -> _Tracked:
+    async def _exec(
+        self, agent: Agent, request: StartProcess, *, attach: bool, lossless: bool = False, builtin: bool = False
+    ) -> _Tracked:
         number = await agent.new_id()
-        wire = translate(replace(request, mode=OutputMode.BLOCK) if lossless else request, number, attach=attach)
+        wire = translate(replace(request, mode=OutputMode.BLOCK) if lossless else request, number, attach=attach, builtin=builtin)
         async with self._starting:
             process = await agent.exec(wire, window=WINDOW if wire.ring > WINDOW else None, persistent=True)
         started = Started(

@@ -8,6 +8,7 @@ from stoker.api.models import Principal, ProcessInfo, StartProcess
 from stoker.engine.core import Box, Core, Live
 from stoker.engine.feed import Client
 from stoker.engine.output import Output
+from stoker.errors import GuestError
 from stoker.guest.agent import Agent
 
 __all__ = ["Attached", "Processes"]
@@ -81,6 +82,17 @@ class Processes:
     async def open(self, who: Principal, sandbox: str, request: StartProcess, *, lossless: bool = False) -> Attached:
         box, live, agent = await self._reach(who, sandbox)
         return Attached(self._core, box, await live.hub.open(agent, request, lossless=lossless))
+
+    async def sftp(self, who: Principal, sandbox: str, user: str | None) -> Attached:
+        """The agent's own server of sftp, from the user's home on."""
+        box, live, agent = await self._reach(who, sandbox)
+        request = StartProcess(argv=["sftp"], tag="files.sftp", user=user, cwd="~", stdin=True)
+        try:
+            return Attached(self._core, box, await live.hub.open(agent, request, lossless=True, builtin=True))
+        except GuestError as error:
+            if error.code == "unsupported":
+                error.hint = "its agent is older than sftp here: start the sandbox anew, or copy with stoker cp"
+            raise
 
     async def attach(
         self, who: Principal, sandbox: str, process: int | str, stdout: int | None, stderr: int | None, *, lossless: bool = False

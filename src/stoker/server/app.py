@@ -38,6 +38,7 @@ from stoker.server.routes import (
     sandboxes,
     signed,
     snapshots,
+    ssh,
     system,
     templates,
     upkeep,
@@ -46,6 +47,7 @@ from stoker.server.routes import (
 )
 from stoker.server.services import Services
 from stoker.server.signing import Signer
+from stoker.server.ssh.stream import speak_ssh
 
 __all__ = ["all_endpoints", "create_app"]
 
@@ -58,6 +60,7 @@ def all_endpoints() -> list[Endpoint]:
         sandboxes,
         processes,
         ports,
+        ssh,
         files,
         signed,
         operations,
@@ -93,11 +96,16 @@ async def _port(channel: Channel, who: Principal, path: dict[str, str]) -> None:
     await connect_to(channel, who, path["sandbox"], port_number(path["port"]))
 
 
+async def _ssh(channel: Channel, who: Principal, path: dict[str, str]) -> None:
+    await speak_ssh(channel, who, path["sandbox"])
+
+
 SOCKETS: dict[str, SocketHandler] = {
     "/v1/sandboxes/{sandbox:str}/lease": _lease,
     "/v1/sandboxes/{sandbox:str}/processes/stream": _start,
     "/v1/sandboxes/{sandbox:str}/processes/{process:str}/attach": _attach,
     "/v1/sandboxes/{sandbox:str}/ports/{port:str}/stream": _port,
+    "/v1/sandboxes/{sandbox:str}/ssh": _ssh,
 }
 
 

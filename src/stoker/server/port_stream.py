@@ -14,7 +14,7 @@ from stoker.server.attach import relay
 from stoker.server.channel import Channel
 from stoker.server.line_ports import Line
 
-__all__ = ["connect_to", "port_number"]
+__all__ = ["LineAttachment", "connect_to", "port_number"]
 
 
 def port_number(text: str) -> int:
@@ -23,7 +23,7 @@ def port_number(text: str) -> int:
     return int(text)
 
 
-class _Attachment:
+class LineAttachment:
     """A line in the place of a process. Fits :class:`stoker.server.ports.Attachment`."""
 
     stdout = stderr = 0
@@ -65,4 +65,4 @@ async def connect_to(channel: Channel, who: Principal, sandbox: str, port: int) 
     if not isinstance(message, wire.Attach):
         raise InvalidRequest("unexpected_message", f"an attach message was expected, not {type(message).__name__}")
     line = await channel.services.engine.connections.open(who, sandbox, port)
-    await relay(channel, _Attachment(line), message.window)
+    await relay(channel, LineAttachment(line), message.window)

@@ -121,6 +121,9 @@ class Processes(Protocol):
     async def open(self, who: Principal, sandbox: str, request: StartProcess, *, lossless: bool = False) -> Attachment:
         """Starts and attaches in one round trip: nothing of the output is missed."""
 
+    async def sftp(self, who: Principal, sandbox: str, user: str | None) -> Attachment:
+        """A server of ssh's file transfer protocol in the guest, on the attachment's streams; nothing of ssh has to be in it."""
+
     async def attach(
         self,
         who: Principal,

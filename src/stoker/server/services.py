@@ -22,7 +22,9 @@ class Services:
     auto_started: bool = False
     started_at: float = field(default_factory=time.time)
     secret: bytes = b""
-    """What the proxy's tokens are made with."""
+    """What the proxy's tokens and the sandboxes' ssh host keys are made with."""
     proxy: str | None = None
     """``DOMAIN:PORT`` of the reverse proxy."""
     documents: dict[str, bytes] = field(default_factory=dict)
+    ssh_connections: int = 0
+    """How many there are."""

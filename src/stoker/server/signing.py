@@ -1,7 +1,7 @@
 """Signed URLs: one file of one sandbox, read or written without a key until a moment passes.
 
 A token is the claim (JSON, base64url), a dot, and its HMAC-SHA256. The secret is 32 bytes in ``data_dir/url-secret`` (0600), made
-on first use: losing it makes every URL invalid and nothing else.
+on first use: losing it makes every URL invalid and gives the sandboxes other ssh host keys, and nothing else.
 """
 
 from __future__ import annotations
