@@ -497,7 +497,9 @@ def speaks_sftp(a: Agent) -> None:
     assert s.ask(5, h, (3,), 4) == (103, b"\0\0\0\4lowo") and s.status(5, h, (10,), 4) == 1
     assert s.status(10, h, 1 | 4 | 8, (7,), 0o4711, 1000, 2000) == 0 and s.status(4, h) == 0 and s.status(4, h) == 5
     st = os.stat(f"{d}/new")
-    assert Path(f"{d}/new").read_bytes() == b"hellowo" and st.st_mode & 0o7777 == 0o4711 and (st.st_atime, st.st_mtime) == (1000, 2000)
+    assert (
+        Path(f"{d}/new").read_bytes() == b"hellowo" and st.st_mode & 0o7777 == 0o4711 and (st.st_atime, st.st_mtime) == (1000, 2000)
+    )
     big = os.urandom(250 << 10)
     h = s.handle(3, "big", 2 | 8, 0)
     assert s.status(6, h, (0,), big) == 0 and s.status(4, h) == 0 and Path(f"{d}/big").read_bytes() == big
@@ -516,7 +518,9 @@ def speaks_sftp(a: Agent) -> None:
     assert s.ask(17, "link")[1][4:12] == (7).to_bytes(8) and s.ask(7, "link")[1][4:12] == (3).to_bytes(8)
     assert s.status(200, "hardlink@openssh.com", "big", "hard") == 0 and os.stat(f"{d}/hard").st_nlink == 2
     # Directories, more of them than one answer takes.
-    assert s.status(14, "sub", 4, 0o700) == 0 and s.status(15, "sub") == 0 and s.status(15, "sub") == 2 and s.status(13, "none") == 2
+    assert (
+        s.status(14, "sub", 4, 0o700) == 0 and s.status(15, "sub") == 0 and s.status(15, "sub") == 2 and s.status(13, "none") == 2
+    )
     for i in range(150):
         Path(f"{d}/file{i}").touch()
     h, count = s.handle(11, "."), 0
@@ -527,7 +531,12 @@ def speaks_sftp(a: Agent) -> None:
     assert s.ask(200, "statvfs@openssh.com", ".")[0] == 201 and s.ask(200, "limits@openssh.com")[0] == 201
     # What is damaged is answered; what cannot be a packet is the end.
     assert s.status(200, "nothing@example.org") == 8 and s.status(99) == 8
-    assert s.status(4, b"\xff\xff") == 5 and s.status(6, b"\x01", (0,)) == 5 and s.status(17, "a\0b") == 5 and s.status(17, "x" * 5000) == 5
+    assert (
+        s.status(4, b"\xff\xff") == 5
+        and s.status(6, b"\x01", (0,)) == 5
+        and s.status(17, "a\0b") == 5
+        and s.status(17, "x" * 5000) == 5
+    )
     many = [s.ask(3, "big", 1, 0)[0] for _ in range(260)]
     assert many.count(101) > 0 and many[0] == 102 and many[-1] == 101
     s.send(b"\xff\xff\xff\xff")

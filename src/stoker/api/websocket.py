@@ -108,8 +108,10 @@ class Start(_Message, frozen=True, tag="start"):
 
 
 class Ssh(_Message, frozen=True, tag="ssh"):
-    """Speak ssh over this connection's streams: stdin is what the client sends, stdout what the server does. ``key`` is the public
-    key (as in an authorized_keys file) that may log in, and no other: whoever got so far may, and proves that the session is theirs."""
+    """Speak ssh over this connection's streams: stdin is what the client sends, stdout what the server does.
+
+    ``key`` is the public key (as in an authorized_keys file) that may log in on it, and no other.
+    """
 
     key: Annotated[str, Meta(min_length=1, max_length=4096)]
     window: Annotated[int, Meta(ge=64 * KIB, le=16 * MIB)] = MIB

@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cp": ("stoker.cli.cp:cp", "Copy files between this host and sandboxes."),
     "logs": ("stoker.cli.logs:logs", "Print a sandbox's console."),
     "port-forward": ("stoker.cli.port:port_forward", "Listen here for ports inside a sandbox."),
+    "ssh": ("stoker.cli.ssh:ssh", "Log in to a sandbox with ssh; nothing of ssh has to be in it."),
+    "ssh-config": ("stoker.cli.ssh:ssh_config", "Print a configuration for ssh, scp, sftp and rsync."),
     "url": ("stoker.cli.port:url", "Print where the proxy serves a port of a sandbox."),
     "ps": ("stoker.cli.ps:ps", "List the processes of a sandbox."),
     "kill": ("stoker.cli.ps:kill", "Send a signal to processes of a sandbox."),

@@ -57,15 +57,15 @@ class Attachment:
     async def attach(cls, api: Api, target: str, offsets: Offsets, *, lossless: bool = True) -> Attachment:
         """To a process that is there, from ``offsets`` on. What was lost before them shows as the first offset being larger."""
         first = wire.Attach(stdout=offsets.stdout, stderr=offsets.stderr, window=WINDOW, lossless=lossless)
-        return await cls._open(api, target, first, offsets)
+        return await cls.open(api, target, first, offsets)
 
     @classmethod
     async def start(cls, api: Api, target: str, process: StartProcess, offsets: Offsets) -> Attachment:
         """Starts the process too, in the same round trip."""
-        return await cls._open(api, target, wire.Start(process=process, window=WINDOW), offsets)
+        return await cls.open(api, target, wire.Start(process=process, window=WINDOW), offsets)
 
     @classmethod
-    async def _open(cls, api: Api, target: str, first: wire.Attach | wire.Start, offsets: Offsets) -> Attachment:
+    async def open(cls, api: Api, target: str, first: wire.Attach | wire.Start | wire.Ssh, offsets: Offsets) -> Attachment:
         socket = await api.websocket(target)
         try:
             await socket.send(wire.encode_message(first))

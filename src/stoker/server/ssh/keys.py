@@ -1,7 +1,7 @@
 """The host keys of sandboxes: derived from the daemon's secret and the sandbox's id.
 
-So each sandbox has its own, forks too, and keeps it through pauses, stops and restarts of the daemon; nothing has to be made ahead of
-time, kept, or removed.
+So each sandbox has its own, forks too, and keeps it through pauses, stops and restarts of the daemon; nothing has to be made ahead
+of time, kept, or removed.
 """
 
 from __future__ import annotations

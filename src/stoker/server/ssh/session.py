@@ -56,7 +56,9 @@ class Guest:
     async def shell(self, command: str | None, env: dict[str, str], terminal: Terminal | None) -> Attachment:
         """A login shell, or a command by the user's shell; in the user's home, if there is one."""
         words = [SHELL + "-l"] if command is None else [SHELL + '-c "$1"', "sh", command]
-        request = StartProcess(argv=["/bin/sh", "-c", *words], env=env, user=self.user, cwd="~", stdin=True, terminal=terminal, tag="ssh")
+        request = StartProcess(
+            argv=["/bin/sh", "-c", *words], env=env, user=self.user, cwd="~", stdin=True, terminal=terminal, tag="ssh"
+        )
         try:
             return await self._start(request)
         except StokerError as error:
@@ -224,7 +226,7 @@ class Session(Pump, SSHServerSession[bytes]):
 
 
 def _terminal(width: int, height: int) -> Terminal:
-    return Terminal(rows=min(max(height, 1), 9999) if height else 24, cols=min(max(width, 1), 9999) if width else 80)
+    return Terminal(rows=min(max(height, 1), 4096) if height else 24, cols=min(max(width, 1), 4096) if width else 80)
 
 
 def _number(name: str) -> int | None:

@@ -75,7 +75,9 @@ async def speak_ssh(channel: Channel, who: Principal, sandbox: str) -> None:
     services = channel.services
     found = await services.engine.get(who, sandbox)
     if services.ssh_connections >= CONNECTIONS:
-        raise CapacityExhausted("too_many_ssh", f"there are {CONNECTIONS} ssh connections already", "end some, or share one (ControlMaster)")
+        raise CapacityExhausted(
+            "too_many_ssh", f"there are {CONNECTIONS} ssh connections already", "end some, or share one (ControlMaster)"
+        )
     services.ssh_connections += 1
     try:
         # The library takes a quarter of a second to import; nobody else is to wait for that.

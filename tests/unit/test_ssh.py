@@ -1,0 +1,173 @@
+"""ssh into sandboxes: OpenSSH's own client against our server, whose guest is the real agent as a program of this host."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from command_line import STOKER
+from server_running import free_port
+from ssh_host import SshHost, configured, ssh_host
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def host(tmp_path: Path, short_dir: Path) -> AsyncIterator[SshHost]:
+    async with ssh_host(tmp_path, short_dir) as found:
+        await found.server.sandbox(name="web")
+        await configured(found)
+        yield found
+
+
+async def test_commands(host: SshHost) -> None:
+    """Input, output, stderr apart, exit codes and signals; the key is made once, and what is set comes with it."""
+    done = await host.ssh("web", "cat; echo err >&2; exit 7", input=b"abc" * 500_000)
+    assert (done.code, done.out, done.err) == (7, b"abc" * 500_000, b"err\n")
+    key = Path(host.env["XDG_DATA_HOME"]) / "stoker-ssh/id_ed25519"
+    assert key.stat().st_mode & 0o777 == 0o600
+    before = key.read_bytes()
+    done = await host.ssh("-o", "SendEnv=LC_TEST OTHER", "web.stoker", 'echo "$LC_TEST,$OTHER"; pwd')
+    assert done.out == b"from here,\n" + os.path.expanduser("~").encode() + b"\n" and done.code == 0
+    assert (await host.ssh("web", "kill -TERM $$")).code == 255  # as ssh tells that a signal ended it
+    assert (await host.ssh("-l", "daemon", "web", "id -un")).out == b"daemon\n"
+    done = await host.ssh("-l", "nosuchuser", "web", "true")
+    assert done.code == 125 and b"nosuchuser" in done.err
+    # Behind the end of stdin the other direction goes on.
+    assert (await host.ssh("web", "cat >/dev/null; echo late", input=b"x")).out == b"late\n"
+    # The short way does the same, with nothing of the user's own configuration.
+    done = await host(STOKER, "ssh", "web", "--", "echo", "$((1 + 1))", ";", "exit", "3")
+    assert (done.code, done.out) == (3, b"2\n")
+    assert key.read_bytes() == before
+
+
+async def test_a_terminal(host: SshHost) -> None:
+    done = await host.ssh("-tt", "web", "stty size; tty >/dev/null && echo $TERM; kill -WINCH $$", input=b"")
+    assert b"24 80" in done.out and done.code == 0
+    # A login shell, driven by its input.
+    done = await host.ssh("-tt", "web", input=b"echo $((40 + 2)) $-\nexit 5\n")
+    assert b"42 " in done.out and done.code == 5
+
+
+async def test_files(host: SshHost, tmp_path: Path) -> None:
+    """scp and sftp without either in the guest: contents, times, modes, links, directories."""
+    (tmp_path / "tree/sub").mkdir(parents=True)
+    (tmp_path / "tree/sub/big").write_bytes(os.urandom(3 << 20))
+    (tmp_path / "tree/run").write_text("#!/bin/sh\n")
+    (tmp_path / "tree/run").chmod(0o750)
+    os.utime(tmp_path / "tree/run", (1000, 2000))
+    there = tmp_path / "there"
+    there.mkdir()
+    done = await host("scp", "-q", "-p", "-r", "-F", host.config, tmp_path / "tree", f"web:{there}/")
+    assert (done.code, done.err) == (0, b"")
+    assert (there / "tree/sub/big").read_bytes() == (tmp_path / "tree/sub/big").read_bytes()
+    status = (there / "tree/run").stat()
+    assert status.st_mode & 0o7777 == 0o750 and status.st_mtime == 2000
+    done = await host("scp", "-q", "-r", "-F", host.config, f"web:{there}/tree", tmp_path / "back")
+    assert done.code == 0 and (tmp_path / "back/sub/big").read_bytes() == (there / "tree/sub/big").read_bytes()
+    batch = f"cd {there}\nmkdir new\nput {tmp_path}/tree/run new/x\nrename new/x new/y\nln -s y new/z\nchmod 600 new/y\n"
+    batch += "ls -l new\nrm tree/run\npwd\n"
+    done = await host("sftp", "-q", "-b", "-", "-F", host.config, "web", input=batch.encode())
+    assert done.code == 0 and b"-rw-------" in done.out and f"{there}\n".encode() in done.out, done
+    assert os.readlink(there / "new/z") == "y" and not (there / "tree/run").exists()
+    done = await host("scp", "-q", "-F", host.config, f"web:{there}/none", tmp_path / "none")
+    assert done.code == 1 and b"No such file" in done.err
+    line = f"scp -q -F $({STOKER} ssh-config -f) {tmp_path}/tree/run web:{there}/again"
+    assert (await host("bash", "-c", line)).code == 0 and (there / "again").exists()
+    # The old protocol runs the guest's own scp.
+    done = await host("scp", "-O", "-q", "-F", host.config, tmp_path / "tree/run", f"web:{there}/old")
+    assert done.code == 0 and (there / "old").exists(), done
+
+
+async def test_forwarded_ports(host: SshHost) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write((await reader.read()).upper())
+        writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port, local, nobody, dead = listening.sockets[0].getsockname()[1], free_port(), free_port(), free_port()
+    process = await host.start(
+        "ssh", "-F", host.config, "-L", f"{local}:localhost:{port}", "-L", f"{dead}:127.0.0.1:{nobody}", "web", "echo up; cat"
+    )
+    assert process.stdout is not None and await process.stdout.readline() == b"up\n"
+    data = os.urandom(1 << 20).hex().encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", local)
+    reading = asyncio.create_task(reader.read())
+    writer.write(data)
+    writer.write_eof()
+    assert await reading == data.upper()
+    writer.close()
+    reader, writer = await asyncio.open_connection("127.0.0.1", dead)
+    assert await reader.read() == b""
+    writer.close()
+    listening.close()
+    # Names of the guest's network are nobody's to resolve; ports of ours are not given to guests.
+    out, err = await asyncio.wait_for(process.communicate(b""), 20)
+    assert process.returncode == 0
+    done = await host.ssh("-o", "ExitOnForwardFailure=yes", "-R", "0:localhost:1", "web", "true")
+    assert done.code == 255
+
+
+async def test_only_its_own_key_and_host_key(host: SshHost, tmp_path: Path) -> None:
+    """Each sandbox has its own host key, which stays; another key than the stream's does not log in."""
+    first = (await host.server.http.get("/v1/sandboxes/web/ssh")).json()
+    await host.server.sandbox(name="other")
+    second = (await host.server.http.get("/v1/sandboxes/other/ssh")).json()
+    assert first["host_key"] != second["host_key"] and first == (await host.server.http.get("/v1/sandboxes/web/ssh")).json()
+    assert (await host.server.http.get("/v1/sandboxes/none/ssh")).status_code == 404
+    wrong = tmp_path / "known_hosts"
+    wrong.write_text(f"web {second['host_key']}\n")
+    text = host.config.read_text()
+    host.config.write_text(
+        "\n".join(line for line in text.splitlines() if "KnownHosts" not in line) + f"\nUserKnownHostsFile {wrong}\n"
+    )
+    done = await host.ssh("web", "true")
+    assert done.code == 255 and b"Host key verification failed" in done.err
+    host.config.write_text(text)
+    assert (await host.ssh("web", "true")).code == 0
+    await host("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "mine")
+    host.config.write_text("\n".join(line for line in text.splitlines() if "IdentityFile" not in line) + "\n")
+    done = await host.ssh("-i", tmp_path / "mine", "web", "true")
+    assert done.code == 255 and b"Permission denied" in done.err
+    done = await host.ssh("none.stoker", "true")
+    assert done.code == 255 and b"none" in done.err and b"Traceback" not in done.err
+
+
+async def test_what_a_lost_client_ran_is_hung_up(host: SshHost, tmp_path: Path) -> None:
+    process = await host.start(
+        "ssh", "-F", host.config, "web", f"trap 'echo hup > {tmp_path}/told; exit' HUP; echo up; while :; do sleep 0.05; done"
+    )
+    assert process.stdout is not None and await process.stdout.readline() == b"up\n"
+    process.send_signal(signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while not (tmp_path / "told").exists():
+            await asyncio.sleep(0.02)
+
+
+async def test_bounds(host: SshHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of variables, channels and connections."""
+    from stoker.server.ssh import connection, stream
+    from stoker.server.ssh.session import Environment
+
+    env = Environment()
+    for i in range(100):
+        env[f"LC_{i}".encode()] = b"x"
+    env[b"LANG"] = b"y" * 5000
+    env[b"LD_PRELOAD"] = b"z"
+    assert len(env) == 32 and b"LANG" not in env and b"LD_PRELOAD" not in env
+    monkeypatch.setattr(connection, "CHANNELS", 1)
+    master = host.config.parent / "c"
+    process = await host.start("ssh", "-F", host.config, "-M", "-S", master, "web", "echo up; cat")
+    assert process.stdout is not None and await process.stdout.readline() == b"up\n"
+    done = await host("ssh", "-F", host.config, "-S", master, "-o", "ProxyCommand=false", "web", "true")
+    assert done.code != 0
+    monkeypatch.setattr(stream, "CONNECTIONS", 1)
+    done = await host.ssh("web", "true")
+    assert done.code == 255 and b"ssh connections already" in done.err
+    await process.communicate(b"")
+    assert (await host.ssh("web", "true")).code == 0
