@@ -58,6 +58,7 @@ from stoker.api.models import (
     Quota,
     SignedOperation,
     SignedUrl,
+    SshAccess,
     StartProcess,
     Version,
     Snapshot,

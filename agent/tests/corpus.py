@@ -105,6 +105,34 @@ def main(where: Path) -> None:
         put("tar", f"format{kind}", out.getvalue()[:8192])
     put("tar", "users", b"uroot:x:0:0:root:/root:/bin/sh\nalice:x:1000:1000::/home/alice:\n\nbad\ng:x:7:bob,alice\n")
 
+    def word(text: bytes) -> bytes:
+        return len(text).to_bytes(4) + text
+
+    def packet(kind: int, body: bytes) -> bytes:
+        return word(bytes([kind]) + bytes(4) + body)
+
+    path, none, handle = word(b"a/b"), bytes(4), word(b"\0")
+    attributes = b"\x80\0\0\x0f" + bytes(range(28)) + (1).to_bytes(4) + word(b"name") + word(b"value")
+    requests = [
+        (1, b""),
+        (3, path + b"\0\0\0\x1b" + attributes),
+        (11, path),
+        *((kind, handle) for kind in (4, 8, 12)),
+        (5, handle + bytes(8) + b"\0\0\x10\0"),
+        (6, handle + bytes(8) + word(b"data")),
+        (10, handle + attributes),
+        *((kind, path + attributes) for kind in (9, 14)),
+        *((kind, path) for kind in (7, 13, 15, 16, 17, 19)),
+        *((kind, path + path) for kind in (18, 20)),
+        *((200, word(name + b"@openssh.com") + path + path) for name in (b"posix-rename", b"hardlink", b"statvfs", b"expand-path")),
+        *((200, word(name + b"@openssh.com") + handle + none) for name in (b"fstatvfs", b"fsync", b"limits")),
+        (200, word(b"lsetstat@openssh.com") + path + attributes),
+        (200, word(b"expand-path@openssh.com") + word(b"~user/x")),
+    ]
+    for i, (kind, body) in enumerate(requests):
+        put("sftp", f"request{i}", packet(3, path + b"\0\0\0\x02" + none) + packet(11, path) + packet(kind, body))
+    put("sftp", "all", b"".join(packet(kind, body) for kind, body in requests))
+
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

@@ -20,6 +20,7 @@ from stoker.cli.remote import SANDBOX, with_client
 from stoker.errors import HostError
 
 if TYPE_CHECKING:
+    from stoker.api.models import SshAccess
     from stoker.client.client import AsyncClient
 
 __all__ = ["ssh", "ssh_config"]
@@ -109,10 +110,14 @@ def ssh(
     program = shutil.which("ssh")
     if program is None:
         raise HostError("tool_missing", "ssh is not installed", "apt-get install openssh-client, or: stoker exec -it")
-    access = with_client(lambda client: ssh_access(client.api, _name(sandbox)))
+
+    async def ask(client: AsyncClient) -> tuple[SshAccess, Path]:
+        return await ssh_access(client.api, _name(sandbox)), await client_key()
+
+    access, key = with_client(ask)
     # What is known by now need not be asked again: this host key, and no other name than the id.
     options = {
-        **_common(client_key()),
+        **_common(key),
         "User": access.user,
         "HostKeyAlias": access.sandbox,
         "KnownHostsCommand": f"{shutil.which('echo') or '/bin/echo'} {access.sandbox} {access.host_key}",
@@ -136,7 +141,7 @@ def _proxy(sandbox: str) -> int:
         from stoker.cli.streams import Reader, Writer
         from stoker.client.ssh import client_key, relay
 
-        public = client_key().with_suffix(".pub").read_text().strip()
+        public = (await client_key()).with_suffix(".pub").read_text().strip()
         with Reader(0) as reader, Writer(1) as writer:
             try:
                 await relay(client.api, sandbox, public, reader.read, writer.write)
@@ -167,20 +172,21 @@ def ssh_config(*, file: bool, sandboxes: tuple[str, ...]) -> None:
     from stoker.client.ssh import client_key
     from stoker.host.durable import write_atomically
 
-    async def names(client: AsyncClient) -> list[str]:
-        return [word for info in await client.sandboxes() for word in (info.name, info.id) if word]
+    async def ask(client: AsyncClient) -> tuple[list[str], Path]:
+        hosts = sandboxes or [word for info in await client.sandboxes() for word in (info.name, info.id) if word]
+        return list(hosts), await client_key()
 
-    hosts = list(sandboxes) or with_client(names)
+    hosts, key = with_client(ask)
     us = _ourselves()
     options = {
-        **_common(client_key()),
+        **_common(key),
         "KnownHostsCommand": _quoted([*us, "ssh", "--known-hosts"]) + " %H %n",
         "ProxyCommand": _quoted([*us, "ssh", "--proxy"]) + " %n",
     }
     lines = [f"Host {' '.join(hosts)} *{SUFFIX}".replace("  ", " "), *(f"    {name} {value}" for name, value in options.items())]
     text = "\n".join(lines) + "\n"
     if file:
-        path = client_key().with_name("config")
+        path = key.with_name("config")
         write_atomically(path, text.encode(), 0o600)
         text = f"{path}\n"
     sys.stdout.write(text)

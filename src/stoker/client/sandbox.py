@@ -28,6 +28,7 @@ from stoker.api.models import (
     ResizeSandbox,
     SetTimeout,
     Snapshot,
+    SshAccess,
     StopSandbox,
     Timeout,
     TimeoutMode,
@@ -319,6 +320,10 @@ class AsyncSandbox:
     async def port(self, port: int) -> PortAccess:
         """Where the daemon's reverse proxy serves a port of it, and the token for that."""
         return await self._api.call("GET", self._path("ports", str(port)), PortAccess)
+
+    async def ssh(self) -> SshAccess:
+        """Its ssh host key. What speaks ssh with it is the WebSocket of the same path, and ``stoker ssh``."""
+        return await self._api.call("GET", self._path("ssh"), SshAccess)
 
     async def forward(self, port: int, local: str = "127.0.0.1:0") -> AsyncForward:
         """Listens on a local address (port 0: any free one; or the path of a Unix socket) that leads to a port of it.

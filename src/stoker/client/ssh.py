@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +30,7 @@ def key_directory(environ: dict[str, str] | None = None) -> Path:
     return Path(env.get("XDG_DATA_HOME") or home / ".local/share") / "stoker-ssh"
 
 
-def client_key(directory: Path | None = None) -> Path:
+async def client_key(directory: Path | None = None) -> Path:
     """The private key that this user logs in with (0600, its public half beside it in ``.pub``); made when there is none.
 
     Of two that make it at once, one wins. It opens nothing by itself: the daemon takes it on a stream that it has let in already.
@@ -43,39 +42,33 @@ def client_key(directory: Path | None = None) -> Path:
         status = place.stat()
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
             raise HostError("directory_refused", f"{place} belongs to another user, or others may write to it")
-        if key.exists() and public.exists():
-            return key
-        with tempfile.TemporaryDirectory(prefix=".making.", dir=place) as made:
-            draft = Path(made) / KEY
-            _generate(draft, f"stoker@{os.uname().nodename}")
-            try:
-                os.link(draft, key)  # never over another's
-                os.replace(f"{draft}.pub", public)
-            except FileExistsError:
-                _publish(key, public, Path(made) / "derived")
+        if not (key.exists() and public.exists()):
+            await _make(key, public)
     except OSError as error:
         raise HostError("no_ssh_key", f"no key can be made in {place}: {error.strerror}", "set XDG_DATA_HOME") from None
     return key
 
 
-def _generate(draft: Path, comment: str) -> None:
-    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(draft))
+async def _make(key: Path, public: Path) -> None:
+    from stoker.host.run import run
 
-
-def _publish(key: Path, public: Path, draft: Path) -> None:
-    """The public half of a key that is there: somebody was stopped between the two, or is at it."""
-    draft.write_bytes(_run("ssh-keygen", "-y", "-f", str(key)))
-    os.replace(draft, public)
-
-
-def _run(*words: str) -> bytes:
-    try:
-        return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=60).stdout
-    except FileNotFoundError:
-        raise HostError("tool_missing", f"{words[0]} is not installed", "apt-get install openssh-client") from None
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip()
-        raise HostError("no_ssh_key", f"{words[0]} failed: {said}") from None
+    with tempfile.TemporaryDirectory(prefix=".making.", dir=key.parent) as made:
+        draft = Path(made) / KEY
+        try:
+            if not key.exists():
+                await run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "stoker", "-f", draft], timeout=60)
+                try:
+                    os.link(draft, key)  # never over another's
+                except FileExistsError:
+                    pass
+            # Of the key that is there, whoever made it: somebody may have been stopped between the two.
+            half = await run(["ssh-keygen", "-y", "-f", key], timeout=60)
+        except HostError as error:
+            if error.code == "tool_missing":
+                error.hint = "apt-get install openssh-client"
+            raise
+        Path(f"{draft}.pub").write_bytes(half.stdout)
+        os.replace(f"{draft}.pub", public)
 
 
 async def ssh_access(api: Api, sandbox: str) -> SshAccess:

@@ -28,6 +28,7 @@ from stoker.api.models import (
     SignedOperation,
     SignedUrl,
     Snapshot,
+    SshAccess,
     StartProcess,
     Version,
     Volume,
@@ -931,6 +932,10 @@ class Sandbox:
     def port(self, port: int) -> PortAccess:
         """Where the daemon's reverse proxy serves a port of it, and the token for that."""
         return call(self._async.port(port))
+
+    def ssh(self) -> SshAccess:
+        """Its ssh host key. What speaks ssh with it is the WebSocket of the same path, and ``stoker ssh``."""
+        return call(self._async.ssh())
 
     def forward(self, port: int, local: str = "127.0.0.1:0") -> Forward:
         """Listens on a local address (port 0: any free one; or the path of a Unix socket) that leads to a port of it.
