@@ -28,6 +28,7 @@ class HubProcesses(FakeProcesses):
     def __init__(self, engine: FakeEngine, hub: Hub, agent: Agent) -> None:
         super().__init__(engine)
         self.hub, self.agent = hub, agent
+        self.applet = "sftp"
 
     async def open(self, who: Principal, sandbox: str, request: StartProcess, *, lossless: bool = False) -> Client:  # type: ignore[override]
         self.engine.use(who, sandbox)
@@ -35,7 +36,7 @@ class HubProcesses(FakeProcesses):
 
     async def sftp(self, who: Principal, sandbox: str, user: str | None) -> Client:
         self.engine.use(who, sandbox)
-        request = StartProcess(argv=["sftp"], tag="files.sftp", user=user, cwd="~", stdin=True)
+        request = StartProcess(argv=[self.applet], tag="files.sftp", user=user, cwd="~", stdin=True)
         return await self.hub.open(self.agent, request, lossless=True, builtin=True)
 
 
@@ -73,9 +74,9 @@ class SshHost:
 
 
 @asynccontextmanager
-async def ssh_host(directory: Path, short: Path) -> AsyncIterator[SshHost]:
+async def ssh_host(directory: Path, short: Path, *, guarded: bool = True) -> AsyncIterator[SshHost]:
     path = short / "agent.sock"
-    async with running_agent(path), running(directory, guarded=True, run_dir=short / "run") as server:
+    async with running_agent(path), running(directory, guarded=guarded, run_dir=short / "run") as server:
         agent = await connect(path, fresh=True, timeout=10)
         hub = Hub("web", lambda kind, **data: None, lambda number, started: None)
         server.engine.processes = HubProcesses(server.engine, hub, agent)

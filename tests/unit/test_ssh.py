@@ -149,6 +149,46 @@ async def test_what_a_lost_client_ran_is_hung_up(host: SshHost, tmp_path: Path) 
             await asyncio.sleep(0.02)
 
 
+async def test_what_ran_outlives_the_daemon(tmp_path: Path, short_dir: Path) -> None:
+    async with ssh_host(tmp_path, short_dir, guarded=False) as host:
+        await host.server.sandbox(name="web")
+        await configured(host)
+        script = f"trap 'echo hup > {tmp_path}/told; exit' HUP; echo up; while :; do sleep 0.05; done"
+        process = await host.start("ssh", "-F", host.config, "web", script)
+        assert process.stdout is not None and await process.stdout.readline() == b"up\n"
+        os.kill(os.getpid(), signal.SIGTERM)  # the server's, which runs in this process
+        await asyncio.wait_for(host.server.task, 20)
+        assert await asyncio.wait_for(process.wait(), 20) == 255
+        agent = host.server.engine.processes.agent
+        assert [info.running for info in await host.hub.list(agent, "ssh")] == [True] and not (tmp_path / "told").exists()
+
+
+async def test_an_agent_without_sftp(host: SshHost) -> None:
+    host.server.engine.processes.applet = "unheard-of"
+    done = await host("sftp", "-q", "-b", "-", "-F", host.config, "web", input=b"pwd\n")
+    assert done.code == 255 and b"stoker: no applet is called unheard-of (its agent is older" in done.err
+
+
+async def test_streams(host: SshHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that is none, and a client that does not log in."""
+    from stoker.api import websocket as wire
+    from stoker.server.ssh import connection
+
+    async with host.server.websocket("/v1/sandboxes/web/ssh") as socket:
+        await socket.send(wire.encode_message(wire.Ssh(key="rubbish")))
+        message = wire.decode_daemon(await socket.recv())
+        assert isinstance(message, wire.Failure) and message.error.code == "bad_ssh_key"
+    monkeypatch.setattr(connection, "LOGIN", 0.3)
+    key = (host.config.parent / "share/stoker-ssh/id_ed25519.pub").read_text()
+    async with host.server.websocket("/v1/sandboxes/web/ssh") as socket, asyncio.timeout(20):
+        await socket.send(wire.encode_message(wire.Ssh(key=key)))
+        assert isinstance(wire.decode_daemon(await socket.recv()), wire.Attached)
+        data = b""
+        while isinstance(frame := await socket.recv(), bytes):
+            data += wire.decode_data(frame)[2]
+        assert data.startswith(b"SSH-2.0-Stoker") and isinstance(wire.decode_daemon(frame), wire.Exit)
+
+
 async def test_bounds(host: SshHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of variables, channels and connections."""
     from stoker.server.ssh import connection, stream

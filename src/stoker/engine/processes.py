@@ -8,7 +8,6 @@ from stoker.api.models import Principal, ProcessInfo, StartProcess
 from stoker.engine.core import Box, Core, Live
 from stoker.engine.feed import Client
 from stoker.engine.output import Output
-from stoker.errors import GuestError
 from stoker.guest.agent import Agent
 
 __all__ = ["Attached", "Processes"]
@@ -87,12 +86,7 @@ class Processes:
         """The agent's own server of sftp, from the user's home on."""
         box, live, agent = await self._reach(who, sandbox)
         request = StartProcess(argv=["sftp"], tag="files.sftp", user=user, cwd="~", stdin=True)
-        try:
-            return Attached(self._core, box, await live.hub.open(agent, request, lossless=True, builtin=True))
-        except GuestError as error:
-            if error.code == "unsupported":
-                error.hint = "its agent is older than sftp here: start the sandbox anew, or copy with stoker cp"
-            raise
+        return Attached(self._core, box, await live.hub.open(agent, request, lossless=True, builtin=True))
 
     async def attach(
         self, who: Principal, sandbox: str, process: int | str, stdout: int | None, stderr: int | None, *, lossless: bool = False

@@ -32,7 +32,7 @@ from stoker.errors import (
     TooLarge,
 )
 from stoker.guest.frames import MAX_PAYLOAD, protocol_error
-from stoker.guest.messages import STDIN_WINDOW, Count, ExecRequest, ExitStatus, Text, decode, printable
+from stoker.guest.messages import STDIN_WINDOW, Count, ExecRequest, Text, decode, printable
 
 if TYPE_CHECKING:
     from stoker.guest.agent import Agent
@@ -123,20 +123,20 @@ class _Error(Struct, frozen=True):
     path: bytes | None = None
 
 
-def _applet_error(name: str, status: ExitStatus, said: bytes) -> StokerError:
+def applet_error(name: str, code: int | None, signal: int | None, said: bytes) -> StokerError:
     """What an applet that did not end with 0 wants to say."""
     try:
         error = msgspec.msgpack.decode(said, type=_Error)
     except (msgspec.DecodeError, ValueError, RecursionError):
-        how = f"signal {status.signal}" if status.signal is not None else f"code {status.code}"
+        how = f"signal {signal}" if signal is not None else f"code {code}"
         text = printable(said.decode(errors="replace"), 200)
         return GuestError("applet_failed", f"the agent's applet {name} ended with {how}{': ' if text else ''}{text}")
     message = printable(error.message, 5000) or f"{name} failed: {printable(error.code, 64)}"
     details: dict[str, Any] = {"errno": error.errno} if error.errno else {}
     if error.path is not None:
         details["path"] = printable(error.path.decode(errors="replace"), 4096)
-    code = error.code if error.code.isascii() and error.code.replace("_", "").isalnum() else "io"
-    return _FAMILIES.get(code, GuestError)(code, message, details=details)
+    known = error.code if error.code.isascii() and error.code.replace("_", "").isalnum() else "io"
+    return _FAMILIES.get(known, GuestError)(known, message, details=details)
 
 
 class _Records:
@@ -206,7 +206,7 @@ class _Transfer:
         """Waits for its end, and raises what it says about a failure."""
         status = await self.process.wait()
         if status.code != 0:
-            raise _applet_error(self.name, status, bytes(self.said))
+            raise applet_error(self.name, status.code, status.signal, bytes(self.said))
 
     async def feed(self, source: AsyncIterable[bytes]) -> None:
         """All of ``source`` into it. When it ends early, its own error is what counts."""
@@ -240,7 +240,7 @@ class Files:
     async def _run(self, name: str, *, input: bytes | None = None, **arguments: Any) -> bytes:
         done = await self._agent.run(self._request(name, arguments), input=input, limit=RESULT_LIMIT)
         if done.status.code != 0:
-            raise _applet_error(name, done.status, done.stderr)
+            raise applet_error(name, done.status.code, done.status.signal, done.stderr)
         return done.stdout
 
     async def _entry(self, name: str, *, input: bytes | None = None, **arguments: Any) -> Entry:

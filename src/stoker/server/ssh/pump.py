@@ -80,8 +80,14 @@ class Pump:
             if self._waiting <= WINDOW // 4:
                 self.chan.resume_reading()
 
+    def send_error(self, data: bytes) -> None:
+        self.chan.write(data, EXTENDED_STDERR)
+
     async def drain(self, attachment: Attachment) -> None:
         """All that the guest writes. ``BrokenPipeError``: the client has closed the channel."""
         while (piece := await attachment.read()) is not None:
-            self.chan.write(bytes(piece.data), EXTENDED_STDERR if piece.stream == STDERR else None)
+            if piece.stream == STDERR:
+                self.send_error(bytes(piece.data))
+            else:
+                self.chan.write(bytes(piece.data))
             await self._room.wait()

@@ -33,6 +33,7 @@ SHELL = 'case "$SHELL" in ""|*/nologin|*/false) SHELL=/bin/sh;; esac; exec "$SHE
 KNOWN = frozenset({"ABRT", "ALRM", "FPE", "HUP", "ILL", "INT", "KILL", "PIPE", "QUIT", "SEGV", "TERM", "USR1", "USR2"})
 """Signals with a name in ssh's protocol (RFC 4254)."""
 HANG_UP = 5.0
+MOST_SAID = 16 << 10
 
 
 class Environment(dict[bytes, bytes]):
@@ -46,9 +47,11 @@ class Environment(dict[bytes, bytes]):
 class Guest:
     """The sandbox that a connection is to, and who asks. ``sandbox`` is its id."""
 
-    def __init__(self, engine: EngineProtocol, who: Principal, sandbox: str, label: str) -> None:
-        self.engine, self.who, self.sandbox, self.label = engine, who, sandbox, label
+    def __init__(self, engine: EngineProtocol, who: Principal, sandbox: str) -> None:
+        self.engine, self.who, self.sandbox = engine, who, sandbox
         self.user: str | None = None
+        self.let_run = False
+        """Nobody is hung up: it is the daemon that goes away."""
 
     def log_in(self, name: str) -> None:
         self.user = None if name == DEFAULT_USER else name
@@ -87,6 +90,8 @@ class Guest:
 
     async def hang_up(self, attachment: Attachment) -> None:
         """The client is gone: what it ran gets SIGHUP, as from a terminal. A machine that was put away is left alone."""
+        if self.let_run:
+            return
         try:
             async with asyncio.timeout(HANG_UP):
                 if (await self.engine.get(self.who, self.sandbox)).state is SandboxState.RUNNING:
@@ -106,6 +111,7 @@ class Session(Pump, SSHServerSession[bytes]):
         self._term = ""
         self._command: str | None = None
         self._sftp = False
+        self._said = bytearray()
         self._task: asyncio.Task[None] | None = None
         self._asked: asyncio.Queue[tuple[str, int, int]] = asyncio.Queue(64)
 
@@ -167,7 +173,10 @@ class Session(Pump, SSHServerSession[bytes]):
             await self.drain(attachment)
             status = await attachment.wait()
             ended = True
-            self._exit(status.exit_code, status.signal)
+            if self._sftp and status.exit_code != 0:
+                self._fail(self._applet_failed(status.exit_code, status.signal))
+            else:
+                self._exit(status.exit_code, status.signal)
         except StokerError as error:
             ended = True
             self._fail(error)
@@ -185,6 +194,21 @@ class Session(Pump, SSHServerSession[bytes]):
         if self._terminal is not None and self._term:
             env["TERM"] = self._term
         return await self._guest.shell(self._command, env, self._terminal)
+
+    def send_error(self, data: bytes) -> None:
+        if not self._sftp:
+            super().send_error(data)
+        elif len(self._said) < MOST_SAID:
+            self._said += data
+
+    def _applet_failed(self, code: int | None, number: int | None) -> StokerError:
+        """What the agent's applet says on stderr is not for people."""
+        from stoker.guest.files import applet_error
+
+        error = applet_error("sftp", code, number, bytes(self._said))
+        if error.code == "unsupported":
+            error.hint = "its agent is older than that: stop and start the sandbox, or use scp -O or stoker cp"
+        return error
 
     async def _leave(self, attachment: Attachment, *, ended: bool) -> None:
         if not ended:

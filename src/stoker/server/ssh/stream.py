@@ -12,13 +12,14 @@ from stoker.api.models import Principal, ProcessInfo
 from stoker.engine.output import Output
 from stoker.errors import CapacityExhausted, Conflict, InvalidRequest
 from stoker.server.attach import relay
-from stoker.server.channel import Channel
+from stoker.server.channel import Channel, Gone
 from stoker.server.ssh.keys import private_key
 
 __all__ = ["speak_ssh"]
 
 READ = 64 << 10
 CLOSING = 10.0
+SERVICE_RESTART = 1012
 CONNECTIONS = 256
 """Those of one daemon at a time."""
 
@@ -85,7 +86,7 @@ async def speak_ssh(channel: Channel, who: Principal, sandbox: str) -> None:
         from stoker.server.ssh.connection import Connection, parse_key
         from stoker.server.ssh.session import Guest
 
-        guest = Guest(services.engine, who, found.id, found.name or found.id)
+        guest = Guest(services.engine, who, found.id)
         connection = Connection(guest, parse_key(message.key))
         key = private_key(services.secret, found.id)
         near, far = socket.socketpair()
@@ -94,6 +95,9 @@ async def speak_ssh(channel: Channel, who: Principal, sandbox: str) -> None:
         serving = asyncio.ensure_future(connection.run(near, key))
         try:
             await relay(channel, _Wire(far), message.window)
+        except BaseException as error:
+            guest.let_run = _daemon_ends(error)
+            raise
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSING):
                 await connection.aclose()
@@ -101,3 +105,10 @@ async def speak_ssh(channel: Channel, who: Principal, sandbox: str) -> None:
             near.close()
     finally:
         services.ssh_connections -= 1
+
+
+def _daemon_ends(error: BaseException) -> bool:
+    """Whether that is why the stream is over, and not its client."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(_daemon_ends(inner) for inner in error.exceptions)
+    return isinstance(error, asyncio.CancelledError) or (isinstance(error, Gone) and error.code == SERVICE_RESTART)
