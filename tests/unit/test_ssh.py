@@ -13,6 +13,11 @@ import pytest
 from command_line import STOKER
 from server_running import free_port
 from ssh_host import SshHost, configured, ssh_host
+from stoker.api import websocket as wire
+from stoker.api.models import CreateKey, CreateSandbox, Principal
+from stoker.server.ssh import connection, stream
+from stoker.server.ssh.connection import Connection
+from stoker.server.ssh.session import Environment
 
 pytestmark = pytest.mark.anyio
 
@@ -171,9 +176,6 @@ async def test_an_agent_without_sftp(host: SshHost) -> None:
 
 async def test_streams(host: SshHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that is none, and a client that does not log in."""
-    from stoker.api import websocket as wire
-    from stoker.server.ssh import connection
-
     async with host.server.websocket("/v1/sandboxes/web/ssh") as socket:
         await socket.send(wire.encode_message(wire.Ssh(key="rubbish")))
         message = wire.decode_daemon(await socket.recv())
@@ -189,11 +191,58 @@ async def test_streams(host: SshHost, monkeypatch: pytest.MonkeyPatch) -> None:
         assert data.startswith(b"SSH-2.0-Stoker") and isinstance(wire.decode_daemon(frame), wire.Exit)
 
 
+async def test_a_revoked_key_opens_nothing_more(host: SshHost) -> None:
+    """On a connection that was there before, too."""
+    created = await host.server.engine.create_key(CreateKey(name="test"))
+    who = Principal(owner=created.key.id, admin=False)
+    made = await host.server.engine.create(who, CreateSandbox(image="debian:12", name="theirs"))
+    await host.server.engine.wait_operation(who, made.id, 5)
+    host.env |= {"STOKER_URL": f"http://{host.server.settings.listen}", "STOKER_API_KEY": created.secret}
+    await configured(host)
+    assert created.secret.encode() not in host.config.read_bytes()
+    master = host.config.parent / "c"
+    process = await host.start("ssh", "-F", host.config, "-M", "-S", master, "theirs", "echo up; cat")
+    assert process.stdout is not None and await process.stdout.readline() == b"up\n"
+    again = ("ssh", "-F", host.config, "-S", master, "-o", "ProxyCommand=false", "theirs", "echo in")
+    assert (await host(*again)).out == b"in\n"
+    await host.server.engine.revoke_key(created.key.id)
+    done = await host(*again)
+    assert done.code != 0 and done.out == b"" and b"revoked" in done.err
+    await process.communicate(b"")
+
+
+async def test_a_forward_that_opens_too_late_is_closed(host: SshHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, go, closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    class Late:
+        async def aclose(self) -> None:
+            closed.set()
+
+    async def late(*_: object, **__: object) -> Late:
+        asked.set()
+        await asyncio.shield(go.wait())
+        return Late()
+
+    ended = asyncio.Event()
+    whole = Connection.aclose
+
+    async def noted(self: Connection) -> None:
+        await whole(self)
+        ended.set()
+
+    monkeypatch.setattr(Connection, "aclose", noted)
+    monkeypatch.setattr(host.server.engine.connections, "open", late)
+    process = await host.start("ssh", "-F", host.config, "-W", "localhost:80", "web")
+    async with asyncio.timeout(20):
+        await asked.wait()
+        process.kill()
+        await ended.wait()
+        go.set()
+        await closed.wait()
+
+
 async def test_bounds(host: SshHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of variables, channels and connections."""
-    from stoker.server.ssh import connection, stream
-    from stoker.server.ssh.session import Environment
-
     env = Environment()
     for i in range(100):
         env[f"LC_{i}".encode()] = b"x"

@@ -39,6 +39,7 @@ class Channel:
         self.services = services
         self._first: str | bytes | None = None
         self._closed = False
+        self._key: str | None = None
 
     async def accept(self) -> None:
         message = await self._receive()
@@ -58,7 +59,12 @@ class Channel:
                 key = first.key
             if waiting.cancelled_caught:
                 raise Unauthenticated("auth_timeout", f"no auth message came within {wire.AUTH_TIMEOUT:.0f} s")
-        return await identify(peer, key, self.services.group, self.services.engine.find_key)
+        self._key = key
+        return await self.identify_again()
+
+    async def identify_again(self) -> Principal:
+        """Whoever it is still may: a key can be revoked while a connection lasts."""
+        return await identify(self.scope["state"].get("peer"), self._key, self.services.group, self.services.engine.find_key)
 
     async def receive(self) -> str | bytes:
         message: Any = await self._receive()

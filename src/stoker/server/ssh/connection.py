@@ -52,6 +52,7 @@ class _Forward(Pump, asyncssh.SSHTCPSession[bytes]):
         self._attachment = attachment
         self._connection = connection
         self._task: asyncio.Task[None] | None = None
+        connection.forwards.add(self)
 
     def session_started(self) -> None:
         self._task = self._connection.spawn(self._run())
@@ -72,7 +73,11 @@ class _Forward(Pump, asyncssh.SSHTCPSession[bytes]):
         self._connection.channels -= 1
         if self._task is not None:
             self._task.cancel()
-        self._connection.spawn(self._attachment.aclose())
+        self._connection.spawn(self.let_go())
+
+    async def let_go(self) -> None:
+        self._connection.forwards.discard(self)
+        await self._attachment.aclose()
 
 
 class _Counted(Session):
@@ -93,6 +98,8 @@ class Connection(asyncssh.SSHServer):
     def __init__(self, guest: Guest, key: bytes) -> None:
         self.guest = guest
         self.channels = 0
+        self.forwards: set[_Forward] = set()
+        self._closed = False
         self._key = key
         self._conn: asyncssh.SSHServerConnection | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -139,9 +146,12 @@ class Connection(asyncssh.SSHServer):
 
     async def aclose(self) -> None:
         """Ends it, and waits until its sessions have let go."""
+        self._closed = True
         if self._conn is not None:
             self._conn.abort()
             await self._conn.wait_closed()
+        for forward in list(self.forwards):
+            await forward.let_go()  # opened just then: the library does not tell it
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -189,6 +199,7 @@ class Connection(asyncssh.SSHServer):
     async def _connect(self, address: str | None, port: int) -> _Forward:
         guest = self.guest
         try:
+            await guest.check()
             line = await guest.engine.connections.open(guest.who, guest.sandbox, port, address=address)
         except StokerError as error:
             self.channels -= 1
@@ -197,7 +208,10 @@ class Connection(asyncssh.SSHServer):
         except BaseException:
             self.channels -= 1
             raise
-        return _Forward(LineAttachment(line), self)
+        forward = _Forward(LineAttachment(line), self)
+        if self._closed:
+            await forward.let_go()
+        return forward
 
 
 def _address(host: str) -> str | None:

@@ -6,7 +6,7 @@ import asyncio
 import re
 import shlex
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -45,10 +45,10 @@ class Environment(dict[bytes, bytes]):
 
 
 class Guest:
-    """The sandbox that a connection is to, and who asks. ``sandbox`` is its id."""
+    """The sandbox that a connection is to, and who asks. ``sandbox`` is its id; ``check`` raises once they may not any more."""
 
-    def __init__(self, engine: EngineProtocol, who: Principal, sandbox: str) -> None:
-        self.engine, self.who, self.sandbox = engine, who, sandbox
+    def __init__(self, engine: EngineProtocol, who: Principal, sandbox: str, check: Callable[[], Awaitable[object]]) -> None:
+        self.engine, self.who, self.sandbox, self.check = engine, who, sandbox, check
         self.user: str | None = None
         self.let_run = False
         """Nobody is hung up: it is the daemon that goes away."""
@@ -188,6 +188,7 @@ class Session(Pump, SSHServerSession[bytes]):
             await asyncio.shield(self._spawn(self._leave(attachment, ended=ended)))
 
     async def _open(self) -> Attachment:
+        await self._guest.check()
         if self._sftp:
             return await self._guest.sftp()
         env = {name: value for name, value in self.chan.get_environment().items() if isinstance(value, str)}

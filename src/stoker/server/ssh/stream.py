@@ -86,7 +86,7 @@ async def speak_ssh(channel: Channel, who: Principal, sandbox: str) -> None:
         from stoker.server.ssh.connection import Connection, parse_key
         from stoker.server.ssh.session import Guest
 
-        guest = Guest(services.engine, who, found.id)
+        guest = Guest(services.engine, who, found.id, channel.identify_again)
         connection = Connection(guest, parse_key(message.key))
         key = private_key(services.secret, found.id)
         near, far = socket.socketpair()
