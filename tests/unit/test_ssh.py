@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import termios
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncssh
 import pytest
 
 from command_line import STOKER
@@ -57,6 +59,43 @@ async def test_a_terminal(host: SshHost) -> None:
     # A login shell, driven by its input.
     done = await host.ssh("-tt", "web", input=b"echo $((40 + 2)) $-\nexit 5\n")
     assert b"42 " in done.out and done.code == 5
+
+
+async def test_a_terminal_that_changes_its_size(host: SshHost) -> None:
+    master, slave = os.openpty()
+    try:
+        termios.tcsetwinsize(slave, (30, 100))
+        script = 'stty size; until [ "$(stty size)" = "50 120" ]; do sleep 0.05; done; echo resized'
+        process = await host.start("ssh", "-F", host.config, "-t", "web", script, stdin=slave)
+        assert process.stdout is not None and await process.stdout.readline() == b"30 100\r\n"
+        termios.tcsetwinsize(slave, (50, 120))
+        process.send_signal(signal.SIGWINCH)
+        async with asyncio.timeout(20):
+            assert await process.stdout.readline() == b"resized\r\n" and await process.wait() == 0
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+async def test_signals(host: SshHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways, which OpenSSH's client does not ask for and others do."""
+    for name, value in host.env.items():
+        monkeypatch.setenv(name, value)
+    access = (await host.server.http.get("/v1/sandboxes/web/ssh")).json()
+    known = asyncssh.import_known_hosts(f"web {access['host_key']}\n")
+    key = str(host.config.parent / "share/stoker-ssh/id_ed25519")
+    proxy = [str(STOKER), "ssh", "--proxy", "web"]
+    async with asyncssh.connect(
+        "web", username="@default", config=[], proxy_command=proxy, known_hosts=known, client_keys=[key], agent_path=None
+    ) as conn:
+        process = await conn.create_process("trap 'echo usr1' USR1; echo up; while :; do sleep 0.05; done")
+        assert await process.stdout.readline() == "up\n"
+        process.send_signal("USR1")
+        assert await process.stdout.readline() == "usr1\n"
+        process.send_signal("NONSENSE")
+        process.send_signal("TERM")
+        done = await process.wait()
+        assert done.exit_signal is not None and done.exit_signal[0] == "TERM"
 
 
 async def test_files(host: SshHost, tmp_path: Path) -> None:
