@@ -37,7 +37,7 @@ def test_ssh_into_a_guest(stoker: CommandLine, tmp_path: Path) -> None:
     assert stoker("exec", "box", "stat", "-c", "%a %s %U", "/srv/tree/data").out == b"640 5242880 root\n"
     assert run("scp", "-q", "-F", config, "box:/srv/tree/data", tmp_path / "back", env=env).returncode == 0
     assert (tmp_path / "back").read_bytes() == (tmp_path / "tree/data").read_bytes()
-    done = run("sftp", "-q", "-b", "-", "-F", config, "daemon@box.stoker", env=env, input=b"cd /srv\nput /dev/null mine\n")
+    done = run("sftp", "-q", "-b", "-", "-F", config, "daemon@box.stoker", env=env, input=b"cd /srv\nmkdir mine\n")
     assert done.returncode == 1 and b"ermission denied" in done.stderr
     # A copy has a key of its own, and needs no new configuration.
     key = stoker("ssh", "--known-hosts", "x", "box", env=env).out

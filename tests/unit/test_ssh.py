@@ -50,6 +50,8 @@ async def test_commands(host: SshHost) -> None:
     # The short way does the same, with nothing of the user's own configuration.
     done = await host(STOKER, "ssh", "web", "--", "echo", "$((1 + 1))", ";", "exit", "3")
     assert (done.code, done.out) == (3, b"2\n")
+    assert (await host(STOKER, "ssh", "-l", "daemon", "web", "id -un")).out == b"daemon\n"
+    assert (await host(STOKER, "ssh", "daemon@web", "id -un")).out == b"daemon\n"
     assert key.read_bytes() == before
 
 

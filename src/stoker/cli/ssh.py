@@ -101,6 +101,8 @@ def ssh(
 
     It goes by the agent's channel: the sandbox needs no network, and nothing of ssh in its image. A paused one is resumed.
     """
+    user, at, sandbox = sandbox.rpartition("@")
+    login = login or (user if at else None)
     if proxy:
         return _proxy(_name(sandbox))
     if host is not None:
@@ -118,7 +120,7 @@ def ssh(
     # What is known by now need not be asked again: this host key, and no other name than the id.
     options = {
         **_common(key),
-        "User": access.user,
+        "User": login or access.user,
         "HostKeyAlias": access.sandbox,
         "KnownHostsCommand": f"{shutil.which('echo') or '/bin/echo'} {access.sandbox} {access.host_key}",
         "ProxyCommand": _quoted([*_ourselves(), "ssh", "--proxy", access.sandbox]),
@@ -128,7 +130,7 @@ def ssh(
     words = [program, "-F", "none"]
     for pair in (*option, *(f"{name}={value}" for name, value in options.items())):
         words += ["-o", pair]
-    for flag, values in (("-L", local), ("-D", dynamic), ("-l", (login,) if login else ())):
+    for flag, values in (("-L", local), ("-D", dynamic)):
         for value in values:
             words += [flag, value]
     words += ["-t"] * tty + ["-N"] * no_command + ["-v"] * verbose
