@@ -81,14 +81,15 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A question that was asked. ``name`` as it was written; ``payload``: what the asker takes over UDP, 0 without EDNS."""
+    """A question that was asked. ``name`` as it was written; ``limit``: how long an answer may be, in bytes."""
 
     id: int
     name: bytes
     type: int
     kind: int
     recursion: bool
-    payload: int
+    edns: bool
+    limit: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +183,8 @@ class _Names:
         return name, place + 1 if end < 0 else end
 
 
-def parse_query(data: bytes) -> Query:
-    """A question of a machine's. Its other parts are bounded, and but for EDNS not looked at."""
+def parse_query(data: bytes, *, stream: bool = False) -> Query:
+    """A question of a machine's; ``stream``: that came over TCP. What else is in it is bounded, and but for EDNS not looked at."""
     if not 17 <= len(data) <= MAX_QUERY:
         raise Malformed("not the size of a question")
     number, flags, questions, answers, authorities, others = HEADER.unpack_from(data)
@@ -194,18 +195,18 @@ def parse_query(data: bytes) -> Query:
         raise Malformed("a question that ends too early, or is compressed")
     type_, kind = struct.unpack_from("!HH", data, place)
     place += 4
-    payload = 0
+    payload, edns = 512, False
     if others:
         if len(data) < place + 11:
             raise Malformed("an additional record that ends too early")
         option, size, _, rest = FIELDS.unpack_from(data, place + 1)
         if data[place] == 0 and option == Type.OPT:
-            payload = max(512, size)
+            payload, edns = min(PAYLOAD, max(512, size)), True
         if others == 1 and data[place] == 0 and place + 11 + rest != len(data):
             raise Malformed("not as long as it says")
     elif place != len(data):
         raise Malformed("more than a question")
-    return Query(number, name, type_, kind, bool(flags & RD), payload)
+    return Query(number, name, type_, kind, bool(flags & RD), edns, 65535 if stream else payload)
 
 
 def ask(number: int, name: bytes, type_: int, *, edns: bool = True) -> bytes:
@@ -304,7 +305,7 @@ def render(
     """The answer to a machine: records with what is left of their lifetimes. What is longer than ``limit`` bytes goes as an empty
     one that is marked as truncated. ``blocked``: why the policy says no, for who can read it."""
     option = b""
-    if query.payload:
+    if query.edns:
         why = struct.pack("!HHH", 15, 2 + len(blocked), BLOCKED) + blocked.encode() if blocked else b""
         option = b"\0" + FIELDS.pack(Type.OPT, PAYLOAD, 0, len(why)) + why
     question = query.name + struct.pack("!HH", query.type, query.kind)
@@ -319,6 +320,6 @@ def render(
         size += len(body[-1])
         count += 1
     flags = QR | RA | rcode | (RD if query.recursion else 0)
-    if size + len(option) > limit:
+    if size + len(option) > query.limit:
         return HEADER.pack(query.id, flags | TC, 1, 0, 0, int(bool(option))) + question + option
     return HEADER.pack(query.id, flags, 1, count, 0, int(bool(option))) + b"".join(body) + option

@@ -106,6 +106,11 @@ class Rule:
                 return address in network
 
     @property
+    def whole(self) -> bool:
+        """Whether it is about every port and protocol."""
+        return self.ports is None and self.protocol is None
+
+    @property
     def special(self) -> bool:
         """Whether its network lies inside a private or special one, which it then opens."""
         target = self.target
@@ -148,6 +153,35 @@ class Egress:
     def has_domains(self) -> bool:
         """Whether the machine has to use our resolver, and no other."""
         return any(isinstance(rule.target, Domain) for rule in self.rules)
+
+    def look_up(self, name: str) -> bool:
+        """Whether the machine may ask for the addresses of a name. A rule for some ports only allows that, and denies nothing;
+        a rule for a network says nothing about names, unless that is every network."""
+        for rule in self.rules:
+            match rule.target:
+                case Domain():
+                    about = rule.target.matches(name)
+                case Public():
+                    about = True
+                case network:
+                    about = network.prefixlen == 0
+            if about and (rule.allow or rule.whole):
+                return rule.allow
+        return self.rest
+
+    def denies(self, name: str) -> bool:
+        """Whether a rule for names denies this one altogether, by whatever other name one gets to it."""
+        first = next(iter(self.naming(name)), None)
+        return first is not None and not self.rules[first].allow and self.rules[first].whole
+
+    def leads_below(self, name: str) -> bool:
+        """Whether a name that is allowed lies below this one, so that this one has to exist."""
+        names = (rule.target for rule in self.rules if rule.allow and isinstance(rule.target, Domain))
+        return any(one.name.endswith(f".{name}") or (one.below and one.name == name) for one in names)
+
+    def opens(self, address: IPv4Address) -> bool:
+        """Whether a rule of its own leads to an address of a private or special network."""
+        return any(rule.allow and rule.special and address in rule.target for rule in self.rules)  # type: ignore[operator]
 
     def naming(self, name: str) -> tuple[int, ...]:
         """The positions of the rules that are about this name."""

@@ -11,13 +11,15 @@ import logging
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
+from types import MappingProxyType
 from typing import Any, Final
 
 from stoker.errors import Conflict, HostError
 from stoker.host.nftables import Nftables
 from stoker.network import rules
 from stoker.network.egress import Egress
+from stoker.network.named import Answers, Entering, Names
 from stoker.network.rules import ARP_TABLE, MAPS, SETS, TABLE, Element, Machine
 
 __all__ = ["Counters", "Firewall"]
@@ -93,6 +95,7 @@ class Firewall:
         self._chains: dict[str, list[str]] = {}
         """The commands of each policy that is installed; none where another process made it."""
         self._sets: set[str] = set()
+        self._names = Names()
         self._published: dict[tuple[str, str], str] = {}
         """Whose each published port is: map and key, interface."""
 
@@ -187,6 +190,8 @@ class Firewall:
         chains = {chain: commands for chain, commands in self._chains.items() if commands}
         policies = [command for commands in chains.values() for command in commands]
         entries = [item.added for items in kept.values() for item in sorted(items)]
+        self._names.keep(_sets_of(policies))
+        entries += self._names.commands()
         tables = [line for table in (TABLE, ARP_TABLE) for line in (f"add table {table}", f"delete table {table}")]
         self._nft.apply([*tables, *self._base, f"add chain {TABLE} {MARK}{self._version}", *policies, *entries])
         self._installed, self._chains = kept, chains
@@ -197,12 +202,14 @@ class Firewall:
         """Those of the machines that are installed."""
         return frozenset(self._installed)
 
-    def put(self, machine: Machine) -> None:
-        """Adds a machine, or changes what is different: one transaction. Raises ``port_published`` (Conflict), HostError."""
+    def put(self, machine: Machine, names: Answers | None = None) -> None:
+        """Adds a machine, or changes what is different: one transaction. ``names``: what is known of the names in its policy (as
+        for :meth:`resolved`), so that an edit does not cut what it still allows. Raises ``port_published`` (Conflict),
+        HostError."""
         with self._lock:
             self._check_ports(machine)
             wanted = rules.elements(machine)
-            self._change(machine.interface, wanted, machine.egress)
+            self._change(machine.interface, wanted, machine.egress, names or {})
 
     def remove(self, interface: str) -> bool:
         """Removes everything of a machine; False when there was nothing. The interface has to be gone or silent by now: without its
@@ -227,9 +234,13 @@ class Firewall:
                 port = key.replace(" . ", " ")
                 raise Conflict("port_published", f"{port} of this host leads to another machine ({other})", "choose another port")
 
-    def _change(self, interface: str, wanted: frozenset[Element], egress: Egress | None) -> None:
+    def _change(
+        self, interface: str, wanted: frozenset[Element], egress: Egress | None, names: Answers = MappingProxyType({})
+    ) -> None:
         before = self._installed.get(interface, frozenset())
         commands, made = self._needed(egress)
+        entering = self._names.entering(egress, names) if egress is not None else Entering()
+        commands += entering.commands
         deleted = sorted(before - wanted)
         commands += [item.deleted for item in deleted]
         commands += [item.added for item in sorted(wanted - before)]
@@ -257,6 +268,8 @@ class Firewall:
             self._chains.pop(chain, None)
             digest = chain.removeprefix("policy-")
             self._sets = {name for name in self._sets if f"-{digest}-" not in name}
+        self._names.enter(entering)
+        self._names.keep(self._sets)
         if egress is not None and egress.rules:
             self._chains[rules.policy_chain(egress)] = rules.policy(egress)
 
@@ -276,17 +289,13 @@ class Firewall:
         used = {item.value for items in (*others, wanted) for item in items if item.name == "egress"}
         return sorted(chain for chain in candidates if f"goto {chain}" not in used)
 
-    def resolved(self, egress: Egress, answers: Mapping[int, Collection[tuple[IPv4Address, int]]]) -> None:
-        """What a resolver learned: for the positions of rules (:meth:`Egress.naming`), addresses and their lifetimes in seconds."""
-        commands = []
-        for position, addresses in answers.items():
-            name = rules.names_set(egress.digest, position)
-            for address, lifetime in addresses:
-                # An element that is there keeps its old lifetime when it is only added again.
-                commands += [f"add element {TABLE} {name} {{ {address} }}", f"delete element {TABLE} {name} {{ {address} }}"]
-                commands.append(f"add element {TABLE} {name} {{ {address} timeout {max(1, min(lifetime, 86400))}s }}")
+    def resolved(self, egress: Egress, answers: Answers) -> None:
+        """What a resolver learned: for the positions of rules (:meth:`Egress.naming`), addresses and their lifetimes in seconds. No
+        lifetime is made shorter. Raises ``names_full`` (CapacityExhausted), ``nftables_unknown``: no machine has this policy."""
         with self._lock:
-            self._nft.apply(commands)
+            entering = self._names.entering(egress, answers)
+            self._nft.apply(entering.commands)
+            self._names.enter(entering)
 
     def counters(self) -> dict[str, Counters]:
         """Of every machine."""
@@ -306,3 +315,4 @@ class Firewall:
         with self._lock:
             self._nft.apply([line for table in (TABLE, ARP_TABLE) for line in (f"add table {table}", f"delete table {table}")])
             self._installed, self._chains, self._sets, self._published = {}, {}, set(), {}
+            self._names.keep(())

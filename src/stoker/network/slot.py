@@ -41,6 +41,7 @@ from stoker.host.trace import declare, trace
 from stoker.network import rules
 from stoker.network.egress import NONE
 from stoker.network.firewall import Firewall
+from stoker.network.named import Answers
 from stoker.network.plan import INSIDE, Foreign, NamespacePlan, RunPlan, Taken
 from stoker.network.rules import Machine
 
@@ -223,10 +224,11 @@ class Slots:
             netlink.add_address(index, IPv4Interface((plan.host, 31)), plan.veth),
         )
 
-    def change(self, machine: Machine) -> Future[None]:
+    def change(self, machine: Machine, names: Answers | None = None) -> Future[None]:
         """Another policy, other ports, other peers for a machine that is up. What it sends is judged anew at once; the future is
-        done when nothing comes in any more over connections that it may not have. Raises what :meth:`Firewall.put` does."""
-        self.firewall.put(machine)
+        done when nothing comes in any more over connections that it may not have. ``names``: :meth:`.Resolver.known`. Raises what
+        :meth:`Firewall.put` does."""
+        self.firewall.put(machine, names)
 
         def unwanted(one: Connection) -> bool:
             if one.source != machine.address or one.destination in machine.peers:
