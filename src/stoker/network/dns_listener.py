@@ -41,7 +41,7 @@ class Listener(asyncio.DatagramProtocol):
         one = cls(address, heard)
         loop = asyncio.get_running_loop()
         try:
-            await loop.create_datagram_endpoint(lambda: one, sock=sockets[0])
+            one._udp, _ = await loop.create_datagram_endpoint(lambda: one, sock=sockets[0])
             one._tcp = await asyncio.start_server(one._connected, sock=sockets[1], limit=4096)
         except BaseException:
             for sock in sockets:
@@ -57,10 +57,7 @@ class Listener(asyncio.DatagramProtocol):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.DatagramTransport)
-        self._udp = transport
+        await asyncio.sleep(0)  # the loop closes what was aborted in its next round
 
     def pause_writing(self) -> None:
         """The kernel takes no more answers: what comes now is not answered."""

@@ -116,7 +116,7 @@ class Upstreams:
                     async with asyncio.timeout(self.timeout):
                         reply = await self._ask(server, name, type_)
                 except (OSError, Malformed, TimeoutError, EOFError) as error:
-                    why = f"{server.address}: {error or 'no answer'}"
+                    why = f"{server.address}: {str(error) or 'no answer'}"
                     continue
                 if reply.rcode in (Rcode.NOERROR, Rcode.NXDOMAIN):
                     return reply

@@ -41,7 +41,7 @@ QR, TC, RD, RA, OPCODE = 0x8000, 0x0200, 0x0100, 0x0080, 0x7800
 PAYLOAD: Final = 1232
 """What fits a packet everywhere: the largest answer over UDP that is sent or asked for."""
 MAX_QUERY: Final = 512
-MAX_ANSWERS, MAX_AUTHORITIES = 256, 32
+MAX_ANSWERS, MAX_OTHERS = 256, 64
 MAX_CHAIN: Final = 16
 BLOCKED: Final = 15
 """Extended DNS error (RFC 8914)."""
@@ -239,10 +239,10 @@ def parse_reply(data: bytes, number: int, asked: bytes, type_: int) -> Reply:
     """The answer to that question (``asked`` as it was written). Raises :class:`Malformed`, also when it answers another."""
     if len(data) < 12:
         raise Malformed("too short")
-    found, flags, questions, answers, authorities, _ = HEADER.unpack_from(data)
+    found, flags, questions, answers, authorities, additional = HEADER.unpack_from(data)
     if found != number or not flags & QR or flags & OPCODE or questions != 1:
         raise Malformed("no answer to this question")
-    if answers > MAX_ANSWERS or authorities > MAX_AUTHORITIES:
+    if answers > MAX_ANSWERS or authorities + additional > MAX_OTHERS:
         raise Malformed("too many records")
     names = _Names(data)
     name, place = names.read(12)
@@ -252,7 +252,7 @@ def parse_reply(data: bytes, number: int, asked: bytes, type_: int) -> Reply:
     truncated = bool(flags & TC)
     records: list[Record] = []
     negative: int | None = None
-    for position in range(0 if truncated else answers + authorities):
+    for position in range(0 if truncated else answers + authorities + additional):
         owner, place = names.read(place)
         if len(data) < place + 10:
             raise Malformed("a record that ends too early")
@@ -265,7 +265,7 @@ def parse_reply(data: bytes, number: int, asked: bytes, type_: int) -> Reply:
             if (kind == Type.A and size != 4) or (kind == Type.AAAA and size != 16):
                 raise Malformed("an address that is none")
             records.append(Record(owner.lower(), kind, ttl, _data(names, data, kind, place, place + size)))
-        elif group == IN and kind == Type.SOA and size >= 22:
+        elif group == IN and kind == Type.SOA and size >= 22 and position < answers + authorities:
             negative = min(ttl, int.from_bytes(data[place + size - 4 : place + size], "big"))
         place += size
     return Reply(flags & 15, truncated, name == asked, tuple(records), negative)
