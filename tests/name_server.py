@@ -41,7 +41,8 @@ def reply(question: Message, *lines: str, rcode: int = 0) -> Message:
 
 
 class NameServer:
-    """Answers what is in :attr:`zone` (by name and type); the rest does not exist. Its sockets are of the namespace it is made in."""
+    """Answers what is in :attr:`zone` (by name and type); the rest does not exist. Its sockets are of the namespace
+    it is made in."""
 
     def __init__(self, address: str, port: int = 53) -> None:
         self.zone: dict[tuple[str, str], Answering | list[str]] = {}

@@ -50,7 +50,7 @@ class Names:
                     until[address] = now + lifetime
             if len(there) + len(until) > MOST:
                 there = self._until[name] = {address: end for address, end in there.items() if end > now}
-                if len(there) + len(until) > MOST:
+                if len(there.keys() | until.keys()) > MOST:
                     raise CapacityExhausted("names_full", f"the rule {egress.rules[position]} has {MOST} addresses already")
             for address, end in until.items():
                 # An element that is there keeps its old lifetime when it is only added again.
