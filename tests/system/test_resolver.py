@@ -273,10 +273,9 @@ def test_forged_answers(names: Names) -> None:
 
     def forged(question: Message, stream: bool) -> list[bytes]:
         """Another number, another name, another case; then the truth."""
-        true = reply(question, "www.example.org 300 A 1.1.1.1").to_wire()
-        number = bytes([true[0] ^ 1]) + true[1:]
-        lie = reply(question, "www.example.org 300 A 8.8.8.8").to_wire()
-        other = reply(dns.message.make_query("else.example.org", "A", id=question.id), "else.example.org 300 A 8.8.8.8").to_wire()
+        true, lie = (reply(question, f"www.example.org 300 A {one}").to_wire() for one in ("1.1.1.1", "8.8.8.8"))
+        number = bytes([lie[0] ^ 1]) + lie[1:]
+        other = reply(dns.message.make_query("else.example.org", "A", id=question.id), "www.example.org 300 A 8.8.8.8").to_wire()
         return [true] if stream else [number, b"\0" * 5, lie[:-3], other, true]
 
     def wrong_case(question: Message, stream: bool) -> Message:

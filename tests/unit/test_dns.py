@@ -315,7 +315,10 @@ def test_no_lifetime_is_made_shorter() -> None:
     one, two = IPv4Address("1.1.1.1"), IPv4Address("2.2.2.2")
     first = names.entering(policy, {0: [(one, 100), (two, 5)]})
     assert len(first.commands) == 6
+    assert not names.hold(policy, {0: [(one, 50)]})
     names.enter(first)
+    assert names.hold(policy, {0: [(one, 50)]}) and names.hold(policy, {})
+    assert not names.hold(policy, {0: [(one, 50), (two, 50)]}) and not names.hold(policy, {1: [(one, 50)]})
     again = names.entering(policy, {0: [(one, 50), (two, 50)], 1: [(one, 1 << 30)]})
     assert [command for command in again.commands if "timeout" in command] == [
         f"add element inet stoker {names_set(policy.digest, 0)} {{ 2.2.2.2 timeout 50s }}",

@@ -289,6 +289,10 @@ class Firewall:
         used = {item.value for items in (*others, wanted) for item in items if item.name == "egress"}
         return sorted(chain for chain in candidates if f"goto {chain}" not in used)
 
+    def holds(self, egress: Egress, answers: Answers) -> bool:
+        """Whether :meth:`resolved` would do nothing. Waits for nobody."""
+        return self._names.hold(egress, answers)
+
     def resolved(self, egress: Egress, answers: Answers) -> None:
         """What a resolver learned: for the positions of rules (:meth:`Egress.naming`), addresses and their lifetimes in seconds. No
         lifetime is made shorter. Raises ``names_full`` (CapacityExhausted), ``nftables_unknown``: no machine has this policy."""

@@ -61,6 +61,15 @@ class Names:
                 found.until[name] = until
         return found
 
+    def hold(self, egress: Egress, answers: Answers) -> bool:
+        """Whether what was entered lasts as long, but for a second, as lifetimes are rounded; of any thread."""
+        now = time.monotonic()
+        for position, addresses in answers.items():
+            there = self._until.get(names_set(egress.digest, position), {})
+            if any(there.get(address, 0.0) < now + min(lifetime, LONGEST) - 1 for address, lifetime in addresses):
+                return False
+        return True
+
     def enter(self, done: Entering) -> None:
         """It is in the kernel now."""
         for name, until in done.until.items():

@@ -310,7 +310,7 @@ class Resolver:
         aliases = tuple(alias for alias in answer.aliases if alias is not None)
         lifetime = answer.left(now) + self._limits.grace
         entered = {position: [(address, lifetime) for address in addresses] for position in _positions(egress, name, aliases)}
-        if entered:
+        if not self._firewall.holds(egress, entered):
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._tables, self._firewall.resolved, egress, entered)
         if client.machine.egress != egress:
