@@ -79,6 +79,19 @@ def test_answers_are_read_as_another_reads_them(name: str, records: list[tuple[s
 
 
 @settings(max_examples=50)
+def test_answers_to_something_else() -> None:
+    made, wire = message("a.b", "A", [("a.b", 60, ("A", "1.1.1.1"))])
+    assert parse_reply(wire, made.id, name_of("A.b"), Type.A).exact is False
+    for number, name, kind in ((made.id ^ 1, "a.b", Type.A), (made.id, "a.c", Type.A), (made.id, "a.b", Type.MX)):
+        with pytest.raises(Malformed, match="answer"):
+            parse_reply(wire, number, name_of(name), kind)
+    with pytest.raises(Malformed, match="answer"):
+        parse_reply(ask(1, name_of("a.b"), Type.A), 1, name_of("a.b"), Type.A)
+    with pytest.raises(Malformed, match="early"):
+        parse_reply(wire[:-1], made.id, name_of("a.b"), Type.A)
+
+
+@settings(max_examples=50)
 @given(NAMES, RECORDS, st.booleans())
 def test_what_is_written_can_be_read_by_another(name: str, records: list[tuple[str, int, tuple[str, str]]], edns: bool) -> None:
     made, wire = message(name, "A", records)
