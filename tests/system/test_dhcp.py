@@ -80,7 +80,9 @@ def answer(sock: socket.socket, number: int, timeout: float) -> tuple[IPv4Addres
     return None
 
 
-def take(guest: Guest, mac: str, *, name: bytes = b"", timeout: float = 10.0) -> tuple[IPv4Address, dict[int, bytes]] | None:
+def take(
+    guest: Guest, mac: str, *, name: bytes = b"", client: bytes = b"", timeout: float = 10.0
+) -> tuple[IPv4Address, dict[int, bytes]] | None:
     """What a machine with that MAC is given; asks again and again until the time is over, as clients do."""
 
     def work() -> tuple[IPv4Address, dict[int, bytes]] | None:
@@ -88,6 +90,7 @@ def take(guest: Guest, mac: str, *, name: bytes = b"", timeout: float = 10.0) ->
             sock.bind(("eth0", 0x0800))
             deadline = time.monotonic() + timeout
             said = bytes((12, len(name))) + name if name else b""
+            said += bytes((61, len(client))) + client if client else b""
             while time.monotonic() < deadline:
                 number = secrets.randbits(32)
                 sock.send(message(DISCOVER, mac, number, said))
@@ -146,6 +149,18 @@ def test_a_machine_gets_exactly_its_lease(made: World, kind: str, tmp_path: Path
         assert guest.ask(str(gateway), 53, timeout=0.3) != str(plan.guest), "no names are served"
     dhcp.end(tmp_path)
     assert list(dhcp.find(tmp_path)) == [] and list(tmp_path.iterdir()) == []
+
+
+@ROOT
+def test_one_machine_by_several_names(made: World, tmp_path: Path) -> None:
+    """An initramfs, an installer and an init call themselves differently, with the same MAC."""
+    guest = made.machine("run")
+    with served(made, guest, dhcp.of_slot(guest.slot.plan), tmp_path):
+        for client in (b"", b"\x01" + packed(guest.slot.plan.mac), b"\xff" + bytes(range(18)), b"\xff" + bytes(18), b""):
+            given = take(guest, guest.slot.plan.mac, client=client, timeout=3)
+            assert given is not None and given[0] == guest.slot.plan.guest, client
+    with served(made, guest, dhcp.of_slot(guest.slot.plan), tmp_path):
+        assert take(guest, guest.slot.plan.mac, client=b"\xff" + bytes(range(7))) is not None, "another life of the server's"
 
 
 @ROOT
