@@ -20,7 +20,7 @@ from typing import Final
 from stoker.host.namespaces import Namespace
 from stoker.network.dns_wire import Malformed, Rcode, Reply, ask, mixed_case, parse_reply
 
-__all__ = ["Server", "Unanswered", "Upstreams", "nameservers"]
+__all__ = ["Server", "Unanswered", "Upstreams", "exactly", "nameservers"]
 
 MOST_SERVERS: Final = 3
 FORGERIES: Final = 8
@@ -159,11 +159,12 @@ class Upstreams:
             await loop.sock_connect(sock, server.name)
             question = ask(number, name, type_)
             await loop.sock_sendall(sock, struct.pack("!H", len(question)) + question)
-            size = int.from_bytes(await _exactly(sock, 2), "big")
-            return parse_reply(await _exactly(sock, size), number, name, type_)
+            size = int.from_bytes(await exactly(sock, 2), "big")
+            return parse_reply(await exactly(sock, size), number, name, type_)
 
 
-async def _exactly(sock: socket.socket, size: int) -> bytes:
+async def exactly(sock: socket.socket, size: int) -> bytes:
+    """So many bytes of a connection; EOFError when it ends before."""
     data = bytearray()
     while len(data) < size:
         part = await asyncio.get_running_loop().sock_recv(sock, size - len(data))

@@ -26,11 +26,12 @@ import logging
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network
-from typing import Any, Final
+from typing import Final
 
 from stoker.errors import CapacityExhausted, Conflict, HostError, StokerError
 from stoker.host.namespaces import Namespace, own_namespace
@@ -161,9 +162,8 @@ class Resolver:
         now = time.monotonic()
         client = self._clients[machine.interface] = _Client(machine, learned, self._limits.burst, now)
         try:
-            client.listener = await Listener.open(
-                self._sockets(machine.interface, at), at, lambda source, data, stream: self._heard(client, source, data, stream)
-            )
+            sockets = self._sockets(machine.interface, at)
+            client.listener = await Listener.open(sockets, at, partial(self._admit, client), partial(self._counted, client))
         except BaseException:
             self._clients.pop(machine.interface, None)
             raise
@@ -205,8 +205,8 @@ class Resolver:
 
     # From here on: one question.
 
-    def _heard(self, client: _Client, source: IPv4Address, data: bytes, stream: bool) -> Coroutine[Any, Any, bytes] | None:
-        """What makes the answer to a packet; None when it gets none."""
+    def _admit(self, client: _Client, source: IPv4Address, data: bytes, stream: bool) -> Query | None:
+        """The question in a message; None when it gets no answer."""
         limits, now = self._limits, time.monotonic()
         client.allowance = min(limits.burst, client.allowance + (now - client.refilled) * limits.rate)
         client.refilled = now
@@ -219,10 +219,10 @@ class Resolver:
         except Malformed:
             client.counts.malformed += 1
             return None
-        return self._counted(client, query)
+        client.pending += 1
+        return query
 
     async def _counted(self, client: _Client, query: Query) -> bytes:
-        client.pending += 1
         try:
             return await self._answered(client, query)
         finally:
