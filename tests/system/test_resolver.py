@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
+import random
 import secrets
 import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -471,6 +476,49 @@ def test_another_resolver_on_the_port(names: Names) -> None:
     assert caught.value.code == "resolver_port_taken"
     assert other.heard == []
     assert names.loop.call(names.resolver.counts) == {}
+
+
+def test_edits_and_removals_under_load(names: Names) -> None:
+    """Broken and good questions all the while: the loop has nothing to complain of, and nothing waits for ever."""
+    names.open(rate=1e6, burst=1e6)
+    problems: list[object] = []
+    names.loop.call(lambda: asyncio.get_running_loop().set_exception_handler(lambda _, problem: problems.append(problem)))
+    for number in range(10):
+        lines = [f"m{number}.example.org {number % 3} A 2.2.2.{number}"]
+        names.upstream.zone[f"m{number}.example.org", "A"] = lines if number % 5 else lambda *_: None
+    guests = [names.machine("run"), names.machine("ns", name="two")]
+    deadline = time.monotonic() + 1.5
+
+    def flood(guest: Guest) -> None:
+        chance = random.Random(1)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            while time.monotonic() < deadline:
+                kind = chance.choice(["A", "AAAA", "TXT", "ANY"])
+                packet = bytearray(dns.message.make_query(f"m{chance.randrange(14)}.example.org", kind).to_wire())
+                if chance.random() < 0.5:
+                    packet[chance.randrange(len(packet))] = chance.randrange(256)
+                with suppress(OSError):
+                    sock.sendto(packet, (gateway(guest), 53))
+                if chance.random() < 0.1:
+                    with suppress(OSError), socket.create_connection((gateway(guest), 53), 0.2) as connection:
+                        connection.send(bytes(packet))
+
+    with ThreadPoolExecutor(2) as pool:
+        floods = [pool.submit(guest.run, lambda guest=guest: flood(guest)) for guest in guests]  # type: ignore[misc]
+        for policy in itertools.cycle([POLICY, "allow: *.example.org", "deny: m3.example.org", "allow: public:443"]):
+            if time.monotonic() > deadline:
+                break
+            for guest in guests:
+                names.edit(guest, policy)
+                names.loop.run(names.resolver.remove(guest.slot.plan.interface))
+                names.serve(guest, parse_egress(policy))
+        for one in floods:
+            one.result()
+    for guest in guests:
+        names.edit(guest, POLICY)
+        assert code(look_up(guest, "no.net")) == "NXDOMAIN"
+        assert addresses(look_up(guest, "m1.example.org")) == ["2.2.2.1"]
+    assert problems == []
 
 
 def test_removed_and_served_again(names: Names) -> None:
