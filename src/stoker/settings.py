@@ -32,6 +32,8 @@ class Settings:
     debian_mirror: str = ""
     """Empty: what apt or mmdebstrap of this host use."""
     default_kernel: str = "debian:12"
+    nameserver: str = "1.1.1.1"
+    """Whom machines with an interface on the host ask for names."""
     golden: int = 1
     """0: machines always boot, and no memory is put away to start later ones from."""
     parked: int = 1

@@ -12,6 +12,7 @@ from stoker.api.types import (
     END,
     Cpus,
     DiskSize,
+    EgressPolicy,
     Environment,
     GuestUser,
     Hostname,
@@ -27,6 +28,7 @@ from stoker.api.types import (
     OperationId,
     Origin,
     ProcessId,
+    PublishedPort,
     SandboxId,
     SandboxState,
     Seconds,
@@ -52,6 +54,7 @@ __all__ = [
     "Resources",
     "Sandbox",
     "SandboxPage",
+    "SetNetwork",
     "SetTimeout",
     "StopSandbox",
     "Timeout",
@@ -109,6 +112,10 @@ class CreateSandbox(Model, frozen=True):
     workdir: Annotated[str, Meta(max_length=4096, pattern=r"^/[^\x00]*" + END)] | None = None
     network: NetworkMode | None = None
     """``user``, where it is not a template's."""
+    egress: EgressPolicy | None = None
+    """Where it may connect to, with ``nat``: ``all`` (public addresses; so it is without), ``none``, or rules."""
+    publish: Annotated[list[PublishedPort], Meta(max_length=64)] = field(default_factory=list)
+    """Ports of the host that lead into it, with ``nat``."""
     init: InitMode | None = None
     """``agent``, where it is not a template's."""
     volumes: Annotated[list[VolumeMount], Meta(max_length=16)] = field(default_factory=list)
@@ -121,6 +128,13 @@ class CreateSandbox(Model, frozen=True):
     """Boot, even where a prepared machine would do."""
     start: bool = False
     """Run the image's own command as a background process tagged ``main``."""
+
+
+class SetNetwork(Model, frozen=True):
+    """What changes of a sandbox's network; null leaves it as it is."""
+
+    egress: EgressPolicy | None = None
+    publish: Annotated[list[PublishedPort], Meta(max_length=64)] | None = None
 
 
 class CopySandbox(Model, frozen=True):
@@ -209,6 +223,10 @@ class Sandbox(Model, frozen=True):
     template: str = ""
     """The template that it was made from, by the name that had then."""
     network: NetworkMode = NetworkMode.USER
+    address: str = ""
+    """By which the host reaches it, while it has an interface there."""
+    egress: str = ""
+    publish: list[str] = field(default_factory=list)
     init: InitMode = InitMode.AGENT
     volumes: list[VolumeMount] = field(default_factory=list)
     app: str | None = None

@@ -16,6 +16,7 @@ __all__ = [
     "Argv",
     "Cpus",
     "DiskSize",
+    "EgressPolicy",
     "Environment",
     "FileMode",
     "FilePath",
@@ -32,6 +33,7 @@ __all__ = [
     "NetworkMode",
     "OperationId",
     "ProcessId",
+    "PublishedPort",
     "SandboxId",
     "SandboxState",
     "Seconds",
@@ -110,6 +112,12 @@ KernelReference: TypeAlias = Annotated[
         max_length=4096, pattern=_NO_NUL, description="`debian:12`, a digest, or a path on the daemon's host; empty: the default."
     ),
 ]
+EgressPolicy: TypeAlias = Annotated[
+    str, Meta(max_length=16384, pattern=_NO_NUL, description="`all`, `none`, or rules: `allow: 10.1.0.0/16, *.example.org:443`.")
+]
+PublishedPort: TypeAlias = Annotated[
+    str, Meta(max_length=64, pattern=r"^[0-9.:]+(/tcp|/udp)?" + END, description="`[IP:]HOST:GUEST[/udp]`, such as `8080:80`.")
+]
 HostPath: TypeAlias = Annotated[
     str, Meta(max_length=4096, pattern=_NO_NUL, description="A path on the daemon's host (Unix socket only).")
 ]
@@ -167,10 +175,12 @@ class Origin(StrEnum):
 
 
 class NetworkMode(StrEnum):
-    """``user``: outgoing connections, no private networks; ``none``: no interface but ``lo``."""
+    """``user``: outgoing connections, no private networks; ``nat``: an interface on the host, isolated by its firewall, with a
+    policy and published ports of its own; ``none``: no interface but ``lo``."""
 
     NONE = "none"
     USER = "user"
+    NAT = "nat"
 
 
 class Terminal(Model, frozen=True):

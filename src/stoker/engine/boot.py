@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stoker.engine.golden import Shape
+from stoker.engine.networks import Wire
 from stoker.engine.start import Started, Watch, explained, start
 from stoker.engine.state import Attached
 from stoker.engine.trace import trace
@@ -29,7 +30,7 @@ from stoker.images.progress import NullProgress, Progress
 from stoker.storage.overlay import create_overlay
 from stoker.storage.strategy import Base
 from stoker.vmm.accel import verdict
-from stoker.vmm.machine import Disk, Gate, MachineSpec, UserNetwork
+from stoker.vmm.machine import Disk, Gate, MachineSpec, TapNetwork, UserNetwork
 
 if TYPE_CHECKING:
     from stoker.engine.golden import Goldens
@@ -67,6 +68,8 @@ class MachineRequest:
     memory: int = DEFAULT_MEMORY
     disk: int = 0
     network: str = "user"
+    wire: Wire | None = None
+    """Its end of the slot it has, with the network ``nat``."""
     hostname: str = ""
     env: tuple[tuple[str, str], ...] = ()
     user: str = ""
@@ -126,13 +129,13 @@ def check(request: MachineRequest) -> None:
         )
     if request.memory % MIB:
         raise InvalidRequest("bad_memory", f"memory is whole MiB, not {request.memory} bytes", "--memory 512M")
-    if request.network not in ("none", "user"):
-        raise InvalidRequest("bad_network", f"there is no network {request.network!r}", "--network none or --network user")
+    if request.network not in ("none", "user", "nat") or (request.network == "nat") != (request.wire is not None):
+        raise InvalidRequest("bad_network", f"there is no network {request.network!r}", "--network none, user or nat")
     if request.init not in ("agent", "image"):
         raise InvalidRequest("bad_init", f"process 1 cannot be {request.init!r}", "--init agent or --init image")
 
 
-def configuration(request: MachineRequest, rootfs: RootFilesystem, network: UserNetwork | None) -> Configuration:
+def configuration(request: MachineRequest, rootfs: RootFilesystem, network: UserNetwork | Wire | None) -> Configuration:
     """The one message that makes a fresh guest this machine."""
     env = {"PATH": DEFAULT_PATH, **dict(rootfs.env), **dict(request.env)}
     hostname = request.hostname or request.name
@@ -178,9 +181,9 @@ def disk_of(disk: Attached) -> Disk:
     return Disk(disk.serial, disk.file, "raw", read_only=disk.read_only, flush=True)
 
 
-def _network(request: MachineRequest) -> UserNetwork | None:
-    if request.network == "none":
-        return None
+def _network(request: MachineRequest) -> UserNetwork | Wire | None:
+    if request.network == "none" or request.wire is not None:
+        return request.wire
     from stoker.host.addresses import host_addresses
     from stoker.network.user import plan_user_network
 
@@ -230,7 +233,7 @@ class Plan:
     rootfs: RootFilesystem
     kernel: Kernel
     clone: Clone
-    network: UserNetwork | None
+    network: UserNetwork | Wire | None
 
 
 async def plan(
@@ -271,7 +274,7 @@ async def plan(
             Disk(name="root", path=clone.path, format=clone.format, backing=clone.backing, flush=False),
             *(disk_of(attached) for attached in request.attached),
         ),
-        network=network,
+        network=TapNetwork(network.mac, network.tap) if isinstance(network, Wire) else network,
         accelerator=accel.accelerator,
         cpu=accel.cpu,
         console_bytes=settings.console_bytes,

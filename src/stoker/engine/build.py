@@ -63,6 +63,7 @@ __all__ = [
     "machine_request",
     "make_hub",
     "make_places",
+    "requested",
     "run_main",
     "running",
     "serve",
@@ -152,9 +153,7 @@ async def _make(core: Core, box: Box, operation: Running) -> Booted:
     places = core.places(box.id)
     await make_places(core, box, places)
     record = box.record
-    request = machine_request(core, record, places, copied=bool(record.disk_of))
-    if places.unit is not None:
-        request = dataclasses.replace(request, gate=partial(enter_machine, core, box))
+    request = requested(core, box, places, copied=bool(record.disk_of))
     if record.boots:
         disk = core.pools.opener(record.pool, box.id)
     elif record.disk_of:
@@ -179,6 +178,28 @@ async def make_places(core: Core, box: Box, places: Places) -> None:
     trace("create.after_cgroup")
     for volume in box.record.volumes:
         await volume_ready(core, volume)
+    if box.record.request.network is NetworkMode.NAT:
+        await _make_slot(core, box)
+    trace("create.after_slot")
+
+
+async def _make_slot(core: Core, box: Box) -> None:
+    slot = await core.networks.promise()
+    try:
+        await core.save(box, slot=slot, durable=True, also=lambda db: Ledger.intend_in(db, box.id, [(Kind.SLOT, slot)]))
+    except BaseException:
+        core.networks.forget(slot)
+        raise
+    trace("slot.after_intent")
+    box.wire = await core.networks.up(box.record)
+    await core.ledger.live(box.id, Kind.SLOT, slot)
+
+
+def requested(core: Core, box: Box, places: Places, *, copied: bool = False) -> MachineRequest:
+    """What to boot, in the unit and with the slot that were made for it."""
+    request = machine_request(core, box.record, places, copied=copied)
+    gate = partial(enter_machine, core, box) if places.unit is not None else None
+    return dataclasses.replace(request, gate=gate, wire=box.wire)
 
 
 async def enter_unit(core: Core, box: Box, pids: list[int]) -> None:
@@ -258,6 +279,7 @@ def made_in(db: sqlite3.Connection, places: Places, sandbox: str) -> None:
 async def running(core: Core, box: Box, booted: Booted, hub: Hub | None = None, rows: Mapping[int, Started] | None = None) -> None:
     """The machine answers: its row says so, and from now on it is watched. ``rows``: the background processes it has already."""
     places = core.places(box.id)
+    core.networks.begun(box.record)
     hub = hub or make_hub(core, box)
     identity = booted.machine.vmm
     values = [(box.id, number, msgspec.json.encode(started).decode()) for number, started in (rows or {}).items()]

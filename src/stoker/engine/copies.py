@@ -7,12 +7,10 @@ told so before anything else can be asked of it, and a copy that cannot be made 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +19,7 @@ from msgspec.structs import replace
 
 import stoker
 from stoker.api.models import CopySandbox, Quota, SandboxState
-from stoker.engine.build import enter_machine, machine_request, make_hub, make_places, running, undo, why
+from stoker.engine.build import make_hub, make_places, requested, running, undo, why
 from stoker.engine.claims import claim_in
 from stoker.engine.core import Box, Core, put
 from stoker.engine.create import expiry, settled
@@ -201,9 +199,7 @@ async def _make(
 ) -> None:
     places = core.places(box.id)
     await make_places(core, box, places)
-    request = machine_request(core, box.record, places, copied=True)
-    if places.unit is not None:
-        request = dataclasses.replace(request, gate=partial(enter_machine, core, box))
+    request = requested(core, box, places, copied=True)
 
     async def ready(machine: Machine) -> None:
         """Nothing is lost when this is interrupted: what it is a copy of is there."""

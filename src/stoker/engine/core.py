@@ -29,6 +29,7 @@ from stoker.engine.filling import Filling
 from stoker.engine.host_keys import HostKeys
 from stoker.engine.ledger import Entry, Kind, Ledger
 from stoker.engine.metrics import Rings
+from stoker.engine.networks import Networks, Wire
 from stoker.engine.operations import Operations
 from stoker.engine.places import Places
 from stoker.engine.pools import Pools
@@ -80,6 +81,8 @@ class Box:
         """The resume that everybody who wants to use it waits for."""
         self.work: asyncio.Task[None] | None = None
         """The create or start that is going on."""
+        self.wire: Wire | None = None
+        """Its end of the slot that its machine has, if it has one."""
         self.golden_only = False
         """It is made out of golden memory, or not at all."""
         self.changed = asyncio.Event()
@@ -137,6 +140,7 @@ class Core:
         self.pools = Pools(settings)
         self.filling = Filling(self)
         self.host_keys = HostKeys(settings.data_dir)
+        self.networks = Networks(settings)
         self.admission = Admission(settings)
         self.queue = BootQueue(boots)
         self.events = Events()
@@ -202,6 +206,8 @@ class Core:
         """Takes away what an entry of the ledger names. ``found``: its shims, when they have been looked for already."""
         if entry.kind is Kind.UNIT:
             await self.units.release(entry.name)
+        elif entry.kind is Kind.SLOT:
+            await self.networks.release(entry.name)
         else:
             await release(entry, self.pools, found)
 

@@ -81,6 +81,7 @@ async def ended(core: Core, box: Box, state: SandboxState, error: StokerError | 
         ended_at=time.time(),
         reason="",
         main=None,
+        slot="",
         base="",
         saved="",
         woken=False,

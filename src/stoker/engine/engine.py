@@ -207,6 +207,7 @@ class Engine:
         await core.end_tasks()
         self.templates.memories.close()
         await self._waiting.aclose()
+        await core.networks.aclose()
         await core.booter.aclose()
         reason = GuestError("daemon_stopped", "the daemon ended; the sandbox goes on", "connect again")
         for box in core.boxes.values():

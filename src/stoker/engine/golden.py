@@ -29,8 +29,10 @@ from stoker.guest.channel import connect
 from stoker.guest.copies import BeforeSnapshot
 from stoker.guest.messages import ExecRequest, NetworkConfiguration, Preparation, RootMount
 from stoker.host.lock import try_flock
+from stoker.host.namespaces import Namespace
+from stoker.host.tun import open_tap
 from stoker.storage.overlay import allocated, create_overlay
-from stoker.vmm.machine import GuestMemory, MachineSpec
+from stoker.vmm.machine import GuestMemory, MachineSpec, TapNetwork
 from stoker.vmm.memory import new_memory, sealed
 from stoker.vmm.qemu.driver import launch
 from stoker.vmm.qemu.facts import qemu_facts
@@ -87,6 +89,14 @@ class Golden:
 
     key: str
     saved: Saved
+
+
+def _dead_end(undo: AsyncExitStack) -> int:
+    """A TAP like a machine's, in a namespace with nothing else in it."""
+    namespace, tap = Namespace.create(lambda _: open_tap("tap0", create=True))
+    undo.callback(namespace.close)
+    undo.callback(os.close, tap)
+    return tap
 
 
 class Goldens:
@@ -206,6 +216,8 @@ class Goldens:
                 gate=None,
                 journal="",
             )
+            if isinstance(spec.network, TapNetwork):
+                spec = replace(spec, network=TapNetwork(spec.network.mac, await asyncio.to_thread(_dead_end, undo)))
             machine = await launch(spec, settings)
             undo.push_async_callback(machine.close)
             undo.push_async_callback(machine.kill)

@@ -31,7 +31,18 @@ PARKED: Final = "parked"
 def common(request: CreateSandbox) -> CreateSandbox:
     """The same without what is each create's own."""
     return replace(
-        request, name=None, labels={}, hostname=None, env={}, user=None, workdir=None, timeout=None, lease=False, start=False
+        request,
+        egress=None,
+        publish=[],
+        name=None,
+        labels={},
+        hostname=None,
+        env={},
+        user=None,
+        workdir=None,
+        timeout=None,
+        lease=False,
+        start=False,
     )
 
 

@@ -20,11 +20,9 @@ its past. Until then a failure ends the new machine and the sandbox is paused as
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import sqlite3
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,7 +30,7 @@ import anyio
 
 from stoker.api.models import Operation, SandboxState, TimeoutAction
 from stoker.engine.booter import Booted
-from stoker.engine.build import enter_machine, kept_rows, let_go, machine_request, made_in, make_hub, make_places, serve
+from stoker.engine.build import kept_rows, let_go, made_in, make_hub, make_places, requested, serve
 from stoker.engine.core import Box, Core, Live
 from stoker.engine.create import expiry
 from stoker.engine.ending import lay_down
@@ -226,6 +224,7 @@ async def laid_away(core: Core, box: Box, error: StokerError | None = None) -> N
         durable=True,
         also=also,
         state=S.PAUSED,
+        slot="",
         base="",
         reason="",
         woken=False,
@@ -307,9 +306,7 @@ async def _make(core: Core, box: Box, operation: Running) -> Booted:
     places = core.places(box.id)
     await make_places(core, box, places)
     trace("resume.after_directory")
-    request = machine_request(core, box.record, places)
-    if places.unit is not None:
-        request = dataclasses.replace(request, gate=partial(enter_machine, core, box))
+    request = requested(core, box, places)
 
     async def ready(machine: Machine) -> None:
         identity = machine.vmm
@@ -330,6 +327,7 @@ async def _make(core: Core, box: Box, operation: Running) -> Booted:
 async def _resumed(core: Core, box: Box, booted: Booted, operation: Running) -> None:
     """The machine answers: its processes go on where clients left them, and its row says so."""
     places = core.places(box.id)
+    core.networks.begun(box.record)
     hub, known = box.asleep, box.asleep is not None
     hub = hub or make_hub(core, box)
     live = Live(booted.machine, hub, booted.agent)

@@ -87,10 +87,15 @@ async def load_all(core: Core) -> None:
 async def reconcile(core: Core) -> None:
     """Everything but reaching the agents of adopted machines is done when this returns."""
     entries = await core.ledger.all()
+    slots = [entry.name for entry in entries if entry.kind is Kind.SLOT]
+    for slot in slots:
+        core.networks.keep(slot)
     machines = [entry.name for entry in entries if entry.kind is Kind.PROCESS]
     found = await asyncio.to_thread(shims, machines) if machines else {}
     orphans = [entry for entry in entries if not core.owns(entry.owner)]
     await asyncio.gather(*(_one(core, box, found) for box in list(core.boxes.values())), _orphans(core, orphans, found))
+    if slots:
+        await core.networks.prune([box.record.slot for box in core.boxes.values() if box.record.slot])
 
 
 async def _orphans(core: Core, entries: list[Entry], found: dict[str, list[int]]) -> None:
@@ -202,6 +207,15 @@ async def _adopt(core: Core, box: Box) -> bool:
         await drop_saved(core, box)
     if actual is not state:
         await core.save(box, event="sandbox.state", state=actual)
+    if box.record.slot:
+        try:
+            await core.networks.adopt(box.record, machine)
+        except StokerError as error:
+            # It runs, and nobody judges what it sends: better it is not there.
+            log.error("%s is ended, its network cannot be had again: %s", box.id, error)
+            await machine.kill()
+            await machine.close()
+            return False
     live = box.live = Live(machine, make_hub(core, box))
     rows = await kept_rows(core, box)
     live.watch = core.spawn(watch(core, box, live, rows), f"watch {box.id}")

@@ -28,6 +28,7 @@ from stoker.api.models import (
     VolumeMount,
 )
 from stoker.errors import Conflict, StokerError, error_to_wire
+from stoker.network.plan import parse_slot
 
 __all__ = [
     "ALLOWED",
@@ -183,6 +184,8 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     timings: dict[str, float] = field(default_factory=dict)
     reason: str = ""
     """Why it is frozen, when nobody asked for that."""
+    slot: str = ""
+    """The slot that its machine has on the host."""
     pool: str = ""
     """The pool its disk is in; "" is the one that needs no file system of its own."""
     boots: int = 0
@@ -279,6 +282,9 @@ def to_sandbox(record: Record, expires_at: float | None) -> Sandbox:
         command=record.command,
         template=record.template,
         network=request.network or NetworkMode.USER,
+        address=str(parse_slot(record.slot).address) if record.slot else "",
+        egress=(request.egress or "all") if request.network is NetworkMode.NAT else "",
+        publish=request.publish,
         init=request.init or InitMode.AGENT,
         volumes=[VolumeMount(name=m.name, path=m.path, read_only=m.read_only) for m in record.volumes],
         app=request.app,

@@ -72,6 +72,8 @@ async def _taken_over(core: Core, box: Box, live: Live) -> bool:
         async with asyncio.timeout(PATIENCE):
             if live.agent is None or not (record.template or await core.booter.still(record)):
                 raise GuestError("warm_stale", "it is not what a create would make now")
+            if record.slot:
+                await core.networks.change(record)
             await live.machine.thaw()
             trace("warm.after_thaw")
             identity = Identity(

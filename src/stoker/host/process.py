@@ -7,13 +7,17 @@ whoever writes one to disk writes :func:`boot_id` beside it.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["ProcessIdentity", "boot_id", "send_signal", "wait_pidfd"]
+__all__ = ["ProcessIdentity", "boot_id", "descriptor_of", "send_signal", "wait_pidfd"]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PIDFD_GETFD = 438
 
 
 @cache
@@ -74,6 +78,14 @@ class ProcessIdentity:
             os.close(fd)
             raise ProcessLookupError(f"process {self.pid} started at {self.start} is gone")
         return fd
+
+
+def descriptor_of(pidfd: int, number: int) -> int:
+    """A copy of another process's descriptor: pidfd_getfd(2), which wants ptrace rights. OSError."""
+    found = int(_libc.syscall(_PIDFD_GETFD, pidfd, number, 0))
+    if found < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return found
 
 
 def send_signal(pidfd: int, number: int) -> bool:

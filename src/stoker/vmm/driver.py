@@ -73,6 +73,10 @@ class Machine(Protocol):
         ``memory_unknown``: it was started without one."""
         ...
 
+    def tap(self) -> int | None:
+        """A copy of its descriptor of the TAP it was given, which the caller closes; None: it was given none."""
+        ...
+
     async def capture(self, scratch: Scratch, *, disks: Sequence[NextDisk] = (), go_on: bool, zeros: bool = False) -> Captured:
         """Stops the vCPUs and takes memory and devices; the disks are switched at the same moment. With ``go_on`` the guest goes on
         when it ran before; a failure lets it go on in any case. The content is in ``scratch``.

@@ -19,6 +19,7 @@ __all__ = [
     "GuestMemory",
     "MachineExit",
     "MachineSpec",
+    "TapNetwork",
     "UserNetwork",
     "translated_code",
 ]
@@ -79,6 +80,14 @@ class UserNetwork(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class TapNetwork:
+    """A TAP of the caller's: its descriptor (with a vnet header), which stays the caller's to close once the machine runs."""
+
+    mac: str
+    tap: int
+
+
+@dataclass(frozen=True, slots=True)
 class GuestMemory:
     """A memory file (see :mod:`stoker.vmm.memory`) of exactly the machine's size, by a descriptor that the caller keeps open until
     the machine runs. ``shared``: the machine writes into the file, which is then a base in the making; else it has a copy-on-write
@@ -100,7 +109,7 @@ class MachineSpec:
     cpus: int
     memory: int
     disks: tuple[Disk, ...]
-    network: UserNetwork | None
+    network: UserNetwork | TapNetwork | None
     accelerator: Accelerator
     console_bytes: int = 4 << 20
     detached: bool = False

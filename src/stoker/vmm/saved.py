@@ -68,6 +68,7 @@ def fingerprint(spec: MachineSpec, qemu: QemuFacts) -> dict[str, Any]:
         disks=tuple(DiskHandles(0, (0,) * len(disk.backing)) for disk in spec.disks),
         net_out=0,
         net_in=0,
+        tap=0,
         memory=0,
     )
     disks = [[disk.name, disk.format, [_identity(path) for path in disk.backing]] for disk in spec.disks]

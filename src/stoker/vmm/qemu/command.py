@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stoker.errors import InvalidRequest
-from stoker.vmm.machine import Accelerator, Channel, Disk, MachineSpec, translated_code
+from stoker.vmm.machine import Accelerator, Channel, Disk, MachineSpec, TapNetwork, translated_code
 from stoker.vmm.qemu.facts import QemuFacts
 
 __all__ = ["DiskHandles", "Handles", "command", "kernel_cmdline"]
@@ -56,13 +56,14 @@ class Handles:
     disks: tuple[DiskHandles, ...] = ()
     net_out: int | None = None
     net_in: int | None = None
+    tap: int | None = None
     memory: int | None = None
     state: int | None = None
     """Where the device state of a restored machine comes from."""
 
     def descriptors(self) -> tuple[int, ...]:
         """All of them, each once, to be passed on."""
-        single = (self.monitor, self.console, self.agent, self.vsock, self.net_out, self.net_in, self.memory, self.state)
+        single = (self.monitor, self.console, self.agent, self.vsock, self.net_out, self.net_in, self.tap, self.memory, self.state)
         both = [fd for disk in self.disks for fd in (disk.image, *disk.backing)]
         return tuple(fd for fd in (*single, *both) if fd is not None)
 
@@ -234,8 +235,11 @@ def _channel(spec: MachineSpec, handles: Handles) -> tuple[list[str], str]:
 
 
 def _network(spec: MachineSpec, handles: Handles) -> tuple[list[str], str]:
-    assert spec.network is not None
     plan = spec.network
+    assert plan is not None
+    if isinstance(plan, TapNetwork):
+        # What it sends and takes may be larger than its wire: the vnet header says how, and the kernel sees to it.
+        return ["-netdev", f"tap,id=net0,fd={handles.tap}"], f"virtio-net-device,netdev=net0,mac={plan.mac},guest_announce=off"
     prefix = plan.address.rpartition("/")[2]
     # The redirector takes every frame off the guest's queue to the shim's filter; only what comes back on netin goes on to slirp.
     # A machine that is restored has nobody to announce itself to: its wire is its own, and its address may be about to change.

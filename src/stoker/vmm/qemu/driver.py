@@ -20,13 +20,13 @@ from typing import Any
 
 from stoker.errors import Conflict, GuestError, HostError
 from stoker.host.binaries import shim_path
-from stoker.host.process import ProcessIdentity, send_signal, wait_pidfd
+from stoker.host.process import ProcessIdentity, descriptor_of, send_signal, wait_pidfd
 from stoker.settings import Settings
 from stoker.vmm import shim
 from stoker.vmm.console import tail
 from stoker.vmm.driver import Captured, NextDisk
 from stoker.vmm.elf import check_memory
-from stoker.vmm.machine import MachineExit, MachineSpec
+from stoker.vmm.machine import MachineExit, MachineSpec, TapNetwork
 from stoker.vmm.memory import Delta, Scratch, inject
 from stoker.vmm.qemu.capture import capture_machine, device_state, stream, top_nodes
 from stoker.vmm.qemu.command import command
@@ -164,6 +164,15 @@ class QemuMachine:
             raise GuestError("memory_unknown", f"machine {self.spec_name} does not have the memory it was started from any more")
         return fd
 
+    def tap(self) -> int | None:
+        number = json.loads((self.directory / "machine.json").read_bytes()).get("tap")
+        if number is None or self._vmm_fd is None:
+            return None
+        try:
+            return descriptor_of(self._vmm_fd, int(number))
+        except OSError as error:
+            raise HostError("tap_unknown", f"the TAP of {self.spec_name} cannot be had: {error.strerror}") from None
+
     async def capture(self, scratch: Scratch, *, disks: Sequence[NextDisk] = (), go_on: bool, zeros: bool = False) -> Captured:
         base = self.memory()
         try:
@@ -250,7 +259,8 @@ async def launch(spec: MachineSpec, settings: Settings) -> QemuMachine:
             opened = open_handles(spec, close, keep)
             argv = command(spec, qemu, opened.handles)
             memory = _mapped(spec)
-            record = {"name": spec.name, "memory": memory, "made_by": portable(spec, qemu)}
+            tap = spec.network.tap if isinstance(spec.network, TapNetwork) else None
+            record = {"name": spec.name, "memory": memory, "tap": tap, "made_by": portable(spec, qemu)}
             (directory / "machine.json").write_text(json.dumps(record))
             pair = await shim.start(shim_path(), opened.options, argv, ENVIRONMENT, find_zygote(settings.run_dir, qemu.path))
         machine = QemuMachine(spec.name, directory, pair, opened.owner, opened.state, child=True, memory=memory)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stoker.errors import HostError
 from stoker.host.sockets import listen_unix
-from stoker.vmm.machine import Accelerator, Channel, MachineSpec
+from stoker.vmm.machine import Accelerator, Channel, MachineSpec, TapNetwork
 from stoker.vmm.qemu.command import DiskHandles, Handles
 from stoker.vmm.shim import ShimOptions, filter_rules
 
@@ -38,10 +38,12 @@ def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened
     """Opens everything. What ``keep`` closes on failure is the caller's afterwards."""
     drop = has_user_of_its_own()
     console, vmm_console = _pipe(close)
-    net_out, vmm_net_out = _pair(close) if spec.network is not None else (None, None)
-    net_in, vmm_net_in = _pair(close) if spec.network is not None else (None, None)
-    rules = None
-    if spec.network is not None:
+    rules = tap = net_out = vmm_net_out = net_in = vmm_net_in = None
+    if isinstance(spec.network, TapNetwork):
+        tap = spec.network.tap
+    elif spec.network is not None:
+        net_out, vmm_net_out = _pair(close)
+        net_in, vmm_net_in = _pair(close)
         rules = spec.directory / "net.deny"
         rules.write_text(filter_rules(spec.network))
     serial = spec.channel is Channel.VIRTIO_SERIAL
@@ -65,6 +67,7 @@ def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened
         ),
         net_out=vmm_net_out,
         net_in=vmm_net_in,
+        tap=tap,
         memory=spec.guest_memory.fd if spec.guest_memory else None,
         state=state,
     )
