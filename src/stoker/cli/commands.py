@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ssh": ("stoker.cli.ssh:ssh", "Log in to a sandbox with ssh; nothing of ssh has to be in it."),
     "ssh-config": ("stoker.cli.ssh:ssh_config", "Print a configuration for ssh, scp, sftp and rsync."),
     "url": ("stoker.cli.port:url", "Print where the proxy serves a port of a sandbox."),
+    "network": ("stoker.cli.network:network", "Policies and published ports of sandboxes."),
     "ps": ("stoker.cli.ps:ps", "List the processes of a sandbox."),
     "kill": ("stoker.cli.ps:kill", "Send a signal to processes of a sandbox."),
     "top": ("stoker.cli.top:top", "Show what sandboxes use."),

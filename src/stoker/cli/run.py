@@ -29,7 +29,9 @@ EXIT_FAILED = 125
 @click.option("--workdir", "-w", metavar="D", default="", help="Directory to run in.  [default: the image's own]")
 @click.option("--user", "-u", metavar="U", default="", help="User, or USER:GROUP, by name or number.  [default: the image's own]")
 @click.option("--hostname", metavar="NAME", default="", help="The guest's host name.")
-@click.option("--network", type=click.Choice(["none", "user"]), help="The guest's network.  [default: user]")
+@click.option("--network", type=click.Choice(["none", "user", "nat"]), help="The guest's network.  [default: user]")
+@click.option("--egress", metavar="RULES", help="Where it may connect to, with nat: all, none, or 'allow: ...; deny: ...'.")
+@click.option("--publish", "-p", metavar="[IP:]PORT:PORT", multiple=True, help="A port of the host that leads into it (nat).")
 @click.option("--init", type=click.Choice(["agent", "image"]), help="Who is process 1.  [default: agent]")
 @click.option("--volume", "-v", "volumes", metavar="NAME:/PATH[:ro]", multiple=True, type=MOUNT, help="Mount a volume.")
 @click.option("--app", metavar="FILE|DIR", help="A zip, tar, tar.gz or directory whose content goes into /app.")
@@ -54,6 +56,8 @@ def run(
     user: str,
     hostname: str,
     network: str | None,
+    egress: str | None,
+    publish: tuple[str, ...],
     init: str | None,
     volumes: tuple[str, ...],
     app: str | None,
@@ -89,6 +93,8 @@ def run(
         "cold": cold,
     }
     sandbox |= {"volumes": volumes} if volumes else {}
+    sandbox |= {"egress": egress} if egress is not None else {}
+    sandbox |= {"publish": publish} if publish else {}
     parsed = time.monotonic()
     # An app has to be there before it can be named.
     early = create_early(load_settings(), {**sandbox, **wire_mounts(volumes), "lease": True}) if app is None else None

@@ -84,7 +84,7 @@ def _print(work: Callable[[AsyncClient], Any], as_json: bool) -> None:
 @click.option("--cpus", metavar="N", type=click.IntRange(1, 256), help="Virtual CPUs.  [default: 1]")
 @click.option("--memory", "-m", type=SIZE, help="Memory, such as 512M or 2G.  [default: 512M]")
 @click.option("--disk", type=SIZE, default=0, help="Size of the root file system.  [default: the image's own]")
-@click.option("--network", type=click.Choice(["none", "user"]), help="The guest's network.  [default: user]")
+@click.option("--network", type=click.Choice(["none", "user", "nat"]), help="The guest's network.  [default: user]")
 @click.option("--step-timeout", type=DURATION, default="30m", show_default=True, help="Each step must have ended by then.")
 @click.option("--ready-timeout", type=DURATION, default="2m", show_default=True, help="It must be ready by then.")
 @quiet_option

@@ -53,7 +53,7 @@ COLUMNS: tuple[Column[WarmSet], ...] = (
 @click.option("--cpus", metavar="N", type=click.IntRange(1, 256), help="Virtual CPUs.")
 @click.option("--memory", "-m", type=SIZE, help="Memory.")
 @click.option("--disk", type=SIZE, default=0, help="Size of the root file system.  [default: the image's own]")
-@click.option("--network", type=click.Choice(["none", "user"]), help="The guest's network.")
+@click.option("--network", type=click.Choice(["none", "user", "nat"]), help="The guest's network.")
 @json_option
 @click.argument("image", required=False)
 def warm(

@@ -26,6 +26,7 @@ from stoker.api.models import (
     PingResult,
     PortAccess,
     ResizeSandbox,
+    SetNetwork,
     SetTimeout,
     Snapshot,
     SshAccess,
@@ -106,6 +107,8 @@ class AsyncSandbox:
         user: str | None = None,
         workdir: str | None = None,
         network: str | None = None,
+        egress: str | None = None,
+        publish: Sequence[str] = (),
         init: str | None = None,
         volumes: Sequence[str | VolumeMount] = (),
         app: str | os.PathLike[str] | None = None,
@@ -122,7 +125,9 @@ class AsyncSandbox:
         Sizes are bytes or such as ``512M``, times seconds or such as ``30m``. ``timeout`` destroys it so long after now,
         ``idle_timeout`` so long after its last use. With ``lease`` it ends with this program, however that ends. ``start`` runs
         the image's own command as a process tagged ``main``. With ``init="image"`` process 1 is the image's ``/sbin/init``.
-        ``volumes`` are such as ``data:/srv/data`` or ``data:/srv/data:ro``;
+        With ``network="nat"`` it has an interface on the host (root's daemon), ``egress`` says where it may connect to (``all``:
+        public addresses, ``none``, or rules such as ``allow: 10.1.0.0/16, *.example.org:443``), and ``publish`` which ports of the
+        host lead into it (``8080:80``). ``volumes`` are such as ``data:/srv/data`` or ``data:/srv/data:ro``;
         ``app`` is a zip, tar, tar.gz or directory of this host whose content goes into ``/app``.
         Cancelled, or not ready within ``ready_timeout`` seconds, nothing of it is left.
         """
@@ -141,6 +146,8 @@ class AsyncSandbox:
             user=user,
             workdir=workdir,
             network=None if network is None else network_mode(network),
+            egress=egress,
+            publish=list(publish),
             init=None if init is None else init_mode(init),
             volumes=[parse_mount(one) if isinstance(one, str) else one for one in volumes],
             app=None if app is None else await _app(client, app),
@@ -311,6 +318,11 @@ class AsyncSandbox:
         """Destroys it so long after now, or pauses it so long after its last use; with neither it stays until it is killed."""
         body = SetTimeout(timeout=_timeout(timeout, idle_timeout))
         return self._keep(await self._api.call("PUT", self._path("timeout"), SandboxInfo, body=body))
+
+    async def set_network(self, *, egress: str | None = None, publish: Sequence[str] | None = None) -> SandboxInfo:
+        """Another egress policy, other published ports; None leaves them. Connections that it may not have any more are cut."""
+        body = SetNetwork(egress=egress, publish=None if publish is None else list(publish))
+        return self._keep(await self._api.call("PUT", self._path("network"), SandboxInfo, body=body))
 
     async def wait(self, *states: str, timeout: float | None = None) -> SandboxInfo:
         """Until it is in one of the states (none: until it is gone). :class:`DeadlineExceeded` after ``timeout`` seconds."""

@@ -745,6 +745,8 @@ class Sandbox:
         user: str | None = None,
         workdir: str | None = None,
         network: str | None = None,
+        egress: str | None = None,
+        publish: Sequence[str] = (),
         init: str | None = None,
         volumes: Sequence[str | VolumeMount] = (),
         app: str | os.PathLike[str] | None = None,
@@ -761,7 +763,9 @@ class Sandbox:
         Sizes are bytes or such as ``512M``, times seconds or such as ``30m``. ``timeout`` destroys it so long after now,
         ``idle_timeout`` so long after its last use. With ``lease`` it ends with this program, however that ends. ``start`` runs
         the image's own command as a process tagged ``main``. With ``init="image"`` process 1 is the image's ``/sbin/init``.
-        ``volumes`` are such as ``data:/srv/data`` or ``data:/srv/data:ro``;
+        With ``network="nat"`` it has an interface on the host (root's daemon), ``egress`` says where it may connect to (``all``:
+        public addresses, ``none``, or rules such as ``allow: 10.1.0.0/16, *.example.org:443``), and ``publish`` which ports of the
+        host lead into it (``8080:80``). ``volumes`` are such as ``data:/srv/data`` or ``data:/srv/data:ro``;
         ``app`` is a zip, tar, tar.gz or directory of this host whose content goes into ``/app``.
         Cancelled, or not ready within ``ready_timeout`` seconds, nothing of it is left.
         """
@@ -784,6 +788,8 @@ class Sandbox:
                 user=user,
                 workdir=workdir,
                 network=network,
+                egress=egress,
+                publish=publish,
                 init=init,
                 volumes=volumes,
                 app=app,
@@ -924,6 +930,10 @@ class Sandbox:
     def set_timeout(self, timeout: float | str | None = None, *, idle_timeout: float | str | None = None) -> SandboxInfo:
         """Destroys it so long after now, or pauses it so long after its last use; with neither it stays until it is killed."""
         return call(self._async.set_timeout(timeout, idle_timeout=idle_timeout))
+
+    def set_network(self, *, egress: str | None = None, publish: Sequence[str] | None = None) -> SandboxInfo:
+        """Another egress policy, other published ports; None leaves them. Connections that it may not have any more are cut."""
+        return call(self._async.set_network(egress=egress, publish=publish))
 
     def wait(self, *states: str, timeout: float | None = None) -> SandboxInfo:
         """Until it is in one of the states (none: until it is gone). :class:`DeadlineExceeded` after ``timeout`` seconds."""

@@ -13,7 +13,7 @@ def network_mode(mode: str) -> NetworkMode:
     try:
         return NetworkMode(mode)
     except ValueError:
-        raise InvalidRequest("bad_network", f"there is no network mode {mode!r}", "user or none") from None
+        raise InvalidRequest("bad_network", f"there is no network mode {mode!r}", "none, user or nat") from None
 
 
 def init_mode(mode: str) -> InitMode:

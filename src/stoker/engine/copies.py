@@ -63,7 +63,7 @@ def planned(core: Core, owner: str, source: Record, request: CopySandbox, count:
                 id=new_id("sb"),
                 owner=owner,
                 state=SandboxState.CREATING,
-                request=replace(source.request, name=name, labels=labels, timeout=timeout, lease=False, start=False),
+                request=replace(source.request, name=name, publish=[], labels=labels, timeout=timeout, lease=False, start=False),
                 created_at=time.time(),
                 name=name,
                 resources=source.resources,

@@ -31,6 +31,7 @@ from stoker.engine.build import begin
 from stoker.engine.claims import claim_in
 from stoker.engine.core import Box, Core, put
 from stoker.engine.ledger import Ledger
+from stoker.engine.networks import check_network
 from stoker.engine.state import Mounted, Record, new_id, require
 from stoker.engine.takeover import take_over
 from stoker.engine.trace import trace
@@ -125,6 +126,7 @@ async def create(
         raise HostError("daemon_stopping", "the daemon is ending", "try again in a moment")
     digest = digest_of(request)
     record = first_row(core, who.owner, request, volumes, source, builds=builds)
+    check_network(record.request)
     core.filling.check(record.pool, further=bool(volumes or request.app))
     box = Box(record)
     if key is not None and (former := await _former(core, who, key)) is not None:

@@ -51,6 +51,7 @@ from stoker.api.models import (
     Sandbox,
     SandboxPage,
     SandboxState,
+    SetNetwork,
     Snapshot,
     Timeout,
 )
@@ -60,6 +61,7 @@ from stoker.engine.booter import Booter
 from stoker.engine.core import Box, Core
 from stoker.engine.create import Source
 from stoker.engine.database import Database, lock_data
+from stoker.engine.facts import facts
 from stoker.engine.files import Files
 from stoker.engine.hidden import PARKED
 from stoker.engine.images import Images
@@ -336,8 +338,11 @@ class Engine:
         return await verbs.ping(self._core, self._find(who, sandbox))
 
     async def set_timeout(self, who: Principal, sandbox: str, timeout: Timeout | None) -> Sandbox:
-        box = self._find(who, sandbox)
-        await self._core.shielded(verbs.set_timeout(self._core, box, timeout))
+        await self._core.shielded(verbs.set_timeout(self._core, box := self._find(who, sandbox), timeout))
+        return box.value
+
+    async def set_network(self, who: Principal, sandbox: str, request: SetNetwork) -> Sandbox:
+        await self._core.shielded(verbs.set_network(self._core, box := self._find(who, sandbox), request))
         return box.value
 
     async def wait(self, who: Principal, sandbox: str, states: frozenset[SandboxState], timeout: float) -> Sandbox:
@@ -428,21 +433,7 @@ class Engine:
 
     def facts(self) -> Mapping[str, object]:
         """Counts by state, what is held and what there is."""
-        from stoker.host.process import boot_id
-
-        core = self._core
-        states: dict[str, int] = {}
-        seen = [box for box in core.boxes.values() if not box.record.warm]
-        for box in seen:
-            states[box.record.state.value] = states.get(box.record.state.value, 0) + 1
-        held, budget = core.admission.totals(), core.admission.budget()
-        return {
-            "sandboxes": sum(box.live is not None or box.work is not None for box in seen),
-            "states": states,
-            "boot_id": boot_id(),
-            "held": {"sandboxes": held.sandboxes, "memory": held.memory, "cpus": held.cpus, "disk": held.disk},
-            "budget": {"sandboxes": budget.sandboxes, "memory": budget.memory, "cpus": budget.cpus, "disk": budget.disk},
-        }
+        return facts(self._core)
 
     def busy(self) -> bool:
         """Failed and stopped sandboxes need no daemon; one that has a timeout does: somebody must end it."""

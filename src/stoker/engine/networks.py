@@ -1,7 +1,8 @@
 """The networks of sandboxes that have an interface on the host: their slots, their policy, their published ports.
 
 A sandbox's slot is chosen before its VMM starts (``Record.slot``; the ledger has it from then on), and given back when its machine
-has ended: at a destroy, a stop, a pause. A copy has a slot of its own, in which it sees the same addresses as its original. The firewall has the last word on what goes through; it is put up before a slot is, and taken down after.
+has ended: at a destroy, a stop, a pause. A copy has a slot of its own, in which it sees the same addresses as its original. The
+firewall has the last word on what goes through; it is put up before a slot is, and taken down after.
 
 Everything here is of root's: without it there is no slot, and :meth:`Networks.refused` says why.
 """
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv4Network
 from typing import TYPE_CHECKING, Final, Protocol
 
+from stoker.api.models import CreateSandbox, NetworkMode
 from stoker.errors import HostError, InvalidRequest, StokerError
 from stoker.network.egress import ALL, Egress, parse_egress
 from stoker.network.egress import Protocol as Transport
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from stoker.network.slot import Plan, Slot, Slots
     from stoker.settings import Settings
 
-__all__ = ["Networks", "Wire"]
+__all__ = ["Networks", "Wire", "check_network"]
 
 log = logging.getLogger(__name__)
 RANGES: Final = (NAMESPACE_RANGE,)
@@ -189,6 +191,16 @@ class Networks:
         if self._firewall is not None:
             interfaces = [parse_slot(slot).interface for slot in keep]
             await asyncio.to_thread(self._firewall.prune, interfaces)
+
+
+def check_network(request: CreateSandbox) -> None:
+    """Refuses what can never be: ``bad_network``, ``egress_invalid``, ``port_invalid`` (InvalidRequest)."""
+    if request.network is not NetworkMode.NAT and (request.egress is not None or request.publish):
+        raise InvalidRequest("bad_network", "a policy and ports are for the network nat", "--network nat")
+    egress_of(request.egress)
+    seen = [(one.protocol, one.host_port, one.host_address) for one in map(publication_of, request.publish)]
+    if len(set(seen)) != len(seen):
+        raise InvalidRequest("port_invalid", "a port of the host is published twice", "name each once")
 
 
 def machine_of(record: Record, plan: RunPlan | NamespacePlan) -> Machine:

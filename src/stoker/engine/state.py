@@ -67,6 +67,7 @@ ALLOWED: Final[dict[str, frozenset[SandboxState]]] = {
     "exec": frozenset({S.RUNNING}),
     "ping": frozenset({S.RUNNING}),
     "resize": frozenset({S.RUNNING, S.STOPPED}),
+    "set_network": frozenset({S.RUNNING, S.FROZEN, S.STOPPED, S.PAUSED, S.LOST}),
     "set_timeout": frozenset({S.CREATING, S.RUNNING, S.FROZEN, S.STOPPED, S.PAUSED, S.LOST}),
     "lease": frozenset({S.CREATING, S.RUNNING, S.FROZEN, S.LOST, S.PAUSED}),
 }

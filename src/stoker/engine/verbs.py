@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from stoker.api.models import Sandbox, SandboxState, Timeout
+from msgspec.structs import replace
+
+from stoker.api.models import Sandbox, SandboxState, SetNetwork, Timeout
 from stoker.engine.core import Box, Core
 from stoker.engine.create import expiry, settled
+from stoker.engine.networks import check_network
 from stoker.engine.state import require
 from stoker.errors import DeadlineExceeded, HostError, NotFound, StokerError
 
-__all__ = ["freeze", "ping", "set_timeout", "thaw", "wait"]
+__all__ = ["freeze", "ping", "set_network", "set_timeout", "thaw", "wait"]
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,22 @@ async def set_timeout(core: Core, box: Box, timeout: Timeout | None) -> None:
     require(box.record, "set_timeout")
     box.touch()
     await core.save(box, event="sandbox.timeout", timeout=timeout, expires_at=expiry(timeout))
+
+
+async def set_network(core: Core, box: Box, request: SetNetwork) -> None:
+    """Another policy, other ports; at once where it has a machine, else from its next one on."""
+    async with box.lock:
+        record = box.record
+        require(record, "set_network")
+        wanted = record.request
+        if request.egress is not None:
+            wanted = replace(wanted, egress=request.egress)
+        if request.publish is not None:
+            wanted = replace(wanted, publish=request.publish)
+        check_network(wanted)
+        if record.slot:
+            await core.networks.change(replace(record, request=wanted))
+        await core.save(box, event="sandbox.network", request=wanted)
 
 
 async def wait(box: Box, states: frozenset[SandboxState], timeout: float) -> Sandbox:

@@ -54,6 +54,7 @@ from stoker.api.models import (
     Sandbox,
     SandboxPage,
     SandboxState,
+    SetNetwork,
     Snapshot,
     StartProcess,
     Timeout,
@@ -393,6 +394,8 @@ class EngineProtocol(TemplateEngine, Protocol):
 
     async def ping(self, who: Principal, sandbox: str) -> float:
         """Milliseconds until the agent answered."""
+
+    async def set_network(self, who: Principal, sandbox: str, request: SetNetwork) -> Sandbox: ...
 
     async def set_timeout(self, who: Principal, sandbox: str, timeout: Timeout | None) -> Sandbox: ...
 
