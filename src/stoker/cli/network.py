@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import click
@@ -44,3 +45,38 @@ def network_set(*, egress: str | None, publish: tuple[str, ...], no_ports: bool,
     info = with_client(work)
     if as_json:
         show_json(info)
+
+
+@network.command("check")
+@click.option("--fix", is_flag=True, help="Apply the mends, for good.")
+@click.option("--undo", is_flag=True, help="Take back what --fix ever did.")
+@json_option
+def network_check(*, fix: bool, undo: bool, as_json: bool) -> int:
+    """Look at what the host's network needs for machines with an interface on it, and at what other tools do against them.
+
+    Every mend is shown as the command that makes it. Exits with 1 when something speaks against them (still).
+    """
+    from stoker.engine import host_network
+    from stoker.settings import load_settings
+
+    if fix and undo:
+        raise click.UsageError("--fix and --undo exclude each other")
+    settings = load_settings()
+    if undo:
+        click.echo(f"{host_network.unfix(settings)} steps taken back")
+        return 0
+    found = host_network.findings()
+    done = host_network.fix(settings, found) if fix else []
+    if done:
+        found = host_network.findings()
+    if as_json:
+        rows = [{"name": one.name, "ok": one.ok, "says": one.says, "mends": [str(mend) for mend in one.mends]} for one in found]
+        click.echo(json.dumps({"findings": rows, "done": done}))
+    else:
+        for line in done:
+            click.echo(f"done: {line}")
+        for one in found:
+            click.echo(f"{'ok  ' if one.ok else 'FAIL'} {one.name}: {one.says}")
+            for mend in one.mends if not one.ok else ():
+                click.echo(f"     {mend}")
+    return 0 if all(one.ok for one in found) else 1

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from stoker.api.models import CreateSandbox, NetworkMode
 from stoker.errors import HostError, InvalidRequest, StokerError
-from stoker.network.egress import ALL, Egress, parse_egress
+from stoker.network.egress import ALL, NONE, Egress, parse_egress
 from stoker.network.egress import Protocol as Transport
 from stoker.network.plan import INSIDE, NAMESPACE_RANGE, NamespacePlan, RunPlan, Taken, number_of, parse_slot, plan_namespace
 from stoker.network.rules import Machine, Publication
@@ -140,6 +140,12 @@ class Networks:
     async def up(self, record: Record) -> Wire:
         """Makes a sandbox's slot. Nothing of it is there when this fails."""
         slots = await self.open()
+        if egress_of(record.request.egress) != NONE and not _forwards():
+            raise HostError(
+                "network_unprepared",
+                "this host does not forward packets: machines would reach nothing",
+                "stoker network check --fix",
+            )
         plan = parse_slot(record.slot)
         slot = await asyncio.to_thread(slots.up, plan, machine_of(record, plan))
         self._up[record.slot] = slot
@@ -191,6 +197,11 @@ class Networks:
         if self._firewall is not None:
             interfaces = [parse_slot(slot).interface for slot in keep]
             await asyncio.to_thread(self._firewall.prune, interfaces)
+
+
+def _forwards() -> bool:
+    with open("/proc/sys/net/ipv4/ip_forward", encoding="ascii") as file:
+        return file.read().strip() == "1"
 
 
 def check_network(request: CreateSandbox) -> None:

@@ -1,0 +1,80 @@
+"""What the host's own network has to be like for machines with an interface on it: looked at, mended, undone.
+
+What was changed is written to ``DATA_DIR/network-undo.json``, before it is changed and again after; what lasts over a restart of the
+host, to :data:`SYSCTL`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from stoker.engine.networks import RANGES
+from stoker.errors import Forbidden, HostError
+from stoker.host.durable import write_atomically
+from stoker.network import host
+from stoker.network.host import Finding
+from stoker.network.plan import Foreign
+
+if TYPE_CHECKING:
+    from stoker.settings import Settings
+
+__all__ = ["SYSCTL", "findings", "fix", "unfix"]
+
+SYSCTL: Final = Path("/etc/sysctl.d/90-stoker.conf")
+
+
+def _record(settings: Settings) -> Path:
+    return settings.data_dir / "network-undo.json"
+
+
+def findings() -> list[Finding]:
+    """Everything that was looked at, good and bad."""
+    if os.geteuid() != 0:
+        raise Forbidden("root_needed", "the host's firewall is root's to look at", "sudo stoker network check")
+    from stoker.host.namespaces import Namespace, own_namespace
+    from stoker.host.netlink import Netlink
+
+    with Namespace(own_namespace()), Netlink() as link:
+        names = {one.index: one.name for one in link.links()}
+        addresses = [(names.get(one.index, ""), one.interface) for one in link.addresses()]
+        routes = [(names.get(one.index, ""), one.destination) for one in link.routes() if one.destination.prefixlen]
+    foreign = [Foreign(at.network, f"{name} has the address {at} of") for name, at in addresses if not _ours(name)]
+    foreign += [Foreign(to, f"is routed to {name}") for name, to in routes if not _ours(name)]
+    return host.judge(host.observe(foreign), RANGES)
+
+
+def _ours(name: str) -> bool:
+    return name.startswith(("stk", "tap"))
+
+
+def fix(settings: Settings, found: Sequence[Finding]) -> list[str]:
+    """Applies every mend there is; what was done, in words."""
+    mends = [mend for one in found if not one.ok for mend in one.mends]
+    if not mends:
+        return []
+    record = _record(settings)
+    before: list[dict[str, Any]] = json.loads(record.read_bytes()) if record.exists() else []
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    done = host.mend(mends)
+    write_atomically(record, json.dumps([*before, *done]).encode(), 0o600)
+    try:
+        write_atomically(SYSCTL, host.sysctl_file(mends).encode(), 0o644)
+    except OSError as error:
+        raise HostError(
+            "setting_refused", f"{SYSCTL}: {error.strerror}", "what was set holds until the host is restarted"
+        ) from None
+    return [str(mend) for mend in mends]
+
+
+def unfix(settings: Settings) -> int:
+    """Takes back what :func:`fix` ever did; how many steps."""
+    record = _record(settings)
+    steps: list[dict[str, Any]] = json.loads(record.read_bytes()) if record.exists() else []
+    host.undo(steps)
+    SYSCTL.unlink(missing_ok=True)
+    record.unlink(missing_ok=True)
+    return len(steps)
