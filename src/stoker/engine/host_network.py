@@ -1,7 +1,6 @@
 """What the host's own network has to be like for machines with an interface on it: looked at, mended, undone.
 
-What was changed is written to ``DATA_DIR/network-undo.json``, before it is changed and again after; what lasts over a restart of the
-host, to :data:`SYSCTL`.
+What was changed is written to ``DATA_DIR/network-undo.json``; what lasts over a restart of the host, to :data:`SYSCTL`.
 """
 
 from __future__ import annotations
