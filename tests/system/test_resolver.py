@@ -150,6 +150,26 @@ def test_a_server_is_reached_after_its_name_was_looked_up(names: Names, kind: st
 
 
 @KINDS
+def test_whomever_a_machine_asks_it_is_our_resolver_that_answers(names: Names, kind: str) -> None:
+    names.upstream.zone["www.example.org", "A"] = ["www.example.org 300 A 1.1.1.1"]
+    names.upstream.zone["secret.attacker.net", "A"] = ["secret.attacker.net 300 A 1.1.1.1"]
+    guest = names.machine(kind)
+    plan, egress = guest.slot.plan, parse_egress(POLICY)
+    names.made.change(guest, egress=egress, host_services=SERVICES, resolver=plan.host)
+
+    def asked(name: str, *, tcp: bool) -> Message:
+        question = dns.message.make_query(name, "A")
+        return guest.run(lambda: (dns.query.tcp if tcp else dns.query.udp)(question, "8.8.8.8", timeout=5))
+
+    for tcp in (False, True):
+        assert addresses(asked("www.example.org", tcp=tcp)) == ["1.1.1.1"]
+        assert code(asked("secret.attacker.net", tcp=tcp)) == "NXDOMAIN"
+    assert names.upstream.names() == ["www.example.org."] and guest.ask("1.1.1.1") == "5.5.5.5"
+    names.made.change(guest, egress=ALL)
+    assert addresses(asked("secret.attacker.net", tcp=False)) == ["1.1.1.1"], "a policy without names leaves it alone"
+
+
+@KINDS
 def test_what_the_policy_denies_is_asked_of_nobody(names: Names, kind: str) -> None:
     guest = names.machine(kind)
     for name in ("secret-data.attacker.net", "bad.example.org", "xexact.net", "x.exact.net", "com", "1.0.0.10.in-addr.arpa", "."):

@@ -22,11 +22,12 @@ from stoker.errors import HostError, InvalidRequest, StokerError
 from stoker.network.egress import ALL, NONE, Egress, parse_egress
 from stoker.network.egress import Protocol as Transport
 from stoker.network.plan import INSIDE, NAMESPACE_RANGE, NamespacePlan, RunPlan, Taken, number_of, parse_slot, plan_namespace
-from stoker.network.rules import Machine, Publication
+from stoker.network.rules import SERVICES, Machine, Publication
 
 if TYPE_CHECKING:
     from stoker.engine.state import Record
     from stoker.network.firewall import Firewall
+    from stoker.network.resolver import Resolver
     from stoker.network.slot import Plan, Slot, Slots
     from stoker.settings import Settings
 
@@ -61,6 +62,7 @@ class Networks:
         self._opening = asyncio.Lock()
         self._slots: Slots | None = None
         self._firewall: Firewall | None = None
+        self._resolver: Resolver | None = None
         self._taken = Taken()
         self._promised: dict[str, Plan] = {}
         """Of every row that has one, and of those that are about to."""
@@ -82,6 +84,7 @@ class Networks:
                 if why := self.refused():
                     raise HostError("network_unavailable", why, "--network user")
                 self._slots = await asyncio.to_thread(self._opened)
+                self._resolver = self._resolves()
             return self._slots
 
     def _opened(self) -> Slots:
@@ -97,6 +100,12 @@ class Networks:
         self._taken = slots.taken()
         return slots
 
+    def _resolves(self) -> Resolver:
+        from stoker.network.resolver import Resolver
+
+        assert self._firewall is not None
+        return Resolver.open(self._firewall, private=self._private())
+
     def _private(self) -> list[IPv4Network]:
         """The operator's own networks, beside those that are private to everybody."""
         return []
@@ -105,6 +114,9 @@ class Networks:
         """Slots of machines that live stay."""
         slots, self._slots = self._slots, None
         firewall, self._firewall = self._firewall, None
+        resolver, self._resolver = self._resolver, None
+        if resolver is not None:
+            await resolver.aclose()
         if slots is not None:
             await asyncio.to_thread(slots.close)
         for slot in self._up.values():
@@ -147,11 +159,21 @@ class Networks:
                 "stoker network check --fix",
             )
         plan = parse_slot(record.slot)
-        slot = await asyncio.to_thread(slots.up, plan, machine_of(record, plan))
+        machine = machine_of(record, plan)
+        slot = await asyncio.to_thread(slots.up, plan, machine)
         self._up[record.slot] = slot
+        await self._answer(machine, plan)
         inside = isinstance(plan, NamespacePlan)
         gateway = INSIDE.gateway.ip if inside else plan.host
         return Wire(plan.mac, f"{plan.guest}/30", str(gateway), self._settings.nameserver, slot.tap)
+
+    async def _answer(self, machine: Machine, plan: RunPlan | NamespacePlan) -> None:
+        """Serves names to a machine that has to use our resolver, and no longer to one that need not."""
+        assert self._resolver is not None
+        if machine.resolver is not None:
+            await self._resolver.put(machine, plan.host)
+        else:
+            await self._resolver.remove(machine.interface)
 
     def begun(self, record: Record) -> None:
         """The VMM has its own copy of the TAP."""
@@ -162,6 +184,7 @@ class Networks:
         """Of a machine that outlived its daemon."""
         slots = await self.open()
         plan, firewall = parse_slot(record.slot), self._firewall
+        machine_there = machine_of(record, plan)
         assert firewall is not None
 
         def work() -> Slot:
@@ -171,15 +194,23 @@ class Networks:
             finally:
                 if tap is not None:
                     os.close(tap)
-            firewall.put(machine_of(record, plan))
+            firewall.put(machine_there)
             return found
 
         self._up[record.slot] = await asyncio.to_thread(work)
+        await self._answer(machine_there, plan)
 
     async def change(self, record: Record) -> None:
         """Its policy, or its ports, are others now. Returns when nothing comes in any more that it may not have."""
         slots = await self.open()
-        await asyncio.wrap_future(slots.change(machine_of(record, parse_slot(record.slot))))
+        plan = parse_slot(record.slot)
+        machine = machine_of(record, plan)
+        assert self._resolver is not None
+        known = self._resolver.known(machine.interface, machine.egress)
+        if machine.resolver is not None and machine.interface not in self._resolver.counts():
+            await self._resolver.put(machine, plan.host)  # it answers before questions are led there
+        await asyncio.wrap_future(slots.change(machine, known))
+        await self._answer(machine, plan)
 
     async def release(self, slot: str) -> None:
         """Gives a slot back, whatever of it is there; twice is fine. Its machine has ended."""
@@ -189,6 +220,8 @@ class Networks:
             log.warning("the slot %s stays: %s", slot, error)
             return
         plan = parse_slot(slot)
+        assert self._resolver is not None
+        await self._resolver.remove(plan.interface)
         await asyncio.wrap_future(slots.drop(plan, self._up.pop(slot, None)))
         self.forget(slot)
 
@@ -216,12 +249,16 @@ def check_network(request: CreateSandbox) -> None:
 
 def machine_of(record: Record, plan: RunPlan | NamespacePlan) -> Machine:
     """What the firewall knows of a sandbox."""
+    egress = egress_of(record.request.egress)
+    names = egress.has_domains
     return Machine(
         plan.interface,
         plan.source_mac,
         plan.address,
-        egress_of(record.request.egress),
+        egress,
         published=tuple(publication_of(text) for text in record.request.publish),
+        host_services=SERVICES if names else (),
+        resolver=plan.host if names else None,
     )
 
 

@@ -26,7 +26,7 @@ __all__ = ["Counters", "Firewall"]
 
 log = logging.getLogger(__name__)
 MARK: Final = "version-"
-BY_INTERFACE: Final = ("machines", "sent", "denials", "refusals", "pinned", "egress", "host_access", "host_services")
+BY_INTERFACE: Final = ("machines", "sent", "denials", "refusals", "pinned", "egress", "resolvers", "host_access", "host_services")
 BY_ADDRESS: Final = ("open", "peers")
 PUBLISHED: Final = ("published", "published_at")
 

@@ -40,17 +40,15 @@ from stoker.network.dns_answers import Answer, Answers, answer_of
 from stoker.network.dns_listener import Listener, bound
 from stoker.network.dns_upstream import Server, Unanswered, Upstreams
 from stoker.network.dns_wire import IN, Malformed, Query, Rcode, Record, Type, parse_query, render, text_of
-from stoker.network.egress import SPECIAL, Egress, Protocol
+from stoker.network.egress import SPECIAL, Egress
 from stoker.network.firewall import Firewall
 from stoker.network.learning import Learned
-from stoker.network.rules import Machine
+from stoker.network.rules import SERVICES, Machine
 
 __all__ = ["SERVICES", "Counts", "Limits", "Resolver"]
 
 log = logging.getLogger(__name__)
 PORT: Final = 53
-SERVICES: Final = ((Protocol.UDP, PORT), (Protocol.TCP, PORT))
-"""``host_services`` of a machine that has to use this resolver."""
 EMPTY: Final = (Type.AAAA, Type.SVCB, Type.HTTPS)
 MOST_ADDRESSES: Final = 256
 """Of one name, that are remembered for an edit."""

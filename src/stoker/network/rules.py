@@ -9,7 +9,8 @@ and the kernel copies the whole map for every change.)
 ::
 
     prerouting raw      guard: from a machine? then IPv6, foreign sources (interface, MAC, address), loopback, DHCP answers go
-    prerouting nat      published ports to the machine; nat output: the same from the host itself
+    prerouting nat      published ports to the machine; nat output: the same from the host itself. What a machine of a policy with
+                        names asks of any port 53 goes to our resolver
     forward             from a machine: answers pass, another machine needs ``peers``, else its egress policy decides
                         to a machine: answers and published ports pass
     input               from a machine: answers, DHCP, ``host_services`` (a resolver), ``host_access``
@@ -32,6 +33,7 @@ from stoker.network.user import DENIED
 
 __all__ = [
     "ARP_TABLE",
+    "SERVICES",
     "TABLE",
     "Element",
     "Machine",
@@ -53,6 +55,9 @@ HELD_FOR: Final = "1d"
 """How long a connection to a domain's address may be silent, once the name's own lifetime is over."""
 ANSWERS: Final = ("ct direction reply ct state established accept", "meta l4proto icmp ct state related accept")
 
+SERVICES: Final = ((Protocol.UDP, 53), (Protocol.TCP, 53))
+"""``host_services`` of a machine that has to use our resolver."""
+
 SETS: Final[Mapping[str, str]] = {
     "machines": "type ifname;",
     "sent": "type ifname; counter;",
@@ -66,6 +71,7 @@ SETS: Final[Mapping[str, str]] = {
 }
 MAPS: Final[Mapping[str, str]] = {
     "egress": "type ifname : verdict;",
+    "resolvers": "type ifname : ipv4_addr;",
     "published": "type inet_proto . inet_service : ipv4_addr . inet_service;",
     "published_at": "type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service;",
 }
@@ -87,6 +93,7 @@ class Machine:
     """What the firewall knows of a machine. ``interface``, ``mac`` and ``address`` as the host sees them (:mod:`.plan`).
 
     ``peers``: addresses of machines that it may connect to. ``host_services``: protocol and port of what it may reach on the host.
+    ``resolver``: who on the host answers its questions for names, whomever it asks (port 53 has to be among ``host_services``).
     """
 
     interface: str
@@ -97,6 +104,7 @@ class Machine:
     peers: tuple[IPv4Address, ...] = ()
     host_services: tuple[tuple[Protocol, int], ...] = ()
     host_access: bool = False
+    resolver: IPv4Address | None = None
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -138,6 +146,8 @@ def elements(machine: Machine) -> frozenset[Element]:
     found += [Element(TABLE, "host_services", f"{one} . {protocol} . {port}") for protocol, port in machine.host_services]
     if machine.host_access:
         found.append(Element(TABLE, "host_access", one))
+    if machine.resolver is not None:
+        found.append(Element(TABLE, "resolvers", one, str(machine.resolver)))
     return frozenset(found)
 
 
@@ -255,7 +265,8 @@ def base(ranges: Iterable[IPv4Network], private: Iterable[IPv4Network] = (), log
         "fib daddr type local dnat ip to ip daddr . meta l4proto . th dport map @published_at",
         "fib daddr type local dnat ip to meta l4proto . th dport map @published",
     ]
-    commands += _chain("publish", publish, "nat hook prerouting priority dstnat")
+    ask = "meta l4proto { tcp, udp } th dport 53 dnat ip to iifname map @resolvers"
+    commands += _chain("publish", [ask, *publish], "nat hook prerouting priority dstnat")
     commands += _chain("publish_here", publish, "nat hook output priority -100")
     source = ["oifname @machines ip saddr 127.0.0.0/8 masquerade", "oifname @machines return", "ip saddr @ranges masquerade"]
     commands += _chain("source", source, "nat hook postrouting priority srcnat")
