@@ -32,8 +32,21 @@ class Settings:
     debian_mirror: str = ""
     """Empty: what apt or mmdebstrap of this host use."""
     default_kernel: str = "debian:12"
+    network: str = "auto"
+    """What machines get that ask for none: ``auto`` (``nat`` where the daemon is root's and the host forwards packets, else
+    ``user``), ``nat``, ``user`` or ``none``."""
+    network_range: str = "100.80.0.0/16"
+    """Where the host's ends of machines with namespaces of their own are from."""
+    run_range: str = "172.16.0.0/16"
+    """Where the addresses of machines with a run id are from."""
+    ranges: str = ""
+    """Further ranges by name, such as ``apps=172.19.0.0/16, lab=10.77.0.0/16``."""
+    private_networks: str = ""
+    """Networks of the operator's, by commas, that are closed to machines besides the private ones of everybody."""
     nameserver: str = "1.1.1.1"
     """Whom machines with an interface on the host ask for names."""
+    resolvers: str = ""
+    """Whom our resolver asks, by commas; empty: those of /etc/resolv.conf."""
     golden: int = 1
     """0: machines always boot, and no memory is put away to start later ones from."""
     parked: int = 1

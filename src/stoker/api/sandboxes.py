@@ -19,6 +19,7 @@ from stoker.api.types import (
     HostPath,
     ImageReference,
     InitMode,
+    InterfaceName,
     KernelReference,
     Labels,
     MemorySize,
@@ -29,6 +30,8 @@ from stoker.api.types import (
     Origin,
     ProcessId,
     PublishedPort,
+    RangeName,
+    RunId,
     SandboxId,
     SandboxState,
     Seconds,
@@ -111,11 +114,20 @@ class CreateSandbox(Model, frozen=True):
     user: GuestUser | None = None
     workdir: Annotated[str, Meta(max_length=4096, pattern=r"^/[^\x00]*" + END)] | None = None
     network: NetworkMode | None = None
-    """``user``, where it is not a template's."""
+    """The setting ``network`` says, where it is not a template's: ``nat`` for root on a host that is prepared, else ``user``."""
     egress: EgressPolicy | None = None
     """Where it may connect to, with ``nat``: ``all`` (public addresses; so it is without), ``none``, or rules."""
     publish: Annotated[list[PublishedPort], Meta(max_length=64)] = field(default_factory=list)
     """Ports of the host that lead into it, with ``nat``."""
+    host_access: bool = False
+    """Whether it may connect to the host itself, with ``nat``."""
+    run_id: RunId | None = None
+    """With a name, and ``nat``: its interface and addresses follow from both, and are its own while it exists."""
+    address_range: RangeName | None = None
+    """Which of the host's ranges its addresses are from: ``default``, or one of the setting ``ranges``. They are its own, as with a
+    run id."""
+    tap: InterfaceName | None = None
+    """The name of its interface on the host; its addresses are its own, as with a run id."""
     init: InitMode | None = None
     """``agent``, where it is not a template's."""
     volumes: Annotated[list[VolumeMount], Meta(max_length=16)] = field(default_factory=list)
@@ -135,6 +147,7 @@ class SetNetwork(Model, frozen=True):
 
     egress: EgressPolicy | None = None
     publish: Annotated[list[PublishedPort], Meta(max_length=64)] | None = None
+    host_access: bool | None = None
 
 
 class CopySandbox(Model, frozen=True):
@@ -227,6 +240,8 @@ class Sandbox(Model, frozen=True):
     """By which the host reaches it, while it has an interface there."""
     egress: str = ""
     publish: list[str] = field(default_factory=list)
+    interface: str = ""
+    """On the host, with ``nat``."""
     init: InitMode = InitMode.AGENT
     volumes: list[VolumeMount] = field(default_factory=list)
     app: str | None = None

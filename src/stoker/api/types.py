@@ -33,7 +33,10 @@ __all__ = [
     "NetworkMode",
     "OperationId",
     "ProcessId",
+    "InterfaceName",
     "PublishedPort",
+    "RangeName",
+    "RunId",
     "SandboxId",
     "SandboxState",
     "Seconds",
@@ -115,6 +118,11 @@ KernelReference: TypeAlias = Annotated[
 EgressPolicy: TypeAlias = Annotated[
     str, Meta(max_length=16384, pattern=_NO_NUL, description="`all`, `none`, or rules: `allow: 10.1.0.0/16, *.example.org:443`.")
 ]
+RunId: TypeAlias = Annotated[
+    str, Meta(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*" + END, description="What the machines of one test run share.")
+]
+RangeName: TypeAlias = Annotated[str, Meta(max_length=32, pattern=r"^[A-Za-z0-9][a-z0-9-]*" + END)]
+InterfaceName: TypeAlias = Annotated[str, Meta(max_length=15, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*" + END)]
 PublishedPort: TypeAlias = Annotated[
     str, Meta(max_length=64, pattern=r"^[0-9.:]+(/tcp|/udp)?" + END, description="`[IP:]HOST:GUEST[/udp]`, such as `8080:80`.")
 ]

@@ -26,9 +26,12 @@ def network() -> None:
 @click.option("--egress", metavar="RULES", help="all, none, or 'allow: 10.1.0.0/16, *.example.org:443; deny: ...'.")
 @click.option("--publish", "-p", metavar="[IP:]PORT:PORT", multiple=True, help="All ports of the host that lead into it.")
 @click.option("--no-ports", is_flag=True, help="None does any more.")
+@click.option("--host-access/--no-host-access", default=None, help="Whether it may connect to the host itself.")
 @json_option
 @click.argument("sandbox", type=SANDBOX)
-def network_set(*, egress: str | None, publish: tuple[str, ...], no_ports: bool, as_json: bool, sandbox: str) -> None:
+def network_set(
+    *, egress: str | None, publish: tuple[str, ...], no_ports: bool, host_access: bool | None, as_json: bool, sandbox: str
+) -> None:
     """Change where a sandbox may connect to, and its published ports, while it runs.
 
     Connections that it may not have any more are cut.
@@ -40,11 +43,28 @@ def network_set(*, egress: str | None, publish: tuple[str, ...], no_ports: bool,
         from stoker.client.sandbox import AsyncSandbox
 
         box = await AsyncSandbox.connect(sandbox, client=client)
-        return await box.set_network(egress=egress, publish=publish if publish or no_ports else None)
+        ports = publish if publish or no_ports else None
+        return await box.set_network(egress=egress, publish=ports, host_access=host_access)
 
     info = with_client(work)
     if as_json:
         show_json(info)
+
+
+@network.command("plan")
+@click.option("--run-id", metavar="ID", required=True, help="What the machines of one test run share.")
+@click.option("--range", "address_range", metavar="RANGE", help="Which range of the configuration.  [default: default]")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def network_plan(*, run_id: str, address_range: str | None, names: tuple[str, ...]) -> None:
+    """Print, as JSON, the interfaces and addresses that machines of a run get.
+
+    It follows from the run id and the names alone, but where something on this host is in the way: then the next free ones.
+    """
+    from stoker.engine import host_network
+    from stoker.settings import load_settings
+
+    plans = host_network.plan(load_settings(), run_id, names, address_range)
+    show_json([plan.as_dict() for plan in plans])
 
 
 @network.command("check")
@@ -65,10 +85,10 @@ def network_check(*, fix: bool, undo: bool, as_json: bool) -> int:
     if undo:
         click.echo(f"{host_network.unfix(settings)} steps taken back")
         return 0
-    found = host_network.findings()
+    found = host_network.findings(settings)
     done = host_network.fix(settings, found) if fix else []
     if done:
-        found = host_network.findings()
+        found = host_network.findings(settings)
     if as_json:
         rows = [{"name": one.name, "ok": one.ok, "says": one.says, "mends": [str(mend) for mend in one.mends]} for one in found]
         click.echo(json.dumps({"findings": rows, "done": done}))

@@ -28,10 +28,15 @@ EXIT_FAILED = 125
 @click.option("--env-file", metavar="F", multiple=True, help="Read variables from a file, one K=V a line.")
 @click.option("--workdir", "-w", metavar="D", default="", help="Directory to run in.  [default: the image's own]")
 @click.option("--user", "-u", metavar="U", default="", help="User, or USER:GROUP, by name or number.  [default: the image's own]")
+@click.option("--name", metavar="NAME", help="A name for the machine while it lives.")
 @click.option("--hostname", metavar="NAME", default="", help="The guest's host name.")
-@click.option("--network", type=click.Choice(["none", "user", "nat"]), help="The guest's network.  [default: user]")
+@click.option("--network", type=click.Choice(["none", "user", "nat"]), help="The guest's network.  [default: as configured]")
 @click.option("--egress", metavar="RULES", help="Where it may connect to, with nat: all, none, or 'allow: ...; deny: ...'.")
 @click.option("--publish", "-p", metavar="[IP:]PORT:PORT", multiple=True, help="A port of the host that leads into it (nat).")
+@click.option("--host-access", is_flag=True, help="It may connect to the host itself, with nat.")
+@click.option("--run-id", metavar="ID", help="Interface and addresses that follow from ID and the name (nat).")
+@click.option("--range", "address_range", metavar="RANGE", help="Addresses of its own, from a range of the configuration (nat).")
+@click.option("--tap", metavar="IFNAME", help="The name of its interface on the host, with addresses of its own (nat).")
 @click.option("--init", type=click.Choice(["agent", "image"]), help="Who is process 1.  [default: agent]")
 @click.option("--volume", "-v", "volumes", metavar="NAME:/PATH[:ro]", multiple=True, type=MOUNT, help="Mount a volume.")
 @click.option("--app", metavar="FILE|DIR", help="A zip, tar, tar.gz or directory whose content goes into /app.")
@@ -54,10 +59,15 @@ def run(
     env_file: tuple[str, ...],
     workdir: str,
     user: str,
+    name: str | None,
     hostname: str,
     network: str | None,
     egress: str | None,
     publish: tuple[str, ...],
+    host_access: bool,
+    run_id: str | None,
+    address_range: str | None,
+    tap: str | None,
     init: str | None,
     volumes: tuple[str, ...],
     app: str | None,
@@ -95,6 +105,10 @@ def run(
     sandbox |= {"volumes": volumes} if volumes else {}
     sandbox |= {"egress": egress} if egress is not None else {}
     sandbox |= {"publish": publish} if publish else {}
+    sandbox |= {"name": name} if name is not None else {}
+    sandbox |= {"host_access": True} if host_access else {}
+    addressed = {"run_id": run_id, "address_range": address_range, "tap": tap}
+    sandbox |= {name: given for name, given in addressed.items() if given is not None}
     parsed = time.monotonic()
     # An app has to be there before it can be named.
     early = create_early(load_settings(), {**sandbox, **wire_mounts(volumes), "lease": True}) if app is None else None

@@ -109,6 +109,10 @@ class AsyncSandbox:
         network: str | None = None,
         egress: str | None = None,
         publish: Sequence[str] = (),
+        host_access: bool = False,
+        run_id: str | None = None,
+        address_range: str | None = None,
+        tap: str | None = None,
         init: str | None = None,
         volumes: Sequence[str | VolumeMount] = (),
         app: str | os.PathLike[str] | None = None,
@@ -148,6 +152,10 @@ class AsyncSandbox:
             network=None if network is None else network_mode(network),
             egress=egress,
             publish=list(publish),
+            host_access=host_access,
+            run_id=run_id,
+            address_range=address_range,
+            tap=tap,
             init=None if init is None else init_mode(init),
             volumes=[parse_mount(one) if isinstance(one, str) else one for one in volumes],
             app=None if app is None else await _app(client, app),
@@ -319,9 +327,12 @@ class AsyncSandbox:
         body = SetTimeout(timeout=_timeout(timeout, idle_timeout))
         return self._keep(await self._api.call("PUT", self._path("timeout"), SandboxInfo, body=body))
 
-    async def set_network(self, *, egress: str | None = None, publish: Sequence[str] | None = None) -> SandboxInfo:
-        """Another egress policy, other published ports; None leaves them. Connections that it may not have any more are cut."""
-        body = SetNetwork(egress=egress, publish=None if publish is None else list(publish))
+    async def set_network(
+        self, *, egress: str | None = None, publish: Sequence[str] | None = None, host_access: bool | None = None
+    ) -> SandboxInfo:
+        """Another egress policy, other published ports, access to the host or none; None leaves them. Connections that it may not
+        have any more are cut."""
+        body = SetNetwork(egress=egress, publish=None if publish is None else list(publish), host_access=host_access)
         return self._keep(await self._api.call("PUT", self._path("network"), SandboxInfo, body=body))
 
     async def wait(self, *states: str, timeout: float | None = None) -> SandboxInfo:

@@ -747,6 +747,10 @@ class Sandbox:
         network: str | None = None,
         egress: str | None = None,
         publish: Sequence[str] = (),
+        host_access: bool = False,
+        run_id: str | None = None,
+        address_range: str | None = None,
+        tap: str | None = None,
         init: str | None = None,
         volumes: Sequence[str | VolumeMount] = (),
         app: str | os.PathLike[str] | None = None,
@@ -790,6 +794,10 @@ class Sandbox:
                 network=network,
                 egress=egress,
                 publish=publish,
+                host_access=host_access,
+                run_id=run_id,
+                address_range=address_range,
+                tap=tap,
                 init=init,
                 volumes=volumes,
                 app=app,
@@ -931,9 +939,12 @@ class Sandbox:
         """Destroys it so long after now, or pauses it so long after its last use; with neither it stays until it is killed."""
         return call(self._async.set_timeout(timeout, idle_timeout=idle_timeout))
 
-    def set_network(self, *, egress: str | None = None, publish: Sequence[str] | None = None) -> SandboxInfo:
-        """Another egress policy, other published ports; None leaves them. Connections that it may not have any more are cut."""
-        return call(self._async.set_network(egress=egress, publish=publish))
+    def set_network(
+        self, *, egress: str | None = None, publish: Sequence[str] | None = None, host_access: bool | None = None
+    ) -> SandboxInfo:
+        """Another egress policy, other published ports, access to the host or none; None leaves them. Connections that it may not
+        have any more are cut."""
+        return call(self._async.set_network(egress=egress, publish=publish, host_access=host_access))
 
     def wait(self, *states: str, timeout: float | None = None) -> SandboxInfo:
         """Until it is in one of the states (none: until it is gone). :class:`DeadlineExceeded` after ``timeout`` seconds."""

@@ -339,6 +339,8 @@ async def _shape(
     """What golden memory for this machine is known by; None: it has to boot."""
     usual = request.init == "agent" and request.initrd is None and not request.attached
     # Only of an overlay is it known that the guest finds in it what it has read of the base.
+    if request.wire is not None and request.wire.own:
+        return None
     if request.cold or not usual or words.root is None or clone.format != "qcow2" or len(clone.backing) != 1:
         return None
     return await Shape.of(spec, words.root, words.network, clone.size, settings)

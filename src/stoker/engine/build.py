@@ -34,6 +34,7 @@ from stoker.engine.core import Box, Core, Live, Places, released_in
 from stoker.engine.ending import detach, ended, release_all
 from stoker.engine.hub import Hub, Started, decode_started
 from stoker.engine.ledger import Entry, Kind, Ledger
+from stoker.engine.networks import has_own_addresses
 from stoker.engine.operations import Running
 from stoker.engine.release import release
 from stoker.engine.state import Attached, Record, to_body
@@ -179,20 +180,27 @@ async def make_places(core: Core, box: Box, places: Places) -> None:
     for volume in box.record.volumes:
         await volume_ready(core, volume)
     if box.record.request.network is NetworkMode.NAT:
-        await _make_slot(core, box)
+        await _make_slot(core, box, places.directory)
     trace("create.after_slot")
 
 
-async def _make_slot(core: Core, box: Box) -> None:
-    slot = await core.networks.promise()
+async def _make_slot(core: Core, box: Box, directory: Path) -> None:
+    slot = await core.networks.promise(box.record)
+    pinned = slot if has_own_addresses(box.record.request) else ""
     try:
-        await core.save(box, slot=slot, durable=True, also=lambda db: Ledger.intend_in(db, box.id, [(Kind.SLOT, slot)]))
+        things = [(Kind.SLOT, slot)]
+        if box.record.request.init is InitMode.IMAGE:
+            things.append((Kind.DHCP, str(directory)))
+        await core.save(box, slot=slot, pinned=pinned, durable=True, also=lambda db: Ledger.intend_in(db, box.id, things))
     except BaseException:
         core.networks.forget(slot)
         raise
     trace("slot.after_intent")
     box.wire = await core.networks.up(box.record)
     await core.ledger.live(box.id, Kind.SLOT, slot)
+    if box.record.request.init is InitMode.IMAGE:
+        await core.networks.lease(box.record, directory)
+        await core.ledger.live(box.id, Kind.DHCP, str(directory))
 
 
 def requested(core: Core, box: Box, places: Places, *, copied: bool = False) -> MachineRequest:

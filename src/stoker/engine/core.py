@@ -206,6 +206,8 @@ class Core:
         """Takes away what an entry of the ledger names. ``found``: its shims, when they have been looked for already."""
         if entry.kind is Kind.UNIT:
             await self.units.release(entry.name)
+        elif entry.kind is Kind.DHCP:
+            await self.networks.lease_no_more(Path(entry.name))
         elif entry.kind is Kind.SLOT:
             await self.networks.release(entry.name)
         else:
@@ -306,6 +308,7 @@ class Core:
 
         await self.database.write(work)
         self.boxes.pop(record.id, None)
+        self.networks.unpin(record.id)
         if record.name is not None and self.names.get((record.owner, record.name)) == record.id:
             del self.names[record.owner, record.name]
         self.admission.release(record.id)

@@ -31,7 +31,7 @@ from stoker.engine.build import begin
 from stoker.engine.claims import claim_in
 from stoker.engine.core import Box, Core, put
 from stoker.engine.ledger import Ledger
-from stoker.engine.networks import check_network
+from stoker.engine.networks import check_network, default_network, has_own_addresses
 from stoker.engine.state import Mounted, Record, new_id, require
 from stoker.engine.takeover import take_over
 from stoker.engine.trace import trace
@@ -39,6 +39,7 @@ from stoker.errors import Conflict, Forbidden, HostError
 
 if TYPE_CHECKING:
     from stoker.engine.operations import Running
+    from stoker.settings import Settings
 
 __all__ = ["Source", "begin_from", "check_host_paths", "create", "expiry", "first_row", "settled", "start", "whole"]
 
@@ -52,6 +53,14 @@ def settled(timeout: Timeout | None) -> Timeout | None:
     if timeout is None or timeout.action is not None:
         return timeout
     return replace(timeout, action=TimeoutAction.PAUSE if timeout.mode is TimeoutMode.IDLE else TimeoutAction.DESTROY)
+
+
+def with_network(request: CreateSandbox, settings: Settings) -> CreateSandbox:
+    """Which network it gets when it names none: one that has what else it asks for."""
+    if request.network is not None:
+        return request
+    asks = request.egress is not None or request.publish or request.host_access or has_own_addresses(request)
+    return replace(request, network=NetworkMode.NAT if asks else default_network(settings))
 
 
 def whole(request: CreateSandbox) -> CreateSandbox:
@@ -159,7 +168,7 @@ def first_row(
     warm: str = "",
 ) -> Record:
     """The row that a sandbox of this request begins with."""
-    asked = whole(request)
+    asked = whole(with_network(request, core.settings))
     record = Record(
         id=new_id("sb"),
         owner=owner,

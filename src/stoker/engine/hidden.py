@@ -34,6 +34,7 @@ def common(request: CreateSandbox) -> CreateSandbox:
         request,
         egress=None,
         publish=[],
+        host_access=False,
         name=None,
         labels={},
         hostname=None,

@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from stoker.engine.networks import RANGES
+from stoker.engine.networks import range_of, ranges
 from stoker.errors import Forbidden, HostError
 from stoker.host.durable import write_atomically
 from stoker.network import host
 from stoker.network.host import Finding
-from stoker.network.plan import Foreign
+from stoker.network.plan import Foreign, RunPlan, Taken, plan_run
 
 if TYPE_CHECKING:
     from stoker.settings import Settings
 
-__all__ = ["SYSCTL", "findings", "fix", "unfix"]
+__all__ = ["SYSCTL", "findings", "fix", "plan", "unfix"]
 
 SYSCTL: Final = Path("/etc/sysctl.d/90-stoker.conf")
 
@@ -30,7 +30,18 @@ def _record(settings: Settings) -> Path:
     return settings.data_dir / "network-undo.json"
 
 
-def findings() -> list[Finding]:
+def plan(settings: Settings, run_id: str, names: Sequence[str], address_range: str | None = None) -> list[RunPlan]:
+    """What machines of a run would get now. Raises ``range_unknown``, ``name_twice`` (InvalidRequest), ``slots_exhausted``."""
+    from stoker.host.netlink import Netlink
+
+    within = range_of(ranges(settings), address_range)
+    with Netlink() as link:
+        taps = {one.name for one in link.links()}
+        there = [one.interface.network for one in link.addresses()] + [one.destination for one in link.routes()]
+    return list(plan_run(run_id, names, Taken(taps, there), within).values())
+
+
+def findings(settings: Settings) -> list[Finding]:
     """Everything that was looked at, good and bad."""
     if os.geteuid() != 0:
         raise Forbidden("root_needed", "the host's firewall is root's to look at", "sudo stoker network check")
@@ -43,7 +54,7 @@ def findings() -> list[Finding]:
         routes = [(names.get(one.index, ""), one.destination) for one in link.routes() if one.destination.prefixlen]
     foreign = [Foreign(at.network, f"{name} has the address {at} of") for name, at in addresses if not _ours(name)]
     foreign += [Foreign(to, f"is routed to {name}") for name, to in routes if not _ours(name)]
-    return host.judge(host.observe(foreign), RANGES)
+    return host.judge(host.observe(foreign), list(ranges(settings).values()))
 
 
 def _ours(name: str) -> bool:

@@ -11,6 +11,8 @@ process     the machine's directory (``shim --dir DIR``)   killing the recorded 
                                                            exactly that argument (engine.release)
 unit        the machine's scope: ``stoker-ID.scope``       stopping it (engine.units)
 cgroup      the cgroup's directory                         killing what is in it, rmdir
+dhcp        the machine's directory                        ending the dnsmasq with its lease file
+                                                           (network.dhcp)
 slot        ``ns:VETH:ADDRESS/31``, ``run:TAP:ADDR/30``    its links and what the firewall knows of them
                                                            (:mod:`.networks`)
 directory   ``RUN_DIR/sandboxes/ID``                       removing the tree: sockets, logs, records of the shim
@@ -48,6 +50,7 @@ class Kind(StrEnum):
     PROCESS = "process"
     UNIT = "unit"
     CGROUP = "cgroup"
+    DHCP = "dhcp"
     SLOT = "slot"
     DIRECTORY = "directory"
     DEVICE = "device"
@@ -60,7 +63,7 @@ class Kind(StrEnum):
     LEASE = "lease"
 
 
-OF_A_MACHINE: Final = (Kind.PROCESS, Kind.UNIT, Kind.CGROUP, Kind.SLOT, Kind.MEMORY)
+OF_A_MACHINE: Final = (Kind.PROCESS, Kind.UNIT, Kind.CGROUP, Kind.DHCP, Kind.SLOT, Kind.MEMORY)
 """What goes with a machine; the rest stays while its sandbox does."""
 _ORDER = {kind: position for position, kind in enumerate(Kind)}
 

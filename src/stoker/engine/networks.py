@@ -12,29 +12,48 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv4Network
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from stoker.api.models import CreateSandbox, NetworkMode
 from stoker.errors import HostError, InvalidRequest, StokerError
 from stoker.network.egress import ALL, NONE, Egress, parse_egress
 from stoker.network.egress import Protocol as Transport
-from stoker.network.plan import INSIDE, NAMESPACE_RANGE, NamespacePlan, RunPlan, Taken, number_of, parse_slot, plan_namespace
+from stoker.network.plan import (
+    INSIDE,
+    NAMESPACE_RANGE,
+    RUN_RANGE,
+    NamespacePlan,
+    Range,
+    RunPlan,
+    Taken,
+    check_ranges,
+    first_guess,
+    number_of,
+    parse_slot,
+    plan_namespace,
+    plan_run,
+    plan_tap,
+)
 from stoker.network.rules import SERVICES, Machine, Publication
 
 if TYPE_CHECKING:
     from stoker.engine.state import Record
+    from stoker.network.dns_upstream import Server
     from stoker.network.firewall import Firewall
     from stoker.network.resolver import Resolver
     from stoker.network.slot import Plan, Slot, Slots
     from stoker.settings import Settings
 
-__all__ = ["Networks", "Wire", "check_network"]
+__all__ = ["Networks", "Wire", "check_network", "default_network", "has_own_addresses", "planned", "range_of", "ranges"]
 
 log = logging.getLogger(__name__)
-RANGES: Final = (NAMESPACE_RANGE,)
+NAMESPACE: Final = NAMESPACE_RANGE.name
+DEFAULT: Final = RUN_RANGE.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +65,8 @@ class Wire:
     gateway: str
     nameserver: str
     tap: int
+    own: bool
+    """Its addresses are those of no other machine: memory with them in it is for nobody else."""
 
 
 class Found(Protocol):
@@ -63,9 +84,13 @@ class Networks:
         self._slots: Slots | None = None
         self._firewall: Firewall | None = None
         self._resolver: Resolver | None = None
-        self._taken = Taken()
+        self._ranges = ranges(settings)
+        self._foreign: list[IPv4Network] = []
+        self._names: frozenset[str] = frozenset()
         self._promised: dict[str, Plan] = {}
         """Of every row that has one, and of those that are about to."""
+        self._pinned: dict[str, Plan] = {}
+        """By their sandboxes: slots that nobody else gets, with a machine in them or without."""
         self._up: dict[str, Slot] = {}
         self._last = -1
 
@@ -91,24 +116,30 @@ class Networks:
         from stoker.network.firewall import Firewall
         from stoker.network.slot import Slots
 
-        self._firewall = firewall = Firewall.open([one.network for one in RANGES], self._private())
+        ours = list(self._ranges.values())
+        self._firewall = firewall = Firewall.open([one.network for one in ours], private_networks(self._settings))
         try:
             slots = Slots.open(firewall)
+            self._look(slots)
         except BaseException:
             firewall.close()
             raise
-        self._taken = slots.taken()
         return slots
+
+    def _look(self, slots: Slots) -> None:
+        """What is on the host that is not ours. Raises ``range_taken`` (HostError)."""
+        mine = {plan.interface for plan in (*self._promised.values(), *self._pinned.values())}
+        found = slots.foreign(besides=mine)
+        if problems := check_ranges(list(self._ranges.values()), found):
+            raise HostError("range_taken", problems[0], "another network_range, run_range or ranges in the configuration")
+        self._foreign = [one.network for one in found]
+        self._names = slots.taken().names - mine
 
     def _resolves(self) -> Resolver:
         from stoker.network.resolver import Resolver
 
         assert self._firewall is not None
-        return Resolver.open(self._firewall, private=self._private())
-
-    def _private(self) -> list[IPv4Network]:
-        """The operator's own networks, beside those that are private to everybody."""
-        return []
+        return Resolver.open(self._firewall, name_servers(self._settings), private_networks(self._settings))
 
     async def aclose(self) -> None:
         """Slots of machines that live stay."""
@@ -127,25 +158,42 @@ class Networks:
 
     # -- promises -----------------------------------------------------------------------------------------------------
 
-    async def promise(self) -> str:
-        """A slot for a row that is about to be written: its id. To be taken back with :meth:`forget`."""
-        await self.open()
-        taken = Taken(self._taken.names, [*self._networks()])
-        plan = plan_namespace(taken, after=self._last)
-        self._last = number_of(plan, NAMESPACE_RANGE)
+    async def promise(self, record: Record) -> str:
+        """A slot for a row that is about to be written: its id. To be taken back with :meth:`forget`. Raises ``slots_exhausted``,
+        ``tap_taken`` (CapacityExhausted), ``range_unknown`` (InvalidRequest)."""
+        slots = await self.open()
+        plan: Plan
+        if record.id in self._pinned:
+            plan = self._pinned[record.id]
+        elif has_own_addresses(record.request):
+            await asyncio.to_thread(self._look, slots)  # as it is by now: a collision moves on to what is free
+            plan = self._pinned[record.id] = planned(record, self._ranges, self._taken())
+        else:
+            within = self._ranges[NAMESPACE]
+            plan = plan_namespace(self._taken(), within, after=self._last)
+            self._last = number_of(plan, within)
         self._promised[plan.id] = plan
         return plan.id
 
-    def _networks(self) -> Iterable[IPv4Network]:
-        for plan in self._promised.values():
-            yield plan.network
+    def _taken(self) -> Taken:
+        ours = [*self._promised.values(), *self._pinned.values()]
+        return Taken(
+            self._names | {plan.interface for plan in ours}, [*self._foreign, *dict.fromkeys(plan.network for plan in ours)]
+        )
 
-    def keep(self, slot: str) -> None:
-        """A row that was found has this one."""
-        self._promised[slot] = parse_slot(slot)
+    def keep(self, record: Record) -> None:
+        """A row that was found has these."""
+        if record.slot:
+            self._promised[record.slot] = parse_slot(record.slot)
+        if record.pinned:
+            self._pinned[record.id] = parse_slot(record.pinned)
 
     def forget(self, slot: str) -> None:
         self._promised.pop(slot, None)
+
+    def unpin(self, sandbox: str) -> None:
+        """The sandbox is gone: its addresses are anybody's."""
+        self._pinned.pop(sandbox, None)
 
     # -- machines -----------------------------------------------------------------------------------------------------
 
@@ -165,7 +213,30 @@ class Networks:
         await self._answer(machine, plan)
         inside = isinstance(plan, NamespacePlan)
         gateway = INSIDE.gateway.ip if inside else plan.host
-        return Wire(plan.mac, f"{plan.guest}/30", str(gateway), self._settings.nameserver, slot.tap)
+        return Wire(plan.mac, f"{plan.guest}/30", str(gateway), self._settings.nameserver, slot.tap, not inside)
+
+    async def lease(self, record: Record, directory: Path) -> None:
+        """Offers its addresses by DHCP to a machine with an init of its own. Raises ``tool_missing``, ``dhcp_failed``."""
+        from stoker.host.namespaces import Namespace, own_namespace
+        from stoker.network import dhcp
+
+        plan, slot = parse_slot(record.slot), self._up[record.slot]
+        offered = dhcp.of_slot(
+            plan, hostname=record.hostname.partition(".")[0], nameservers=(IPv4Address(self._settings.nameserver),)
+        )
+
+        def work() -> None:
+            with ExitStack() as undo:
+                inside = slot.namespace or undo.enter_context(Namespace(own_namespace()))
+                dhcp.start(offered, directory, inside)
+
+        await asyncio.to_thread(work)
+
+    async def lease_no_more(self, directory: Path) -> None:
+        """Twice is fine."""
+        from stoker.network import dhcp
+
+        await asyncio.to_thread(dhcp.end, directory)
 
     async def _answer(self, machine: Machine, plan: RunPlan | NamespacePlan) -> None:
         """Serves names to a machine that has to use our resolver, and no longer to one that need not."""
@@ -237,10 +308,82 @@ def _forwards() -> bool:
         return file.read().strip() == "1"
 
 
+def default_network(settings: Settings) -> NetworkMode:
+    """What a machine gets that asks for nothing."""
+    if settings.network != "auto":
+        try:
+            return NetworkMode(settings.network)
+        except ValueError:
+            hint = "auto, nat, user or none"
+            raise InvalidRequest("bad_setting", f"there is no network {settings.network!r}", hint) from None
+    usable = os.geteuid() == 0 and os.path.exists("/dev/net/tun") and _forwards()
+    return NetworkMode.NAT if usable else NetworkMode.USER
+
+
+def ranges(settings: Settings) -> dict[str, Range]:
+    """By their names. Raises ``range_invalid`` (InvalidRequest)."""
+    found = [Range.parse(NAMESPACE, settings.network_range), Range.parse(DEFAULT, settings.run_range)]
+    for text in filter(None, (one.strip() for one in settings.ranges.split(","))):
+        name, _, network = text.partition("=")
+        found.append(Range.parse(name.strip(), network.strip()))
+    if len({one.name for one in found}) != len(found):
+        raise InvalidRequest("range_invalid", "two ranges have one name", f"{NAMESPACE} and {DEFAULT} are those of the settings")
+    return {one.name: one for one in found}
+
+
+def private_networks(settings: Settings) -> list[IPv4Network]:
+    """Raises ``bad_setting`` (InvalidRequest)."""
+    try:
+        return [IPv4Network(one.strip()) for one in settings.private_networks.split(",") if one.strip()]
+    except ValueError as error:
+        raise InvalidRequest("bad_setting", f"private_networks: {error}", 'private_networks = "192.0.2.0/24"') from None
+
+
+def name_servers(settings: Settings) -> list[Server]:
+    """Raises ``bad_setting`` (InvalidRequest)."""
+    from stoker.network.dns_upstream import Server
+
+    try:
+        return [Server.parse(one.strip()) for one in settings.resolvers.split(",") if one.strip()]
+    except ValueError as error:
+        raise InvalidRequest("bad_setting", f"resolvers: {error}", 'resolvers = "9.9.9.9, 192.0.2.1:5353"') from None
+
+
+def has_own_addresses(request: CreateSandbox) -> bool:
+    """Whether it is of the run plan: with an interface and addresses on the host that are its own."""
+    return any(one is not None for one in (request.run_id, request.address_range, request.tap))
+
+
+def range_of(known: Mapping[str, Range], name: str | None) -> Range:
+    """Raises ``range_unknown`` (InvalidRequest)."""
+    within = known.get(name or DEFAULT)
+    if within is None or within.name == NAMESPACE:
+        there = ", ".join(name for name in known if name != NAMESPACE)
+        raise InvalidRequest("range_unknown", f"there is no range {name}", f"there are: {there}")
+    return within
+
+
+def planned(record: Record, known: Mapping[str, Range], taken: Taken) -> RunPlan:
+    """The slot of a sandbox with addresses of its own."""
+    request = record.request
+    within = range_of(known, request.address_range)
+    if request.run_id is not None:
+        return plan_run(request.run_id, [record.name or ""], taken, within)[record.name or ""]
+    tap = request.tap or first_guess("", record.id)[0]
+    return plan_tap(record.label, tap, taken, within)
+
+
 def check_network(request: CreateSandbox) -> None:
     """Refuses what can never be: ``bad_network``, ``egress_invalid``, ``port_invalid`` (InvalidRequest)."""
-    if request.network is not NetworkMode.NAT and (request.egress is not None or request.publish):
-        raise InvalidRequest("bad_network", "a policy and ports are for the network nat", "--network nat")
+    if request.network is not NetworkMode.NAT:
+        if request.egress is not None or request.publish or request.host_access:
+            raise InvalidRequest("bad_network", "a policy and ports are for the network nat", "--network nat")
+        if has_own_addresses(request):
+            raise InvalidRequest("bad_network", "addresses of one's own are for the network nat", "--network nat")
+    if request.run_id is not None and (request.name is None or request.tap is not None):
+        raise InvalidRequest(
+            "run_unnamed", "with a run id the interface and addresses follow from it and a name", "--run-id ID --name NAME"
+        )
     egress_of(request.egress)
     seen = [(one.protocol, one.host_port, one.host_address) for one in map(publication_of, request.publish)]
     if len(set(seen)) != len(seen):
@@ -258,6 +401,7 @@ def machine_of(record: Record, plan: RunPlan | NamespacePlan) -> Machine:
         egress,
         published=tuple(publication_of(text) for text in record.request.publish),
         host_services=SERVICES if names else (),
+        host_access=record.request.host_access,
         resolver=plan.host if names else None,
     )
 

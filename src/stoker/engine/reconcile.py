@@ -88,8 +88,8 @@ async def reconcile(core: Core) -> None:
     """Everything but reaching the agents of adopted machines is done when this returns."""
     entries = await core.ledger.all()
     slots = [entry.name for entry in entries if entry.kind is Kind.SLOT]
-    for slot in slots:
-        core.networks.keep(slot)
+    for box in core.boxes.values():
+        core.networks.keep(box.record)
     machines = [entry.name for entry in entries if entry.kind is Kind.PROCESS]
     found = await asyncio.to_thread(shims, machines) if machines else {}
     orphans = [entry for entry in entries if not core.owns(entry.owner)]

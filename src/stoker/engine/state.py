@@ -187,6 +187,8 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why it is frozen, when nobody asked for that."""
     slot: str = ""
     """The slot that its machine has on the host."""
+    pinned: str = ""
+    """The slot that is its own while it exists, with a machine or without."""
     pool: str = ""
     """The pool its disk is in; "" is the one that needs no file system of its own."""
     boots: int = 0
@@ -286,6 +288,7 @@ def to_sandbox(record: Record, expires_at: float | None) -> Sandbox:
         address=str(parse_slot(record.slot).address) if record.slot else "",
         egress=(request.egress or "all") if request.network is NetworkMode.NAT else "",
         publish=request.publish,
+        interface=parse_slot(record.slot).interface if record.slot else "",
         init=request.init or InitMode.AGENT,
         volumes=[VolumeMount(name=m.name, path=m.path, read_only=m.read_only) for m in record.volumes],
         app=request.app,

@@ -73,6 +73,8 @@ async def set_network(core: Core, box: Box, request: SetNetwork) -> None:
             wanted = replace(wanted, egress=request.egress)
         if request.publish is not None:
             wanted = replace(wanted, publish=request.publish)
+        if request.host_access is not None:
+            wanted = replace(wanted, host_access=request.host_access)
         check_network(wanted)
         if record.slot:
             await core.networks.change(replace(record, request=wanted))

@@ -24,7 +24,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -121,14 +121,16 @@ class Slots:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def foreign(self) -> list[Foreign]:
-        """The networks of the host: of its interfaces' addresses and its routes, our own slots' among them."""
+    def foreign(self, besides: Collection[str] = ()) -> list[Foreign]:
+        """The networks of the host: of its interfaces' addresses and its routes, but for those of interfaces ``besides``."""
         names = {link.index: link.name for link in self._link.links()}
+        mine = {index for index, name in names.items() if name in besides}
         found = [
             Foreign(address.interface.network, f"{names.get(address.index, 'an interface')} has the address {address.interface} of")
             for address in self._link.addresses()
+            if address.index not in mine
         ]
-        routes = (route for route in self._link.routes() if route.destination.prefixlen)
+        routes = (route for route in self._link.routes() if route.destination.prefixlen and route.index not in mine)
         return found + [Foreign(route.destination, f"is routed to {names.get(route.index, 'nowhere')}") for route in routes]
 
     def taken(self, plans: Iterable[Plan] = ()) -> Taken:
