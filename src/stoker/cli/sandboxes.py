@@ -154,6 +154,7 @@ COLUMNS: tuple[Column[Sandbox], ...] = (
     Column("IMAGE", lambda s: s.image),
     Column("CPUS", lambda s: str(s.resources.cpus), right=True),
     Column("MEMORY", lambda s: _size(s.resources.memory), right=True),
+    Column("ADDRESS", lambda s: s.address or "-"),
     Column("AGE", lambda s: ago(s.created_at), right=True),
     Column("LEFT", _limit, right=True),
     Column("LABELS", lambda s: ",".join(f"{k}={v}" for k, v in sorted(s.labels.items()))),

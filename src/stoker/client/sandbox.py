@@ -125,13 +125,14 @@ class AsyncSandbox:
     ) -> AsyncSandbox:
         """Makes a sandbox out of an image or a template (by its name) and returns when it runs.
 
-        ``memory`` (512M), ``cpus`` (1), ``network`` (``user``) and ``init`` (``agent``) are a template's where that is one.
+        ``memory`` (512M), ``cpus`` (1), ``network`` (as configured) and ``init`` (``agent``) are a template's where that is one.
         Sizes are bytes or such as ``512M``, times seconds or such as ``30m``. ``timeout`` destroys it so long after now,
         ``idle_timeout`` so long after its last use. With ``lease`` it ends with this program, however that ends. ``start`` runs
         the image's own command as a process tagged ``main``. With ``init="image"`` process 1 is the image's ``/sbin/init``.
         With ``network="nat"`` it has an interface on the host (root's daemon), ``egress`` says where it may connect to (``all``:
         public addresses, ``none``, or rules such as ``allow: 10.1.0.0/16, *.example.org:443``), and ``publish`` which ports of the
-        host lead into it (``8080:80``). ``volumes`` are such as ``data:/srv/data`` or ``data:/srv/data:ro``;
+        host lead into it (``8080:80``); ``run_id`` (with a name), ``address_range`` or ``tap`` give it an address of its own on the
+        host. ``volumes`` are such as ``data:/srv/data`` or ``data:/srv/data:ro``;
         ``app`` is a zip, tar, tar.gz or directory of this host whose content goes into ``/app``.
         Cancelled, or not ready within ``ready_timeout`` seconds, nothing of it is left.
         """

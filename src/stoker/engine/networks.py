@@ -420,7 +420,10 @@ def publication_of(text: str) -> Publication:
         if len(numbers) != 2 or not all(0 < number < 65536 for number in numbers):
             raise ValueError
         where = IPv4Address(address) if address else None
-        return Publication(Transport(protocol or "tcp"), numbers[0], numbers[1], where)
+        transport = Transport(protocol or "tcp")
+        if transport is Transport.ICMP:
+            raise ValueError
+        return Publication(transport, numbers[0], numbers[1], where)
     except (ValueError, AddressValueError):
         raise InvalidRequest(
             "port_invalid", f"{text[:60]!r} is no port to publish", "8080:80, 127.0.0.1:8080:80, 5353:53/udp"
