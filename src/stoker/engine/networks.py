@@ -13,13 +13,13 @@ import asyncio
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv4Network
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from stoker.api.models import CreateSandbox, NetworkMode
+from stoker.engine.leases import Leases
 from stoker.errors import HostError, InvalidRequest, StokerError
 from stoker.network.egress import ALL, NONE, Egress, parse_egress
 from stoker.network.egress import Protocol as Transport
@@ -54,6 +54,8 @@ __all__ = ["Networks", "Wire", "check_network", "default_network", "has_own_addr
 log = logging.getLogger(__name__)
 NAMESPACE: Final = NAMESPACE_RANGE.name
 DEFAULT: Final = RUN_RANGE.name
+LOOK: Final = 20.0
+"""Seconds between two looks at what others may have changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,8 @@ class Networks:
         """By their sandboxes: slots that nobody else gets, with a machine in them or without."""
         self._up: dict[str, Slot] = {}
         self._last = -1
+        self._leases = Leases()
+        self._looks: asyncio.Task[None] | None = None
 
     # -- beginning and end --------------------------------------------------------------------------------------------
 
@@ -110,6 +114,7 @@ class Networks:
                     raise HostError("network_unavailable", why, "--network user")
                 self._slots = await asyncio.to_thread(self._opened)
                 self._resolver = self._resolves()
+                self._looks = asyncio.create_task(self._look_after(), name="networks")
             return self._slots
 
     def _opened(self) -> Slots:
@@ -143,6 +148,10 @@ class Networks:
 
     async def aclose(self) -> None:
         """Slots of machines that live stay."""
+        looks, self._looks = self._looks, None
+        if looks is not None:
+            looks.cancel()
+            await asyncio.wait({looks})
         slots, self._slots = self._slots, None
         firewall, self._firewall = self._firewall, None
         resolver, self._resolver = self._resolver, None
@@ -215,28 +224,25 @@ class Networks:
         gateway = INSIDE.gateway.ip if inside else plan.host
         return Wire(plan.mac, f"{plan.guest}/30", str(gateway), self._settings.nameserver, slot.tap, not inside)
 
-    async def lease(self, record: Record, directory: Path) -> None:
-        """Offers its addresses by DHCP to a machine with an init of its own. Raises ``tool_missing``, ``dhcp_failed``."""
-        from stoker.host.namespaces import Namespace, own_namespace
-        from stoker.network import dhcp
-
-        plan, slot = parse_slot(record.slot), self._up[record.slot]
-        offered = dhcp.of_slot(
-            plan, hostname=record.hostname.partition(".")[0], nameservers=(IPv4Address(self._settings.nameserver),)
-        )
-
-        def work() -> None:
-            with ExitStack() as undo:
-                inside = slot.namespace or undo.enter_context(Namespace(own_namespace()))
-                dhcp.start(offered, directory, inside)
-
-        await asyncio.to_thread(work)
+    async def lease(self, record: Record, directory: Path, *, found: bool = False) -> None:
+        """Offers its addresses by DHCP to a machine with an init of its own; ``found``: it may be offered them already."""
+        slot = self._up[record.slot]
+        await self._leases.begin(slot, directory, record.hostname, self._settings.nameserver, found=found)
 
     async def lease_no_more(self, directory: Path) -> None:
         """Twice is fine."""
-        from stoker.network import dhcp
+        await self._leases.end(directory)
 
-        await asyncio.to_thread(dhcp.end, directory)
+    async def _look_after(self) -> None:
+        """The tables are as they should be, whoever flushed them; DHCP is served."""
+        while True:
+            await asyncio.sleep(LOOK)
+            try:
+                if self._firewall is not None and await asyncio.to_thread(self._firewall.restore):
+                    log.warning("the firewall's tables were not what they should be; they were made anew")
+                await self._leases.look()
+            except (StokerError, OSError) as error:
+                log.warning("the machines' networks could not be looked after: %s", error)
 
     async def _answer(self, machine: Machine, plan: RunPlan | NamespacePlan) -> None:
         """Serves names to a machine that has to use our resolver, and no longer to one that need not."""

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import msgspec
 
-from stoker.api.models import SandboxState
+from stoker.api.models import InitMode, SandboxState
 from stoker.engine.build import kept_rows, make_hub
 from stoker.engine.core import Box, Core, Live, released_in
 from stoker.engine.ending import detach, ended, release_all
@@ -210,6 +210,8 @@ async def _adopt(core: Core, box: Box) -> bool:
     if box.record.slot:
         try:
             await core.networks.adopt(box.record, machine)
+            if box.record.request.init is InitMode.IMAGE:
+                await core.networks.lease(box.record, core.places(box.id).directory, found=True)
         except StokerError as error:
             # It runs, and nobody judges what it sends: better it is not there.
             log.error("%s is ended, its network cannot be had again: %s", box.id, error)
