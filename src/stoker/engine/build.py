@@ -33,6 +33,7 @@ from stoker.engine.booter import Booted
 from stoker.engine.core import Box, Core, Live, Places, released_in
 from stoker.engine.ending import detach, ended, release_all
 from stoker.engine.hub import Hub, Started, decode_started
+from stoker.engine.leases import lease_name
 from stoker.engine.ledger import Entry, Kind, Ledger
 from stoker.engine.networks import has_own_addresses
 from stoker.engine.operations import Running
@@ -45,6 +46,7 @@ from stoker.engine.watch import watch
 from stoker.errors import Conflict, HostError, InternalError, StokerError
 from stoker.host import cgroups
 from stoker.host.cgroups import Limits
+from stoker.network.plan import parse_slot
 from stoker.storage.app import app_image
 from stoker.vmm.machine import translated_code
 
@@ -188,9 +190,10 @@ async def _make_slot(core: Core, box: Box, directory: Path) -> None:
     slot = await core.networks.promise(box.record)
     pinned = slot if has_own_addresses(box.record.request) else ""
     try:
-        things = [(Kind.SLOT, slot)]
+        things, lease = [(Kind.SLOT, slot)], ""
         if box.record.request.init is InitMode.IMAGE:
-            things.append((Kind.DHCP, str(directory)))
+            lease = lease_name(parse_slot(slot), directory, core.units)
+            things.append((Kind.DHCP, lease))
         await core.save(box, slot=slot, pinned=pinned, durable=True, also=lambda db: Ledger.intend_in(db, box.id, things))
     except BaseException:
         core.networks.forget(slot)
@@ -198,9 +201,9 @@ async def _make_slot(core: Core, box: Box, directory: Path) -> None:
     trace("slot.after_intent")
     box.wire = await core.networks.up(box.record)
     await core.ledger.live(box.id, Kind.SLOT, slot)
-    if box.record.request.init is InitMode.IMAGE:
-        await core.networks.lease(box.record, directory)
-        await core.ledger.live(box.id, Kind.DHCP, str(directory))
+    if lease:
+        await core.networks.lease(box.record, lease, core.units)
+        await core.ledger.live(box.id, Kind.DHCP, lease)
 
 
 def requested(core: Core, box: Box, places: Places, *, copied: bool = False) -> MachineRequest:

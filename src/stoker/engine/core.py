@@ -207,7 +207,7 @@ class Core:
         if entry.kind is Kind.UNIT:
             await self.units.release(entry.name)
         elif entry.kind is Kind.DHCP:
-            await self.networks.lease_no_more(Path(entry.name))
+            await self.networks.leases.end(entry.name, self.units)
         elif entry.kind is Kind.SLOT:
             await self.networks.release(entry.name)
         else:

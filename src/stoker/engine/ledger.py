@@ -11,8 +11,8 @@ process     the machine's directory (``shim --dir DIR``)   killing the recorded 
                                                            exactly that argument (engine.release)
 unit        the machine's scope: ``stoker-ID.scope``       stopping it (engine.units)
 cgroup      the cgroup's directory                         killing what is in it, rmdir
-dhcp        the machine's directory                        ending the dnsmasq with its lease file
-                                                           (network.dhcp)
+dhcp        the machine's directory, or a unit              ending the dnsmasq with its lease file, or stopping
+                                                           the unit (engine.leases)
 slot        ``ns:VETH:ADDRESS/31``, ``run:TAP:ADDR/30``    its links and what the firewall knows of them
                                                            (:mod:`.networks`)
 directory   ``RUN_DIR/sandboxes/ID``                       removing the tree: sockets, logs, records of the shim

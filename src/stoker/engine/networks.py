@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv4Network
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from stoker.api.models import CreateSandbox, NetworkMode
@@ -43,6 +42,7 @@ from stoker.network.rules import SERVICES, Machine, Publication
 
 if TYPE_CHECKING:
     from stoker.engine.state import Record
+    from stoker.engine.units import Units
     from stoker.network.dns_upstream import Server
     from stoker.network.firewall import Firewall
     from stoker.network.resolver import Resolver
@@ -95,7 +95,7 @@ class Networks:
         """By their sandboxes: slots that nobody else gets, with a machine in them or without."""
         self._up: dict[str, Slot] = {}
         self._last = -1
-        self._leases = Leases()
+        self.leases = Leases()
         self._looks: asyncio.Task[None] | None = None
 
     # -- beginning and end --------------------------------------------------------------------------------------------
@@ -224,14 +224,10 @@ class Networks:
         gateway = INSIDE.gateway.ip if inside else plan.host
         return Wire(plan.mac, f"{plan.guest}/30", str(gateway), self._settings.nameserver, slot.tap, not inside)
 
-    async def lease(self, record: Record, directory: Path, *, found: bool = False) -> None:
+    async def lease(self, record: Record, name: str, units: Units, *, found: bool = False) -> None:
         """Offers its addresses by DHCP to a machine with an init of its own; ``found``: it may be offered them already."""
         slot = self._up[record.slot]
-        await self._leases.begin(slot, directory, record.hostname, self._settings.nameserver, found=found)
-
-    async def lease_no_more(self, directory: Path) -> None:
-        """Twice is fine."""
-        await self._leases.end(directory)
+        await self.leases.begin(name, slot, record.hostname, self._settings.nameserver, units, found=found)
 
     async def _look_after(self) -> None:
         """The tables are as they should be, whoever flushed them; DHCP is served."""
@@ -240,7 +236,7 @@ class Networks:
             try:
                 if self._firewall is not None and await asyncio.to_thread(self._firewall.restore):
                     log.warning("the firewall's tables were not what they should be; they were made anew")
-                await self._leases.look()
+                await self.leases.look()
             except (StokerError, OSError) as error:
                 log.warning("the machines' networks could not be looked after: %s", error)
 

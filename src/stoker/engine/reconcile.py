@@ -33,6 +33,7 @@ from stoker.api.models import InitMode, SandboxState
 from stoker.engine.build import kept_rows, make_hub
 from stoker.engine.core import Box, Core, Live, released_in
 from stoker.engine.ending import detach, ended, release_all
+from stoker.engine.leases import lease_name
 from stoker.engine.ledger import Entry, Kind
 from stoker.engine.pause import drop_saved, laid_away, saved_place
 from stoker.engine.release import shims
@@ -40,6 +41,7 @@ from stoker.engine.state import Record, SnapshotRecord, VolumeRecord, to_body
 from stoker.engine.templates import TemplateRecord
 from stoker.engine.watch import verdict_on, watch
 from stoker.errors import GuestError, HostError, StokerError
+from stoker.network.plan import parse_slot
 
 __all__ = ["load_all", "private_directory", "reconcile", "settle"]
 
@@ -211,7 +213,8 @@ async def _adopt(core: Core, box: Box) -> bool:
         try:
             await core.networks.adopt(box.record, machine)
             if box.record.request.init is InitMode.IMAGE:
-                await core.networks.lease(box.record, core.places(box.id).directory, found=True)
+                name = lease_name(parse_slot(box.record.slot), core.places(box.id).directory, core.units)
+                await core.networks.lease(box.record, name, core.units, found=True)
         except StokerError as error:
             # It runs, and nobody judges what it sends: better it is not there.
             log.error("%s is ended, its network cannot be had again: %s", box.id, error)

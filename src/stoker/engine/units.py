@@ -108,6 +108,10 @@ class Units:
         except HostError as error:
             log.info("%s is not known to machined: %s", sandbox, error)
 
+    async def start(self, name: str, template: tuple[str, str]) -> None:
+        """Starts an instance of a template unit of ours. Raises :class:`HostError`."""
+        await (await self._connected()).start_unit(name, template)
+
     async def release(self, name: str) -> None:
         """Ends what is in a unit, and with it the unit. Without systemd there is none: its processes are released by themselves."""
         try:

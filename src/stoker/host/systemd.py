@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from stoker.errors import HostError
+from stoker.host.durable import write_atomically
 
 if TYPE_CHECKING:
     from dbus_fast import Message
@@ -65,6 +66,9 @@ def unit_of(pid: int, proc: Path = Path("/proc")) -> tuple[str, Path] | None:
 class Systemd:
     """A connection to the manager: the system's for root, the user's own otherwise."""
 
+    units = Path("/run/systemd/system")
+    """Of root's. What is in ``/etc`` goes before it."""
+
     def __init__(self, bus: MessageBus) -> None:
         self._bus = bus
         self._jobs: dict[str, asyncio.Future[str]] = {}
@@ -114,6 +118,19 @@ class Systemd:
         words = [[key, Variant(signature, value)] for key, (signature, value) in properties.items()]
         words.append(["PIDs", Variant("au", list(pids))])
         result = await self._job(name, "StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail", words, [])
+        if result != "done":
+            raise HostError("unit_not_started", f"systemd could not start {name}: {result}", f"systemctl status {name}")
+
+    async def start_unit(self, name: str, template: tuple[str, str] | None = None) -> None:
+        """Starts a unit; ``template``: the file it is of, by name and text, which is put to systemd's others of this boot where it
+        is not there as that."""
+        if template is not None:
+            file, text = self.units / template[0], template[1]
+            if not file.exists() or file.read_text() != text:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, text.encode(), 0o644)
+                await self.call(SYSTEMD, "Reload")
+        result = await self._job(name, "StartUnit", "ss", name, "replace")
         if result != "done":
             raise HostError("unit_not_started", f"systemd could not start {name}: {result}", f"systemctl status {name}")
 

@@ -30,7 +30,20 @@ from stoker.host.process import ProcessIdentity, send_signal
 from stoker.host.run import spawn_detached
 from stoker.network.plan import INSIDE, NamespacePlan, RunPlan
 
-__all__ = ["UNIT", "UNIT_NAME", "Dhcp", "command", "end", "find", "instance", "of_slot", "start", "unit_environment", "unit_script"]
+__all__ = [
+    "UNIT",
+    "UNIT_NAME",
+    "Dhcp",
+    "command",
+    "end",
+    "find",
+    "instance",
+    "of_slot",
+    "start",
+    "unit_environment",
+    "unit_file",
+    "unit_script",
+]
 
 LEASE: Final = 3600
 NAMESERVERS: Final = (IPv4Address("1.1.1.1"),)
@@ -217,8 +230,13 @@ def instance(plan: RunPlan) -> str:
 
 def unit_environment(dhcp: Dhcp) -> tuple[Path, str]:
     """Where the unit finds what it offers besides the address, and the text that goes there (before the unit is started)."""
-    name = f"{dhcp.interface}:{dhcp.gateway}:{dhcp.guest}"
-    return Path(RUN, f"dnsmasq-tap-{name}.env"), f"OPTIONS={' '.join(_offered(dhcp))}\n"
+    name = f"dnsmasq-tap@{dhcp.interface}:{dhcp.gateway}:{dhcp.guest}.service"
+    return unit_file(name), f"OPTIONS={' '.join(_offered(dhcp))}\n"
+
+
+def unit_file(name: str) -> Path:
+    """Where that of an instance is."""
+    return Path(RUN, f"{name.removesuffix('.service').replace('@', '-')}.env")
 
 
 def unit_script(run: str = RUN) -> str:
