@@ -149,7 +149,7 @@ def test_out_by_another_uplink(made: World, kind: str, way: Callable[[World], st
     assert guest.ask(SERVED[0]) == str(HOST.ip)
     uplink = way(made)
     assert guest.ask(SERVED[0], timeout=30) == guest.ask_udp(SERVED[1], timeout=30) == str(HERE.ip)
-    assert pours(guest, SERVED[0]) == LOTS, "a path with smaller packets than the machine's own link"
+    assert pours(guest, SERVED[0]) >= LOTS, "a path with smaller packets than the machine's own link"
     made.internet.serve(str(THERE.ip))
     assert made.host.ask(str(THERE.ip), PORT, timeout=30) == str(HERE.ip)
     said = guest.ask(str(THERE.ip), PORT, timeout=2)
