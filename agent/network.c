@@ -206,12 +206,34 @@ static bool parse_mac(const char *text, uint8_t mac[6])
 	return true;
 }
 
+/* An address, and the default route of its family by a gateway, where they are told. */
+static bool set_address(const struct mp *n, unsigned index, const char *name, const char *own, const char *by, struct failure *f)
+{
+	char text[64];
+	struct address address, gateway;
+	int error;
+	struct mp v = mp_get(n, own);
+	bool has_address = mp_is_text(&v);
+	if (has_address && (!mp_copy(&v, text, sizeof text) || !parse_address(text, &address)))
+		return fail(f, "bad_request", EINVAL, "network: not an address");
+	if (has_address && (error = add_address(index, &address)))
+		return fail(f, "network_failed", error, "%s address %s: %s", name, text, strerror(error));
+	v = mp_get(n, by);
+	if (!mp_is_text(&v) || !v.count)
+		return true;
+	if (!mp_copy(&v, text, sizeof text) || !parse_address(text, &gateway))
+		return fail(f, "bad_request", EINVAL, "network: not a gateway");
+	error = add_default_route(index, &gateway, false);
+	if (error == ENETUNREACH || error == EHOSTUNREACH || error == EINVAL)
+		error = add_default_route(index, &gateway, true); /* a gateway outside the prefix, as with /32 addresses */
+	return !error || fail(f, "network_failed", error, "default route by %s: %s", text, strerror(error));
+}
+
 bool network_configure(const struct mp *n, struct failure *f)
 {
 	char name[IFNAMSIZ] = "eth0", text[64];
 	uint8_t mac[6];
 	struct mp v = mp_get(n, "interface");
-	struct address address, gateway;
 	int error;
 	if (v.type != MP_MISSING && !mp_copy(&v, name, sizeof name))
 		return fail(f, "bad_request", EINVAL, "network: the interface's name is too long");
@@ -228,21 +250,7 @@ bool network_configure(const struct mp *n, struct failure *f)
 		return fail(f, "network_failed", error, "%s: %s", name, strerror(error));
 	if ((error = set_link(index, NULL, 0, true)))
 		return fail(f, "network_failed", error, "%s up: %s", name, strerror(error));
-	v = mp_get(n, "address");
-	bool has_address = mp_is_text(&v);
-	if (has_address && (!mp_copy(&v, text, sizeof text) || !parse_address(text, &address)))
-		return fail(f, "bad_request", EINVAL, "network: not an address");
-	if (has_address && (error = add_address(index, &address)))
-		return fail(f, "network_failed", error, "%s address %s: %s", name, text, strerror(error));
-	v = mp_get(n, "gateway");
-	if (!mp_is_text(&v) || !v.count)
-		return true;
-	if (!mp_copy(&v, text, sizeof text) || !parse_address(text, &gateway))
-		return fail(f, "bad_request", EINVAL, "network: not a gateway");
-	error = add_default_route(index, &gateway, false);
-	if (error == ENETUNREACH || error == EHOSTUNREACH || error == EINVAL)
-		error = add_default_route(index, &gateway, true); /* a gateway outside the prefix, as with /32 addresses */
-	return !error || fail(f, "network_failed", error, "default route by %s: %s", text, strerror(error));
+	return set_address(n, index, name, "address", "gateway", f) && set_address(n, index, name, "address6", "gateway6", f);
 }
 
 /* A copy keeps nothing of the original's: also the link-local address, which was made of the MAC, is another one. */

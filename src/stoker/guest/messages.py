@@ -91,13 +91,15 @@ class Resolver(Struct, frozen=True, omit_defaults=True):
 
 
 class NetworkConfiguration(Struct, frozen=True, omit_defaults=True):
-    """The guest's one interface. ``address`` is in prefix notation."""
+    """The guest's one interface. ``address`` (and ``address6``, of IPv6) is in prefix notation."""
 
     interface: str
     address: str
     gateway: str = ""
     mac: str = ""
     mtu: int = 0
+    address6: str = ""
+    gateway6: str = ""
 
 
 class Configuration(Struct, frozen=True, omit_defaults=True, tag_field="m", tag="configure"):
