@@ -9,11 +9,14 @@ import os
 import random
 import signal
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from stoker.host.binaries import agent_path
+
+Process = subprocess.Popen[bytes]
 
 
 def agent_program() -> Path:
@@ -33,7 +36,7 @@ def children(pid: int) -> list[int]:
 def _listens(path: Path) -> bool:
     """Bound is not listening yet, and connecting to find out would make the test's own connection the second."""
     accepts = 0x10000  # __SO_ACCEPTCON
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+    for line in Path("/proc/thread-self/net/unix").read_text().splitlines()[1:]:
         words = line.split()
         if words[-1] == str(path) and int(words[3], 16) & accepts:
             return True
@@ -41,10 +44,14 @@ def _listens(path: Path) -> bool:
 
 
 @asynccontextmanager
-async def running_agent(path: Path) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """``stoker-agent --socket PATH``; it and everything it started is gone afterwards."""
+async def running_agent(path: Path, within: Callable[[Any], Any] = lambda work: work()) -> AsyncIterator[Process]:
+    """``stoker-agent --socket PATH``; it and everything it started is gone afterwards. ``within`` does things where it is to be."""
+
     # Not asyncio's own: a test that is cut short by its time limit leaves no loop that could end this, only the interpreter's exit.
-    process = subprocess.Popen([agent_program(), "--socket", path], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
+    def start() -> Process:
+        return subprocess.Popen([agent_program(), "--socket", path], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    process: Process = within(start)
 
     def end() -> None:
         for pid in children(process.pid):
@@ -56,7 +63,7 @@ async def running_agent(path: Path) -> AsyncIterator[subprocess.Popen[bytes]]:
     atexit.register(end)
     try:
         async with asyncio.timeout(10):
-            while not _listens(path):
+            while not within(lambda: _listens(path)):
                 assert process.poll() is None, "the agent ended at once"
                 await asyncio.sleep(0.005)
         yield process

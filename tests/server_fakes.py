@@ -738,6 +738,7 @@ class FakeLine:
 class FakeRoute:
     def __init__(self, box: Sandbox) -> None:
         self.sandbox, self.local, self.policy = box.id, box.owner == "local", box.labels.get("stoker.proxy", "")
+        self.direct = False
 
 
 class FakeConnections:
@@ -758,6 +759,9 @@ class FakeConnections:
             return FakeLine(*await asyncio.open_connection(address or "127.0.0.1", port))
         except ConnectionRefusedError:
             raise GuestError("port_refused", f"nothing listens on port {port} of {sandbox}") from None
+
+    async def way(self, who: Principal, sandbox: str) -> None:
+        return None
 
 
 class FakeEngine:

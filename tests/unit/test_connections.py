@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from engine_door import Door
 from guest_host import LossyProxy, running_agent
 from stoker.api.models import Principal
 from stoker.engine import lines as engine_lines
@@ -132,7 +133,7 @@ async def test_losses_lose_nothing(short_dir: Path, keep: bool) -> None:
     lines = Lines()
     async with running_agent(short_dir / "a"), lossy.running(), serving(echo) as port:
         agent = await connect(lossy.listen, fresh=False, timeout=10)
-        core, box = Fake(agent), SimpleNamespace(users=0, touch=lambda: None)
+        core, box = Door(agent), SimpleNamespace(users=0, touch=lambda: None)
         line = engine_lines.Line(core, box, lines, await agent.connect(inet(port), persistent=True), brief=False)  # type: ignore[arg-type]
         got = bytearray()
 
@@ -166,32 +167,10 @@ async def test_losses_lose_nothing(short_dir: Path, keep: bool) -> None:
         await agent.aclose()
 
 
-class Fake:
-    """The core of an engine with one sandbox, whose machine is the agent of this host."""
-
-    def __init__(self, agent: Agent) -> None:
-        self.live = SimpleNamespace(hub=SimpleNamespace(lines=Lines()), agent=agent)
-        record = SimpleNamespace(label="web", warm=False, doomed=False, owner="local", request=SimpleNamespace(labels={}))
-        self.box = SimpleNamespace(id="sb-1", record=record, users=0, touch=lambda: None)
-        self.boxes = {"sb-1": self.box}
-        self.names = {("local", "Web"): "sb-1"}
-        self.alarm = asyncio.Event()
-        self.woken = 0
-
-    def find(self, who: Principal, sandbox: str) -> Any:
-        return self.box
-
-    async def awake(self, box: Any) -> None: ...
-
-    async def agent(self, box: Any) -> Any:
-        self.woken += 1
-        return self.live, self.live.agent
-
-
 async def test_the_door(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_lines, "DRAIN", 0.3)
     async with agent_on(short_dir / "a") as agent, serving(echo, host="::1", port=0) as port:
-        core = Fake(agent)
+        core = Door(agent)
         door, lines, box = Connections(core), core.live.hub.lines, core.box  # type: ignore[arg-type]
         assert door.route("web") == door.route("sb-1") and door.route("nobody") is None
         # Nobody listens on 127.0.0.1: ::1 is tried.
@@ -258,7 +237,7 @@ async def test_the_proxy_by_the_channel(short_dir: Path) -> None:
 
     connections = 0
     async with agent_on(short_dir / "a") as agent, serving(answer) as port:
-        core = Fake(agent)
+        core = Door(agent)
         router = Router(Connections(core), "localhost", b"")  # type: ignore[arg-type]
         proxy = Proxy(router)
         with socket.socket() as sock:

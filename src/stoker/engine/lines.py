@@ -3,25 +3,29 @@
 A line is *busy* while somebody uses it (its sandbox's idle timeout does not run), or *at rest* in a pool. Before a pause no new
 line is opened or taken into use, and those that answer a request (``brief``) are waited for, within bounds; the others go on after
 the resume, as the outputs of processes do. A copy of a machine has none of them.
+
+What leads to a machine's own address (:class:`Way`) is let in and waited for likewise, but ends with the pause: the address does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from stoker.errors import GuestError, NotFound, StokerError
+from stoker.api.models import NetworkMode
+from stoker.errors import Conflict, GuestError, NotFound, StokerError
 from stoker.guest.connections import Connection, inet, refused
+from stoker.network.plan import parse_slot
 
 if TYPE_CHECKING:
     from stoker.api.models import Principal
     from stoker.engine.core import Box, Core
     from stoker.guest.agent import Agent
 
-__all__ = ["Connections", "Line", "Lines", "Route"]
+__all__ = ["Connections", "Line", "Lines", "Route", "Way"]
 
 log = logging.getLogger(__name__)
 CONNECT: Final = 10.0
@@ -37,7 +41,7 @@ class Lines:
     """Those of one machine; :class:`~stoker.engine.hub.Hub` keeps them, so that they outlive a pause."""
 
     def __init__(self) -> None:
-        self.all: set[Line] = set()
+        self.all: set[Line | Way] = set()
         self._open = asyncio.Event()
         self._open.set()
         self._calm = asyncio.Event()
@@ -69,7 +73,10 @@ class Lines:
             async with asyncio.timeout(DRAIN):
                 await self._calm.wait()
         except TimeoutError:
-            log.info("requests go on after the pause: %d", sum(line.busy and line.brief for line in self.all))
+            log.info("requests are not answered before the pause: %d", sum(line.busy and line.brief for line in self.all))
+        for line in list(self.all):
+            if isinstance(line, Way):
+                line.abandon(Conflict("paused_meanwhile", "the sandbox was paused before it had answered", "ask again"))
 
     def reopen(self) -> None:
         self._open.set()
@@ -77,45 +84,35 @@ class Lines:
     async def resynchronise(self, agent: Agent) -> None:
         """Over the next connection to the guest."""
         for line in list(self.all):
+            if isinstance(line, Way):
+                continue
             try:
                 await line.connection.process.reattach(agent)
             except NotFound:
-                line.connection.process.abandon(GuestError("connection_lost", "the guest does not know the connection any more"))
+                line.abandon(GuestError("connection_lost", "the guest does not know the connection any more"))
                 self.all.discard(line)
 
     def close(self, error: StokerError) -> None:
         """The machine is gone."""
-        for line in self.all:
-            line.connection.process.abandon(error)
-        self.all.clear()
+        everything, self.all = self.all, set()
+        for line in everything:
+            line.abandon(error)
         self._calm.set()
         self._open.set()
 
 
-class Line:
-    """One connection. Fits ``server.ports.Line``."""
+class _Use:
+    """Somebody's use of a sandbox. Fits ``server.line_ports.Use``, as :meth:`drop` does of those below."""
 
-    def __init__(self, core: Core, box: Box, lines: Lines, connection: Connection, *, brief: bool) -> None:
+    def __init__(self, core: Core, box: Box, lines: Lines, *, brief: bool) -> None:
         self._core, self._box, self._lines = core, box, lines
-        self.connection = connection
         self.brief = brief
         self.busy = True
         box.users += 1
-        lines.all.add(self)
 
     @property
     def ended(self) -> bool:
-        return self.connection.ended or self not in self._lines.all
-
-    async def read(self) -> bytes:
-        return await self.connection.read()
-
-    async def write(self, data: bytes) -> None:
-        await self._core.awake(self._box)
-        await self.connection.write(data)
-
-    def close_write(self) -> None:
-        self.connection.close_write()
+        return self not in self._lines.all
 
     def lasting(self) -> None:
         """It is no request that will be answered soon (any more): a pause does not wait for it."""
@@ -143,6 +140,36 @@ class Line:
         return True
 
     def drop(self) -> None:
+        raise NotImplementedError
+
+
+class Line(_Use):
+    """One connection by the agent. Fits ``server.line_ports.Line``."""
+
+    def __init__(self, core: Core, box: Box, lines: Lines, connection: Connection, *, brief: bool) -> None:
+        super().__init__(core, box, lines, brief=brief)
+        self.connection = connection
+        lines.all.add(self)
+
+    @property
+    def ended(self) -> bool:
+        return self.connection.ended or self not in self._lines.all
+
+    async def read(self) -> bytes:
+        return await self.connection.read()
+
+    async def write(self, data: bytes) -> None:
+        await self._core.awake(self._box)
+        await self.connection.write(data)
+
+    def close_write(self) -> None:
+        self.connection.close_write()
+
+    def abandon(self, error: StokerError) -> None:
+        """Nothing comes or goes any more; who reads hears why."""
+        self.connection.process.abandon(error)
+
+    def drop(self) -> None:
         """Closes it at once. Again is no error."""
         self._lines.all.discard(self)
         self.rest()
@@ -159,14 +186,41 @@ class Line:
             self.drop()
 
 
+class Way(_Use):
+    """The address of a machine, while it has it. Fits ``server.line_ports.Way``."""
+
+    def __init__(self, core: Core, box: Box, lines: Lines, address: str) -> None:
+        super().__init__(core, box, lines, brief=True)
+        self.address = address
+        self._cut: Callable[[StokerError | None], None] | None = None
+        lines.all.add(self)
+
+    def watch(self, cut: Callable[[StokerError | None], None]) -> None:
+        self._cut = cut
+
+    def abandon(self, error: StokerError | None) -> None:
+        """The address is somebody else's soon; who has a connection hears why."""
+        self._lines.all.discard(self)
+        cut, self._cut = self._cut, None
+        if cut is not None:
+            cut(error)
+        self.rest()
+
+    def drop(self) -> None:
+        """Closes what was made to it at once. Again is no error."""
+        self.abandon(None)
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A sandbox as the proxy sees it. ``local``: an administrator's; ``policy``: its label ``stoker.proxy``."""
+    """A sandbox as the proxy sees it. ``local``: an administrator's; ``policy``: its label ``stoker.proxy``; ``direct``: it has
+    an address on this host, when it runs."""
 
     sandbox: str
     label: str
     local: bool
     policy: str
+    direct: bool
 
 
 class Connections:
@@ -186,7 +240,9 @@ class Connections:
             box = own[0] if len(own) == 1 else named[0] if len(named) == 1 else None
         if box is None or box.record.warm or box.record.doomed:
             return None
-        return Route(box.id, box.record.label, box.record.owner == "local", box.record.request.labels.get(LABEL, ""))
+        record = box.record
+        direct = record.request.network is NetworkMode.NAT
+        return Route(box.id, record.label, record.owner == "local", record.request.labels.get(LABEL, ""), direct)
 
     async def open(self, who: Principal, sandbox: str, port: int, *, address: str | None = None, brief: bool = False) -> Line:
         """To a TCP port in the guest: at this address, or at whichever of its loopback addresses somebody listens.
@@ -205,7 +261,17 @@ class Connections:
                     raise _told(error, box, port) from None
             else:
                 return Line(self._core, box, live.hub.lines, connection, brief=brief)
-        raise GuestError("agent_unreachable", f"{box.record.label} is paused as soon as it runs", f"stoker inspect {box.id}")
+        raise _restless(box)
+
+    async def way(self, who: Principal, sandbox: str) -> Way | None:
+        """The address at which this host reaches the sandbox, which is woken where it is paused. None: it has none."""
+        box = self._core.find(who, sandbox)
+        for _ in range(ATTEMPTS):
+            live, _ = await self._core.agent(box)
+            if not await live.hub.lines.gate():
+                slot = box.record.slot
+                return Way(self._core, box, live.hub.lines, str(parse_slot(slot).address)) if slot else None
+        raise _restless(box)
 
     async def _connect(self, agent: Agent, places: Sequence[str], port: int) -> Connection:
         problem: GuestError | None = None
@@ -219,6 +285,10 @@ class Connections:
                     break
         assert problem is not None
         raise problem
+
+
+def _restless(box: Box) -> GuestError:
+    return GuestError("agent_unreachable", f"{box.record.label} is paused as soon as it runs", f"stoker inspect {box.id}")
 
 
 def _told(error: GuestError, box: Box, port: int) -> StokerError:

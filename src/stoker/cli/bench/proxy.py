@@ -129,6 +129,9 @@ class _Nobody:
     async def open(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError
 
+    async def way(self, *_: Any) -> None:
+        return None
+
 
 def _until_closed(pipe: Connection) -> None:
     try:
@@ -160,8 +163,13 @@ def _start(context: Any, work: Any, *arguments: Any) -> tuple[Any, Connection, i
     return process, ours, ours.recv()
 
 
-def _descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+def _held(pid: int) -> tuple[int, int]:
+    """Resident KiB and descriptors, once the ends of connections have come through."""
+    descriptors: list[int] = []
+    for _ in range(10):
+        descriptors.append(len(os.listdir(f"/proc/{pid}/fd")))
+        time.sleep(0.05)
+    return resident(pid), min(descriptors)
 
 
 @click.command()
@@ -178,9 +186,9 @@ def proxy(clients: int, seconds: float, requests: int, as_json: bool) -> None:
         started.append(_start(context, _proxy, started[0][2]))
         pid = started[1][0].pid
         asyncio.run(_load(started[1][2], clients, 0.5, 0))
-        before = resident(pid), _descriptors(pid)
+        before = _held(pid)
         times, took, failed = asyncio.run(_load(started[1][2], clients, seconds, requests))
-        after = resident(pid), _descriptors(pid)
+        after = _held(pid)
         direct, took_direct, _ = asyncio.run(_load(started[0][2], clients, min(seconds, 3.0), 0))
     finally:
         for process, pipe, _ in reversed(started):

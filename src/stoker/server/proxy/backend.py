@@ -1,6 +1,6 @@
-"""The ways to a service: a plain address (the host's, or a guest's by its own network), or the agent's channel into a guest.
+"""The ways to a service: a plain address of the host's, or the agent's channel into a guest. (:mod:`.direct` is the third.)
 
-Both give what asyncio gives: a transport for a protocol. The rest of the proxy does not know which it is.
+All give what asyncio gives: a transport for a protocol. The rest of the proxy does not know which it is.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Final, Protocol
 
 from stoker.api.models import Principal
 from stoker.errors import Conflict, DeadlineExceeded, GuestError, StokerError
-from stoker.server.line_ports import Connections, Line
+from stoker.server.line_ports import Connections, Line, Use
 
-__all__ = ["AddressBackend", "Backend", "ChannelBackend", "Wire"]
+__all__ = ["ANYBODY", "AddressBackend", "Backend", "ChannelBackend", "Wire"]
 
 HIGH_WATER: Final = 64 << 10
 CONNECT: Final = 10.0
@@ -22,7 +22,7 @@ ANYBODY: Final = Principal()
 
 
 class Wire(Protocol):
-    """What the proxy needs of a transport. :class:`asyncio.Transport` has all but the last three, which are about the pool."""
+    """What the proxy needs of a transport, of what :class:`asyncio.Transport` has."""
 
     def write(self, data: bytes) -> None: ...
     def write_eof(self) -> None: ...
@@ -89,27 +89,31 @@ class ChannelBackend:
     """A port inside a sandbox, by its agent's channel: also where the sandbox has no network, or only localhost listens."""
 
     def __init__(self, connections: Connections, sandbox: str, port: int) -> None:
-        self._connections, self._sandbox, self._port = connections, sandbox, port
+        self._connections = connections
+        self._place = sandbox, port
 
     @property
     def key(self) -> Hashable:
-        return self._sandbox, self._port
+        return self._place
 
     async def connect(self, protocol: asyncio.Protocol) -> Wire:
-        line = await self._connections.open(ANYBODY, self._sandbox, self._port, brief=True)
+        sandbox, port = self._place
+        line = await self._connections.open(ANYBODY, sandbox, port, brief=True)
         return ChannelWire(line, protocol)
 
     def rest(self, wire: Wire) -> None:
-        assert isinstance(wire, ChannelWire)
-        wire.line.rest()
+        _use_of(wire).rest()
 
     def use(self, wire: Wire) -> bool:
-        assert isinstance(wire, ChannelWire)
-        return not wire.is_closing() and wire.line.use()
+        return not wire.is_closing() and _use_of(wire).use()
 
     def lasting(self, wire: Wire) -> None:
-        assert isinstance(wire, ChannelWire)
-        wire.line.lasting()
+        _use_of(wire).lasting()
+
+
+def _use_of(wire: Wire) -> Use:
+    line: Use = wire.line  # type: ignore[attr-defined]
+    return line
 
 
 class ChannelWire:

@@ -12,6 +12,7 @@ from typing import Final
 from stoker.errors import NotFound
 from stoker.server.line_ports import Connections
 from stoker.server.proxy.backend import Backend, ChannelBackend
+from stoker.server.proxy.direct import DirectBackend
 from stoker.server.proxy.heads import Head, Headers, authority
 from stoker.server.proxy.pool import Pool
 
@@ -20,6 +21,7 @@ __all__ = ["COOKIE", "HEADER", "Router", "Target", "proxy_token"]
 HEADER: Final = b"x-stoker-token"
 COOKIE: Final = b"stoker-token"
 LABEL: Final = re.compile(r"([1-9][0-9]{0,4})-([a-z0-9][a-z0-9._-]{0,63})\Z")
+EVENTS: Final = b"text/event-stream"
 POOLS: Final = 4096
 NOTHING: Final[frozenset[bytes]] = frozenset()
 EXPECT: Final = frozenset((b"expect",))
@@ -70,7 +72,8 @@ class Router:
             raise _hidden()
         if (route.policy == "token" or not (route.local or route.policy == "open")) and not self._right(route.sandbox, shown):
             raise _hidden()
-        return Target(self._pool(ChannelBackend(self._connections, route.sandbox, port)), headers, without | {HEADER})
+        kind = DirectBackend if route.direct and not _lasts(head, headers) else ChannelBackend
+        return Target(self._pool(kind(self._connections, route.sandbox, port)), headers, without | {HEADER})
 
     def _right(self, sandbox: str, shown: list[bytes]) -> bool:
         right = proxy_token(self._secret, sandbox).encode()
@@ -93,6 +96,11 @@ class Router:
 
     def close(self) -> None:
         self.sweep(float("inf"))
+
+
+def _lasts(head: Head, headers: Headers) -> bool:
+    """What is asked for is to outlive a pause of the machine: a WebSocket (or another upgrade), a stream of events."""
+    return bool(head.upgrade) or any(name == b"accept" and EVENTS in value.lower() for name, value in headers)
 
 
 def _hidden() -> NotFound:
