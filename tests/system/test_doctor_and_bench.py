@@ -93,14 +93,21 @@ def test_bench_density_prints_one_object_and_leaves_nothing(stoker: CommandLine)
 
 
 def test_bench_network_prints_an_object_for_each_plan(stoker: CommandLine) -> None:
-    done = stoker("bench", "network", "-n", "2", "--slots", "4", "--json", timeout=100)
+    done = stoker("bench", "network", "-n", "2", "--slots", "4", "--size", "4M", "--json", timeout=250)
     assert done.code == 0, done.error
     reports = [json.loads(line) for line in done.out.splitlines()]
     assert [(report["name"], report["failures"]) for report in reports] == [
         ("network slot, namespace plan", 0),
+        ("TCP through NAT, namespace plan", 0),
         ("network slot, run plan", 0),
+        ("TCP through NAT, run plan", 0),
     ]
-    for report in reports:
+    for report in reports[1::2]:
+        assert report["bytes"] == 4 << 20
+        for rates in (report["mb_s"], report["bare_tap_mb_s"]):
+            assert rates["out"] > 0 and rates["in"] > 0
+        assert all(ratio > 0 for ratio in report["ratios"].values()) and len(report["ratios"]) == 2
+    for report in reports[::2]:
         assert report["ratios"]["faster than spawned ip and nft"] > 1
         assert 0 < report["recycled_p50_ms"] and 0 < report["given_back_p50_ms"] < report["gone_behind_p50_ms"]
     first, last = reports[0]["rules_passed_first_and_last"]

@@ -1,4 +1,5 @@
-"""``stoker bench network``: network slots made, used again and given back, against the same by spawned tools; and many at once.
+"""``stoker bench network``: network slots made, used again and given back, against the same by spawned tools; many at once; and
+what goes through one from a real guest (:mod:`.transfer`).
 
 Everything is in a namespace of the benchmark's own, with an uplink that leads to another one: the real host's is not touched.
 """
@@ -21,9 +22,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from stoker.cli.bench.report import Report, percentile
+from stoker.cli.options import SIZE
 from stoker.errors import StokerError
 
 if TYPE_CHECKING:
+    from stoker.host.namespaces import Namespace
     from stoker.network.plan import NamespacePlan, RunPlan
     from stoker.network.slot import Slot, Slots
 
@@ -35,6 +38,8 @@ NAMED = Path("/run/netns")
 REFERENCE = 5
 """Runs by spawned tools. They take a tenth of a second each."""
 TENTH = 100
+TURNS = 7
+MIB = 1 << 20
 
 
 def _timed(into: list[float], work: Callable[[], T]) -> T:
@@ -49,8 +54,8 @@ def _milliseconds(values: Sequence[float]) -> float:
 
 
 @contextmanager
-def _slots() -> Iterator[Slots]:
-    """In the calling thread's namespace, which gets an uplink."""
+def _slots() -> Iterator[tuple[Slots, Namespace]]:
+    """In the calling thread's namespace, which gets an uplink; and the namespace that this leads to."""
     from stoker.host import netlink
     from stoker.host.namespaces import Namespace
     from stoker.network.firewall import Firewall
@@ -74,14 +79,16 @@ def _slots() -> Iterator[Slots]:
         with open("/proc/sys/net/ipv4/ip_forward", "w") as file:
             file.write("1")
         firewall = stack.enter_context(Firewall.open([RUN_RANGE.network, NAMESPACE_RANGE.network], log_group=1))
-        yield stack.enter_context(Slots.open(firewall))
+        yield stack.enter_context(Slots.open(firewall)), beyond
 
 
 def _raise_uplink() -> None:
+    from stoker.cli.bench.transfer import FAR
     from stoker.host import netlink
 
+    index = socket.if_nametoindex("net0")
     with netlink.Netlink() as link:
-        link.apply(netlink.set_link(socket.if_nametoindex("net0"), "net0", up=True))
+        link.apply(netlink.set_link(index, "net0", up=True), netlink.add_address(index, IPv4Interface((FAR, 24)), "net0"))
 
 
 def _plans(slots: Slots, kind: str, count: int) -> list[RunPlan | NamespacePlan]:
@@ -269,9 +276,28 @@ def _crowd(slots: Slots, many: int) -> dict[str, Any]:
     }
 
 
-def _bench(runs: int, many: int, as_json: bool) -> int:
+def _through(slots: Slots, beyond: Namespace, kind: str, image: str, size: int) -> Report:
+    """From a guest, and the same guest on its bare TAP."""
+    from stoker.cli.bench.transfer import transfer
+
+    (plan,) = _plans(slots, kind, 1)
+    slot = _up(slots, plan)
+    try:
+        nat, bare = asyncio.run(transfer(slots, slot, beyond, image, size, TURNS))
+    finally:
+        slots.drop(plan, slot).result()
+    # Of two transfers that followed each other: what else the host did slowed both.
+    ratios = {
+        f"of a bare TAP, {way} the guest": statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
+        for way, ours, theirs in (("out of", nat.upload, bare.upload), ("into", nat.download, bare.download))
+    }
+    more = {"bytes": size, "mb_s": nat.medians(), "bare_tap_mb_s": bare.medians()}
+    return Report(f"TCP through NAT, {kind} plan", [size / rate for rate in (*nat.upload, *nat.download)], (), ratios, more)
+
+
+def _bench(runs: int, many: int, size: int, image: str, as_json: bool) -> int:
     failed = 0
-    with _slots() as slots:
+    with _slots() as (slots, beyond):
         _one_by_one(slots, "namespace", 2)  # imports, and the kernel's own first times
         for kind in ("namespace", "run"):
             reference, failures = _reference(slots, kind)
@@ -283,19 +309,25 @@ def _bench(runs: int, many: int, as_json: bool) -> int:
                 more |= _crowd(slots, many)
             Report(f"network slot, {kind} plan", seconds, failures, ratios, more).print(as_json)
             failed += bool(failures)
+            if size:
+                _through(slots, beyond, kind, image, size).print(as_json)
     return 1 if failed else 0
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each plan.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each measurement.")
 @click.option(
     "-n", "--runs", type=click.IntRange(1, 10000), default=100, show_default=True, help="Slots that are timed one by one."
 )
 @click.option("--slots", "many", type=click.IntRange(0, 10000), default=500, show_default=True, help="Slots at once; 0: none.")
-def network(*, as_json: bool, runs: int, many: int) -> int:
-    """Time network slots of both plans, against the same by spawned `ip` and `nft` in the same run. Needs root."""
+@click.option("--size", type=SIZE, default="128M", show_default=True, help="What a guest sends and gets, whole MiB; 0: no guest.")
+@click.argument("image", default="debian:12")
+def network(*, as_json: bool, runs: int, many: int, size: int, image: str) -> int:
+    """Time network slots of both plans, against the same by spawned `ip` and `nft` in the same run; and TCP from a guest through
+    each plan, against the same guest on its bare TAP. Needs root."""
     from stoker.host.namespaces import Namespace
 
-    namespace, code = Namespace.create(lambda _: _bench(runs, many, as_json))
+    size = size // MIB * MIB
+    namespace, code = Namespace.create(lambda _: _bench(runs, many, size, image, as_json))
     namespace.close()
     return code
