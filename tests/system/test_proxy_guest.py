@@ -1,10 +1,13 @@
-"""The proxy and connections by the channel with a real guest that has no network: its service listens on localhost only."""
+"""The proxy with real guests: by the channel to one that has no network and a service that listens on localhost only; by its own
+address to one that has a slot."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,12 @@ import pytest
 from crashing import ADMIN
 from engine_fixtures import own_data
 from engine_guests import make, opened, run
-from stoker.api.models import ForkSandbox, OutputMode, SandboxState, StartProcess, Timeout, TimeoutMode
+from network_world import Place
+from stoker.api.models import ForkSandbox, NetworkMode, OutputMode, SandboxState, StartProcess, Timeout, TimeoutMode
+from stoker.engine.lines import Way
 from stoker.errors import GuestError
+from stoker.network.plan import parse_slot
+from stoker.server.proxy.direct import DirectBackend
 from stoker.server.proxy.router import Router
 from stoker.server.proxy.service import Proxy
 from stoker.settings import Settings
@@ -123,6 +130,64 @@ async def test_a_service_on_a_guests_localhost(settings: Settings, short_dir: Pa
             up.write_eof()
             assert await down.read() == b""
             for w in (writer, up, to_other):
+                w.close()
+            await proxy.aclose()
+        await server.aclose()
+        assert all(not box.users for box in engine._core.boxes.values())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+def test_a_service_at_a_guests_own_address(settings: Settings, short_dir: Path) -> None:
+    with ExitStack() as stack:
+        Place(stack).run(lambda: asyncio.run(_at_its_own_address(own_data(settings, short_dir))))
+
+
+async def _at_its_own_address(own: Settings) -> None:
+    async with opened(own) as engine:
+        box = await make(engine, name="box", network=NetworkMode.NAT, egress="none")
+        words = ["perl", "-e", SERVER.replace("127.0.0.1", "0.0.0.0")]
+        server = await engine.processes.open(ADMIN, "box", StartProcess(argv=words, mode=OutputMode.BLOCK))
+        piece = await server.read()
+        assert piece is not None and piece.data == b"ready\n"
+        router = Router(engine.connections, "localhost", b"")
+        proxy = Proxy(router)
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            await proxy.begin(sock)
+            port = sock.getsockname()[1]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            lines = engine._core.boxes[box.id].live.hub.lines  # type: ignore[union-attr]
+
+            async def timed() -> float:
+                began = time.perf_counter()
+                for _ in range(200):
+                    assert await ask(reader, writer) == (200, b"hello")
+                return 1000 * (time.perf_counter() - began) / 200
+
+            assert await ask(reader, writer) == (200, b"hello")
+            (way,) = lines.all
+            assert isinstance(way, Way) and way.address == str(parse_slot(engine._core.boxes[box.id].record.slot).address)
+            directly = await timed()
+            (pool,) = router.pools.values()
+            assert isinstance(pool.backend, DirectBackend)
+            router.sweep(float("inf"))
+            pool.backend._channel_until = float("inf")
+            by_channel = await timed()
+            assert not any(isinstance(line, Way) for line in lines.all)
+            pool.backend._channel_until = 0.0
+            print(f"a request takes {directly:.2f} ms by the address, {by_channel:.2f} ms by the channel")
+
+            # A tunnel goes on after a pause, in which the address is given back; the next request has the new one.
+            down, up = await asyncio.open_connection("127.0.0.1", port)
+            up.write(b"GET / HTTP/1.1\r\nHost: 8000-box.localhost\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n")
+            assert (await down.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101")
+            assert (await engine.pause(ADMIN, "box")).state is SandboxState.PAUSED
+            assert await ask(reader, writer) == (200, b"hello")
+            live = engine._core.boxes[box.id].live
+            assert live is not None and any(isinstance(line, Way) for line in live.hub.lines.all)
+            up.write(b"after")
+            assert await down.readexactly(5) == b"AFTER"
+            for w in (writer, up):
                 w.close()
             await proxy.aclose()
         await server.aclose()
