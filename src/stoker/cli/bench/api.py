@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from stoker.client.client import AsyncClient
 
-__all__ = ["api", "resident"]
+__all__ = ["api", "processor", "resident"]
 
 LABEL = "stoker-bench"
 SHARE = 25
@@ -36,7 +36,7 @@ def resident(pid: int) -> int:
     return 0
 
 
-def _cpu(pid: int) -> float:
+def processor(pid: int) -> float:
     """Seconds of processor time a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -106,9 +106,9 @@ async def _measure(runs: int, rows: int, words: int, rest: float) -> Report:
             shown = await _words(words)
             idle = 0.0
             if local and rest:
-                before = _cpu(version.pid)
+                before = processor(version.pid)
                 await asyncio.sleep(rest)
-                idle = (_cpu(version.pid) - before) / rest
+                idle = (processor(version.pid) - before) / rest
             more = {
                 "rows": len(await client.sandboxes()),
                 "version_p50_ms": round(1000 * percentile(plain, 0.5), 3),

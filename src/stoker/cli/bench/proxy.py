@@ -1,7 +1,7 @@
 """``stoker bench proxy``: the reverse proxy alone, between clients and a service of this host, each a process of its own.
 
-No sandbox is needed: the service is a plain address, as a guest with a network is. The same clients ask the service without the
-proxy, in the same run.
+No sandbox is needed: the service is at an address of this host, to which the proxy goes as it goes to that of a machine with a
+network. The same clients ask the service without the proxy, in the same run.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stoker.cli.bench.api import resident
+from stoker.cli.bench.api import processor, resident
 from stoker.cli.bench.report import Report
+from stoker.errors import GuestError, StokerError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from multiprocessing.connection import Connection
 
 __all__ = ["proxy"]
 
-HOST = b"bench.localhost"
-REQUEST = b"GET /hello?x=1 HTTP/1.1\r\nHost: %b\r\nUser-Agent: stoker-bench\r\nAccept: */*\r\n\r\n" % HOST
+REQUEST = b"GET /hello?x=1 HTTP/1.1\r\nHost: %d-bench.localhost\r\nUser-Agent: stoker-bench\r\nAccept: */*\r\n\r\n"
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 13\r\n\r\nHello, world!"
 BODY = b"Hello, world!"
 
@@ -52,8 +52,8 @@ class _Client(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, seconds: list[float], counter: list[int]) -> None:
-        self._seconds, self._counter = seconds, counter
+    def __init__(self, request: bytes, seconds: list[float], counter: list[int]) -> None:
+        self._request, self._seconds, self._counter = request, seconds, counter
         self._buffer = b""
         self._asked = 0.0
         self.stop = False
@@ -67,7 +67,7 @@ class _Client(asyncio.Protocol):
     def _ask(self) -> None:
         self._counter[0] += 1
         self._asked = time.perf_counter()
-        self.transport.write(REQUEST)
+        self.transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -103,14 +103,12 @@ def _serve(pipe: Connection) -> None:
     asyncio.run(run())
 
 
-def _proxy(pipe: Connection, service: int) -> None:
-    from stoker.server.proxy.backend import AddressBackend
+def _proxy(pipe: Connection) -> None:
     from stoker.server.proxy.router import Router
     from stoker.server.proxy.service import Proxy
 
     async def run() -> None:
-        backend = AddressBackend("127.0.0.1", service)
-        served = Proxy(Router(_Nobody(), "localhost", b"", {HOST.decode(): lambda: backend}))
+        served = Proxy(Router(_Sandboxes(), "localhost", b""))
         with _listening() as sock:
             await served.begin(sock)
             pipe.send(sock.getsockname()[1])
@@ -120,17 +118,36 @@ def _proxy(pipe: Connection, service: int) -> None:
     asyncio.run(run())
 
 
-class _Nobody:
-    """There are no sandboxes."""
+class _Way:
+    """To this host itself, which is always there."""
 
-    def route(self, label: str) -> None:
-        return None
+    address = "127.0.0.1"
+    ended = False
+
+    def watch(self, cut: Callable[[StokerError | None], None]) -> None: ...
+    def lasting(self) -> None: ...
+    def rest(self) -> None: ...
+    def drop(self) -> None: ...
+
+    def use(self) -> bool:
+        return True
+
+
+class _Route:
+    sandbox, local, policy, direct = "bench", True, "", True
+
+
+class _Sandboxes:
+    """There is one."""
+
+    def route(self, label: str) -> _Route:
+        return _Route()
 
     async def open(self, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError
+        raise GuestError("port_refused", "the service does not answer")
 
-    async def way(self, *_: Any) -> None:
-        return None
+    async def way(self, *_: Any) -> _Way:
+        return _Way()
 
 
 def _until_closed(pipe: Connection) -> None:
@@ -140,13 +157,14 @@ def _until_closed(pipe: Connection) -> None:
         pass
 
 
-async def _load(port: int, clients: int, seconds: float, requests: int) -> tuple[list[float], float, int]:
+async def _load(port: int, service: int, clients: int, seconds: float, requests: int) -> tuple[list[float], float, int]:
     """The times of all requests, how long it took altogether, failures."""
     loop = asyncio.get_running_loop()
+    request = REQUEST % service
     times: list[float] = []
     counter = [0]
     began = time.perf_counter()
-    made = [await loop.create_connection(lambda: _Client(times, counter), "127.0.0.1", port) for _ in range(clients)]
+    made = [await loop.create_connection(lambda: _Client(request, times, counter), "127.0.0.1", port) for _ in range(clients)]
     while (counter[0] < requests) if requests else (time.perf_counter() - began < seconds):  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     for _, client in made:
@@ -163,13 +181,13 @@ def _start(context: Any, work: Any, *arguments: Any) -> tuple[Any, Connection, i
     return process, ours, ours.recv()
 
 
-def _held(pid: int) -> tuple[int, int]:
-    """Resident KiB and descriptors, once the ends of connections have come through."""
+def _held(pid: int) -> tuple[int, int, float]:
+    """Resident KiB and descriptors, once the ends of connections have come through; seconds of processor time so far."""
     descriptors: list[int] = []
     for _ in range(10):
         descriptors.append(len(os.listdir(f"/proc/{pid}/fd")))
         time.sleep(0.05)
-    return resident(pid), min(descriptors)
+    return resident(pid), min(descriptors), processor(pid)
 
 
 @click.command()
@@ -183,13 +201,13 @@ def proxy(clients: int, seconds: float, requests: int, as_json: bool) -> None:
     started: list[tuple[Any, Connection, int]] = []
     try:
         started.append(_start(context, _serve))
-        started.append(_start(context, _proxy, started[0][2]))
-        pid = started[1][0].pid
-        asyncio.run(_load(started[1][2], clients, 0.5, 0))
-        before = _held(pid)
-        times, took, failed = asyncio.run(_load(started[1][2], clients, seconds, requests))
-        after = _held(pid)
-        direct, took_direct, _ = asyncio.run(_load(started[0][2], clients, min(seconds, 3.0), 0))
+        started.append(_start(context, _proxy))
+        (_, _, service), (process, _, port) = started
+        asyncio.run(_load(port, service, clients, 0.5, 0))
+        before = _held(process.pid)
+        times, took, failed = asyncio.run(_load(port, service, clients, seconds, requests))
+        after = _held(process.pid)
+        direct, took_direct, _ = asyncio.run(_load(service, service, clients, min(seconds, 3.0), 0))
     finally:
         for process, pipe, _ in reversed(started):
             pipe.close()
@@ -207,14 +225,15 @@ def _report(
     direct: Sequence[float],
     took_direct: float,
     clients: int,
-    before: tuple[int, int],
-    after: tuple[int, int],
+    before: tuple[int, int, float],
+    after: tuple[int, int, float],
 ) -> Report:
     rate, without = len(times) / took, len(direct) / took_direct
     more = {
         "clients": clients,
         "requests_per_second": round(rate),
         "direct_per_second": round(without),
+        "processor_us_per_request": round(1e6 * (after[2] - before[2]) / max(1, len(times)), 1),
         "resident_kib": {"before": before[0], "after": after[0]},
         "descriptors": {"before": before[1], "after": after[1]},
     }
