@@ -205,25 +205,17 @@ class Guest(Place):
                 os.close(fd)
 
 
-class World:
-    """The host (with its slots) and an internet. Use :func:`world`."""
+class Hosted:
+    """A host with an uplink to an internet, and nothing of slots yet."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.stack = stack
-        self.guests: list[Guest] = []
         self.internet, self.host = Place(stack), Place(stack)
         self.host.run(self._wire)
         self.internet.run(lambda: configure(*addressed("net0", str(ROUTER)), *addressed("lo", *(f"{one}/32" for one in SERVED))))
         self.host.run(self._route)
         for address in SERVED:
             self.internet.serve(address)
-        self.reopen()
-
-    def reopen(self) -> None:
-        """As a daemon that starts: takes over what is there."""
-        self.firewall = self.host.run(lambda: Firewall.open([RUN_RANGE.network, NAMESPACE_RANGE.network], log_group=LOG_GROUP))
-        self.stack.callback(self.firewall.close)
-        self.slots = self.stack.enter_context(self.host.run(lambda: Slots.open(self.firewall)))
 
     def _wire(self) -> None:
         configure(netlink.add_veth(End("up0", "02:aa:00:00:00:01"), End("net0", "02:aa:00:00:00:02"), self.internet.namespace.fd))
@@ -233,22 +225,6 @@ class World:
         configure(up("up0"), *addressed("up0", str(HOST)), netlink.add_route(EVERYTHING, gateway=ROUTER.ip))
         with open("/proc/sys/net/ipv4/ip_forward", "w") as file:
             file.write("1")
-
-    def plan(self, kind: str, name: str = "one") -> Plan:
-        if kind == "run":
-            return plan_run("test", [name], self.slots.taken())[name]
-        return plan_namespace(self.slots.taken())
-
-    def machine(self, kind: str, name: str = "one", egress: Egress = ALL, **facts: Any) -> Guest:
-        plan = self.plan(kind, name)
-        slot = self.slots.up(plan, Machine(plan.interface, plan.source_mac, plan.address, egress, **facts))
-        guest = Guest(self.stack, slot)
-        self.guests.append(guest)
-        return guest
-
-    def change(self, guest: Guest, **facts: Any) -> None:
-        plan = guest.slot.plan
-        self.firewall.put(Machine(plan.interface, plan.source_mac, plan.address, **{"egress": ALL, **facts}))
 
     def interfaces(self) -> set[str]:
         return {name for _, name in self.host.run(socket.if_nameindex)}
@@ -266,6 +242,37 @@ class World:
         return [f"{row['name']}: {row['elem']}" for row in named if row.get("elem") and row["name"] not in constant] + [
             row["chain"]["name"] for row in rows if "chain" in row and row["chain"]["name"].startswith("policy-")
         ]
+
+
+class World(Hosted):
+    """The host with its slots, and an internet. Use :func:`world`."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        super().__init__(stack)
+        self.guests: list[Guest] = []
+        self.reopen()
+
+    def reopen(self) -> None:
+        """As a daemon that starts: takes over what is there."""
+        self.firewall = self.host.run(lambda: Firewall.open([RUN_RANGE.network, NAMESPACE_RANGE.network], log_group=LOG_GROUP))
+        self.stack.callback(self.firewall.close)
+        self.slots = self.stack.enter_context(self.host.run(lambda: Slots.open(self.firewall)))
+
+    def plan(self, kind: str, name: str = "one") -> Plan:
+        if kind == "run":
+            return plan_run("test", [name], self.slots.taken())[name]
+        return plan_namespace(self.slots.taken())
+
+    def machine(self, kind: str, name: str = "one", egress: Egress = ALL, **facts: Any) -> Guest:
+        plan = self.plan(kind, name)
+        slot = self.slots.up(plan, Machine(plan.interface, plan.source_mac, plan.address, egress, **facts))
+        guest = Guest(self.stack, slot)
+        self.guests.append(guest)
+        return guest
+
+    def change(self, guest: Guest, **facts: Any) -> None:
+        plan = guest.slot.plan
+        self.firewall.put(Machine(plan.interface, plan.source_mac, plan.address, **{"egress": ALL, **facts}))
 
 
 @contextmanager

@@ -284,8 +284,10 @@ def inside(resolver: IPv4Address, plan: Inside = INSIDE) -> list[str]:
     mine = f"{tap} ether saddr {plan.guest_mac} ip saddr {plan.guest.ip} ip daddr != 127.0.0.0/8 udp sport != 67 accept"
     # A packet that is not UDP has no such port and fails that match: it is accepted by the next.
     other = f"{tap} ether saddr {plan.guest_mac} ip saddr {plan.guest.ip} ip daddr != 127.0.0.0/8 meta l4proto != udp accept"
+    # Every kernel asks for IPv6 routers now and then: no reason to say that somebody forges packets.
+    quiet = f"{tap} meta nfproto ipv6 drop"
     commands = [f"add table {table}", f"add table {ARP_TABLE}"]
-    commands += _chain("guard", [dhcp, mine, other, f"{tap} drop"], "filter hook prerouting priority raw")
+    commands += _chain("guard", [dhcp, mine, other, quiet, f"{tap} counter drop"], "filter hook prerouting priority raw")
     service = f"{tap} udp dport 67 accept"
     commands += _chain(
         "input", [*(f"{tap} {answer}" for answer in ANSWERS), service, f"{tap} drop"], "filter hook input priority filter"

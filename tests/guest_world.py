@@ -1,0 +1,321 @@
+"""A daemon on the host of a world of namespaces, and real guests behind it: what they reach, and who reaches them.
+
+The daemon is started by a thread that is inside the host's namespace, so all that it does to a network it does there; over its Unix
+socket it is spoken to from outside. On the internet there are a name server, HTTP and HTTPS with files, and a fountain that never
+ends; on a private network beside the host, an intruder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import os
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import IPv4Address, IPv4Interface
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from api_daemon import DaemonProcess
+from leaks import Process, processes, wait_gone
+from name_server import NameServer
+from network_world import EVERYTHING, HOST, PORT, Hosted, Place, configure, up
+from stoker.host import netlink
+from stoker.host.namespaces import Namespace
+from stoker.host.netlink import End, Netlink
+from stoker.host.nftables import Nftables
+from stoker.network.plan import NAMESPACE_RANGE
+from stoker.network.rules import TABLE
+
+TOOL = Path(__file__).parent / "system" / "guest" / "net.pl"
+SITE = "files.example.org"
+FILE = hashlib.shake_256(b"a file of the internet's").digest(1 << 20)
+FOUNTAIN = 7000
+LAN, INTRUDER = IPv4Interface("192.168.77.1/24"), IPv4Interface("192.168.77.9/24")
+SECOND, BEYOND = IPv4Interface("6.6.6.6/24"), IPv4Interface("6.6.6.1/24")
+"""The host's other uplink and the router there."""
+CLOSED = ("No route to host", "Connection refused", "timeout", "Operation not permitted")
+"""What a program in a machine is told of what it may not reach."""
+PATIENCE = 20.0
+
+
+def eventually(look: Callable[[], bool], why: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not look():
+        assert time.monotonic() < deadline, why
+        time.sleep(0.1)
+
+
+class Fountain:
+    """Sends to everybody who connects, without an end."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.create_server((address, FOUNTAIN))
+        self._open: list[socket.socket] = []
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._accept, self._flow)]
+        for thread in self._threads:
+            thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            connection.setblocking(False)
+            self._open.append(connection)
+
+    def _flow(self) -> None:
+        while not self._ended.wait(0.02):
+            for one in [*self._open]:
+                try:
+                    one.send(b"water" * 200)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    self._open.remove(one)
+                    one.close()
+
+    def close(self) -> None:
+        self._ended.set()
+        self._socket.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for one in (self._socket, *self._open):
+            one.close()
+
+
+class Site:
+    """HTTP on port 80 and HTTPS on port 443 of an address: one file."""
+
+    def __init__(self, address: str, key: Path) -> None:
+        self.served: list[str] = []
+        served = self.served
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                served.append(self.path)
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(FILE)))
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    self.wfile.write(FILE)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._servers = [ThreadingHTTPServer((address, 80), Handler), ThreadingHTTPServer((address, 443), Handler)]
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(key)
+        self._servers[1].socket = context.wrap_socket(self._servers[1].socket, server_side=True)
+        self._threads = [threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True) for server in self._servers]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        for server, thread in zip(self._servers, self._threads, strict=True):
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+
+def certificate(path: Path) -> str:
+    """Writes a key and its own certificate for :data:`SITE`; the certificate as text."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, SITE)])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=2))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(SITE)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    text = made.public_bytes(serialization.Encoding.PEM)
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(private + text)
+    return text.decode()
+
+
+class GuestWorld(Hosted):
+    """Use :func:`guest_world`."""
+
+    def __init__(self, stack: ExitStack, daemon: DaemonProcess) -> None:
+        super().__init__(stack)
+        self.daemon = daemon
+        self.intruder = Place(stack)
+        self.host.run(self._beside)
+        self.intruder.serve(str(INTRUDER.ip))
+        self.host.serve("0.0.0.0")
+        self.names = self.internet.run(lambda: NameServer("1.1.1.1"))
+        stack.callback(self.names.close)
+        self.names.zone[(SITE, "A")] = [f"{SITE} 60 A 8.8.8.8"]
+        key = daemon.data_dir.parent / "site.pem"
+        self.certificate = certificate(key)
+        self.site = self.internet.run(lambda: Site("8.8.8.8", key))
+        stack.callback(self.site.close)
+        for address in ("1.1.1.1", "8.8.8.8"):
+            stack.callback(self.internet.run(lambda address=address: Fountain(address)).close)  # type: ignore[misc]
+        stack.callback(lambda: self.host.run(daemon.close))
+        self.start()
+
+    def _beside(self) -> None:
+        """A private network beside the host, and an uplink that is not used."""
+        configure(netlink.add_veth(End("lan0", "02:aa:00:00:01:01"), End("eth0", "02:aa:00:00:01:02"), self.intruder.namespace.fd))
+        configure(netlink.add_veth(End("up1", "02:aa:00:00:02:01"), End("net1", "02:aa:00:00:02:02"), self.internet.namespace.fd))
+        for name, at in (("lan0", LAN), ("up1", SECOND)):
+            index = socket.if_nametoindex(name)
+            configure(up(name), netlink.add_address(index, at, name))
+
+        def there(name: str, at: IPv4Interface) -> None:
+            configure(up(name), netlink.add_address(socket.if_nametoindex(name), at, name))
+
+        self.intruder.run(lambda: there("eth0", INTRUDER))
+        self.intruder.run(lambda: configure(netlink.add_route(EVERYTHING, gateway=LAN.ip)))
+        self.internet.run(lambda: there("net1", BEYOND))
+        self.internet.run(lambda: configure(netlink.add_route(NAMESPACE_RANGE.network, gateway=HOST.ip)))
+
+    # -- the daemon ---------------------------------------------------------------------------------------------------
+
+    def start(self, trace_kill: str = "") -> None:
+        """``trace_kill``: where it is to die."""
+        self.daemon.env["STOKER_TRACE_KILL"] = trace_kill
+        self.host.run(self.daemon.start)
+
+    def state(self) -> dict[str, list[str]]:
+        """What there is on the host because of machines."""
+        with self.host.run(Netlink) as link:
+            addresses = [str(found.interface) for found in link.addresses()]
+        return {
+            "links": sorted(self.interfaces()),
+            "addresses": sorted(addresses),
+            "routes": sorted(self.routes()),
+            "elements": sorted(re.sub("'counter': {[^}]*}", "", text) for text in self.left()),
+            "namespaces": sorted(self.namespaces()),
+            "processes": sorted(str(one) for one in self.processes()),
+        }
+
+    def processes(self) -> list[Process]:
+        """Those of machines and of what else the daemon started, itself left out."""
+        return [one for one in processes(self.daemon.data_dir.parent) if one.pid != self.daemon.pid]
+
+    def settled(self) -> None:
+        """Nothing that later machines begin with is being made."""
+        eventually(lambda: not any("golden" in str(one) or "keygen" in str(one) for one in self.processes()), "never settled")
+
+    def namespaces(self) -> set[str]:
+        """Those that the daemon holds by descriptors."""
+        found = set()
+        for entry in os.scandir(f"/proc/{self.daemon.pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                found.add(os.readlink(entry.path))
+        return {text for text in found if text.startswith("net:")}
+
+    def counted(self, name: str, which: str = "denials") -> int:
+        """Packets of a machine that the host's firewall denied, or those to it that it refused (``refusals``)."""
+        interface = f"stk{int(IPv4Address(self.address(name))) - 1:08x}"
+        with self.host.run(Nftables) as nft:
+            (found,) = [row["set"] for row in nft.query(f"list set {TABLE} {which}") if "set" in row]
+        values = {one["elem"]["val"]: one["elem"]["counter"]["packets"] for one in found["elem"]}
+        return int(values[interface])
+
+    def forged(self, name: str) -> int:
+        """Packets of a machine that were dropped in its own namespace, since they were not its own."""
+        for entry in os.scandir(f"/proc/{self.daemon.pid}/fd"):
+            if not os.readlink(entry.path).startswith("net:"):
+                continue
+            with Namespace(os.open(entry.path, os.O_RDONLY)) as one, one.run(Netlink) as link:
+                if self.address(name) in {str(found.interface.ip) for found in link.addresses()}:
+                    with one.run(Nftables) as nft:
+                        rows = nft.query(f"list chain {TABLE} guard")
+                    words = [word for row in rows for word in row.get("rule", {}).get("expr", [])]
+                    return sum(word["counter"]["packets"] for word in words if "counter" in word)
+        raise AssertionError(f"{name} has no namespace")
+
+    # -- machines -----------------------------------------------------------------------------------------------------
+
+    def create(self, name: str, **words: Any) -> dict[str, Any]:
+        """One with the tool of these tests in it."""
+        made = self.daemon.create(name=name, network="nat", memory=256 << 20, **words)
+        self.sure(name, "cat > /net.pl", stdin=TOOL.read_text())
+        return made
+
+    def sure(self, name: str, script: str, **words: Any) -> str:
+        done = self.daemon.exec(name, "sh", "-c", script, **words)
+        assert done["exit_code"] == 0, done
+        return str(done["stdout"])
+
+    def tool(self, name: str, *words: str) -> str:
+        done = self.daemon.exec(name, "perl", "/net.pl", *words)
+        assert done["exit_code"] == 0, done
+        return str(done["stdout"])
+
+    def ask(self, name: str, *targets: str, timeout: int = 3) -> list[str]:
+        """``tcp/ADDRESS/PORT`` each; a port that is not said is that of the world's servers."""
+        whole = [target if target.count("/") == 2 else f"{target}/{PORT}" for target in targets]
+        return self.tool(name, "ask", str(timeout), *whole).splitlines()
+
+    def begin(self, name: str, *words: str, tag: str) -> None:
+        self.daemon.call("POST", f"/sandboxes/{name}/processes", 201, json={"argv": ["perl", "/net.pl", *words], "tag": tag})
+
+    def serve(self, name: str, port: int, word: str) -> None:
+        self.begin(name, "serve", str(port), word, tag="serve")
+        eventually(lambda: self.ask(name, f"tcp/127.0.0.1/{port}") == [f"{word} 127.0.0.1"], "nobody serves in the guest")
+
+    def set(self, name: str, **words: Any) -> dict[str, Any]:
+        return dict(self.daemon.call("PUT", f"/sandboxes/{name}/network", json=words))
+
+    def post(self, name: str, verb: str, **words: Any) -> Any:
+        return self.daemon.call("POST", f"/sandboxes/{name}/{verb}", **words)
+
+    def address(self, name: str) -> str:
+        return str(self.daemon.call("GET", f"/sandboxes/{name}")["address"])
+
+    def remove(self, *names: str) -> None:
+        for name in names:
+            self.daemon.call("DELETE", f"/sandboxes/{name}", 204)
+
+
+@contextmanager
+def guest_world(directory: Path, shared: Path, accelerator: str) -> Iterator[GuestWorld]:
+    daemon = DaemonProcess(directory, shared, accelerator)
+    (daemon.data_dir / "golden").symlink_to(shared / "golden")
+    (shared / "golden").mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        made = GuestWorld(stack, daemon)
+        links, routes = made.interfaces(), made.routes()
+        yield made
+        for box in daemon.call("GET", "/sandboxes?limit=1000")["items"]:
+            daemon.call("DELETE", f"/sandboxes/{box['id']}", 204)
+        left = wait_gone(lambda: sorted((made.interfaces() - links) | (made.routes() - routes)) + made.left())
+        assert not left, "machines left something on the host"
+    assert not wait_gone(lambda: [str(process) for process in processes(directory)])
+
+
+@contextmanager
+def same_after(made: GuestWorld) -> Iterator[None]:
+    """The host is afterwards what it was before."""
+    before = made.state()
+    yield
+
+    def other() -> list[str]:
+        after = made.state()
+        return [f"{kind}: {before[kind]} became {after[kind]}" for kind in before if before[kind] != after[kind]]
+
+    left = wait_gone(other, PATIENCE)
+    assert not left, "\n".join(left)
