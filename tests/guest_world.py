@@ -206,25 +206,26 @@ class GuestWorld(Hosted):
             "addresses": sorted(addresses),
             "routes": sorted(self.routes()),
             "elements": sorted(re.sub("'counter': {[^}]*}", "", text) for text in self.left()),
-            "namespaces": sorted(self.namespaces()),
+            "namespaces": sorted(self.namespaces().values()),
             "processes": sorted(str(one) for one in self.processes()),
         }
 
     def processes(self) -> list[Process]:
-        """Those of machines and of what else the daemon started, itself left out."""
-        return [one for one in processes(self.daemon.data_dir.parent) if one.pid != self.daemon.pid]
+        """Those of machines and of what else the daemon started for them, itself left out, and keys that it has made for later."""
+        found = processes(self.daemon.data_dir.parent)
+        return [one for one in found if one.pid != self.daemon.pid and "ssh-keygen" not in one.words]
 
     def settled(self) -> None:
         """Nothing that later machines begin with is being made."""
-        eventually(lambda: not any("golden" in str(one) or "keygen" in str(one) for one in self.processes()), "never settled")
+        eventually(lambda: not any("golden" in str(one) for one in self.processes()), "never settled")
 
-    def namespaces(self) -> set[str]:
-        """Those that the daemon holds by descriptors."""
-        found = set()
-        for entry in os.scandir(f"/proc/{self.daemon.pid}/fd"):
+    def namespaces(self) -> dict[str, str]:
+        """Those that the daemon holds, by the numbers of its descriptors."""
+        found = {}
+        for number in os.listdir(f"/proc/{self.daemon.pid}/fd"):
             with contextlib.suppress(FileNotFoundError):
-                found.add(os.readlink(entry.path))
-        return {text for text in found if text.startswith("net:")}
+                found[number] = os.readlink(f"/proc/{self.daemon.pid}/fd/{number}")
+        return {number: text for number, text in found.items() if text.startswith("net:")}
 
     def counted(self, name: str, which: str = "denials") -> int:
         """Packets of a machine that the host's firewall denied, or those to it that it refused (``refusals``)."""
@@ -236,11 +237,10 @@ class GuestWorld(Hosted):
 
     def forged(self, name: str) -> int:
         """Packets of a machine that were dropped in its own namespace, since they were not its own."""
-        for entry in os.scandir(f"/proc/{self.daemon.pid}/fd"):
-            if not os.readlink(entry.path).startswith("net:"):
-                continue
-            with Namespace(os.open(entry.path, os.O_RDONLY)) as one, one.run(Netlink) as link:
-                if self.address(name) in {str(found.interface.ip) for found in link.addresses()}:
+        address = self.address(name)
+        for text in self.namespaces():
+            with Namespace(os.open(f"/proc/{self.daemon.pid}/fd/{text}", os.O_RDONLY)) as one, one.run(Netlink) as link:
+                if address in {str(found.interface.ip) for found in link.addresses()}:
                     with one.run(Nftables) as nft:
                         rows = nft.query(f"list chain {TABLE} guard")
                     words = [word for row in rows for word in row.get("rule", {}).get("expr", [])]
@@ -276,6 +276,12 @@ class GuestWorld(Hosted):
     def serve(self, name: str, port: int, word: str) -> None:
         self.begin(name, "serve", str(port), word, tag="serve")
         eventually(lambda: self.ask(name, f"tcp/127.0.0.1/{port}") == [f"{word} 127.0.0.1"], "nobody serves in the guest")
+
+    def end(self, name: str, tag: str) -> None:
+        """Ends what was begun under this tag."""
+        for process in self.daemon.call("GET", f"/sandboxes/{name}/processes")["items"]:
+            if process["running"] and process["tag"] == tag:
+                self.post(f"{name}/processes/{process['id']}", "signal", expect=204, json={"signal": 9})
 
     def set(self, name: str, **words: Any) -> dict[str, Any]:
         return dict(self.daemon.call("PUT", f"/sandboxes/{name}/network", json=words))
