@@ -16,7 +16,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import IPv4Address, IPv4Interface
@@ -145,9 +145,7 @@ def certificate(path: Path) -> str:
         .sign(key, hashes.SHA256())
     )
     text = made.public_bytes(serialization.Encoding.PEM)
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     path.write_bytes(private + text)
     return text.decode()
 
@@ -198,16 +196,32 @@ class GuestWorld(Hosted):
         self.host.run(self.daemon.start)
 
     def state(self) -> dict[str, list[str]]:
-        """What there is on the host because of machines."""
+        """What there is on the host because of machines. A slot is called by its sandbox's name, whichever it is now."""
+        slots = {}
+        for box in self.daemon.call("GET", "/sandboxes")["items"]:
+            if box["address"]:
+                host = IPv4Address(box["address"]) - 1
+                mac = ":".join(f"{byte:02x}" for byte in IPv4Address(box["address"]).packed)
+                slots[box["name"]] = (f"stk{int(host):08x}", str(host), box["address"], mac)
+
+        def named(texts: Iterable[str]) -> list[str]:
+            found = []
+            for text in texts:
+                text = re.sub("'counter': {[^}]*}", "", text)
+                for name, words in slots.items():
+                    text = re.sub(r"(?<![0-9.])(" + "|".join(map(re.escape, words)) + r")(?![0-9.])", name, text)
+                found.append(text)
+            return sorted(found)
+
         with self.host.run(Netlink) as link:
             addresses = [str(found.interface) for found in link.addresses()]
         return {
-            "links": sorted(self.interfaces()),
-            "addresses": sorted(addresses),
-            "routes": sorted(self.routes()),
-            "elements": sorted(re.sub("'counter': {[^}]*}", "", text) for text in self.left()),
-            "namespaces": sorted(self.namespaces().values()),
-            "processes": sorted(str(one) for one in self.processes()),
+            "links": named(self.interfaces()),
+            "addresses": named(addresses),
+            "routes": named(self.routes()),
+            "elements": named(self.left()),
+            "namespaces": [str(len(self.namespaces()))],
+            "processes": sorted(one.words[0] for one in self.processes()),
         }
 
     def processes(self) -> list[Process]:
@@ -251,9 +265,13 @@ class GuestWorld(Hosted):
 
     def create(self, name: str, **words: Any) -> dict[str, Any]:
         """One with the tool of these tests in it."""
-        made = self.daemon.create(name=name, network="nat", memory=256 << 20, **words)
+        made = dict(self.daemon.call("POST", "/sandboxes", 201, json=self.request(name, **words)))
         self.sure(name, "cat > /net.pl", stdin=TOOL.read_text())
         return made
+
+    @staticmethod
+    def request(name: str, **words: Any) -> dict[str, Any]:
+        return {"image": "debian:12", "name": name, "network": "nat", "memory": 256 << 20, **words}
 
     def sure(self, name: str, script: str, **words: Any) -> str:
         done = self.daemon.exec(name, "sh", "-c", script, **words)
@@ -265,7 +283,7 @@ class GuestWorld(Hosted):
         assert done["exit_code"] == 0, done
         return str(done["stdout"])
 
-    def ask(self, name: str, *targets: str, timeout: int = 3) -> list[str]:
+    def ask(self, name: str, *targets: str, timeout: int = 2) -> list[str]:
         """``tcp/ADDRESS/PORT`` each; a port that is not said is that of the world's servers."""
         whole = [target if target.count("/") == 2 else f"{target}/{PORT}" for target in targets]
         return self.tool(name, "ask", str(timeout), *whole).splitlines()
@@ -291,6 +309,11 @@ class GuestWorld(Hosted):
 
     def address(self, name: str) -> str:
         return str(self.daemon.call("GET", f"/sandboxes/{name}")["address"])
+
+    def gone(self, name: str) -> None:
+        """Whatever became of it, it is not there afterwards."""
+        if any(box["name"] == name for box in self.daemon.call("GET", "/sandboxes")["items"]):
+            self.remove(name)
 
     def remove(self, *names: str) -> None:
         for name in names:

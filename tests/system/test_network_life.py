@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address
@@ -42,6 +41,11 @@ def made(shared: GuestWorld) -> Iterator[GuestWorld]:
         yield shared
 
 
+def drained(made: GuestWorld, name: str) -> int:
+    """Bytes of the fountain's that have come to a machine."""
+    return int(made.sure(name, "cat /drained 2>/dev/null || echo 0").split()[0])
+
+
 def reached(made: GuestWorld, port: int = 9000) -> str:
     """What a machine says to who comes from the internet."""
     return made.internet.ask(str(HOST.ip), port, timeout=5)
@@ -59,7 +63,9 @@ def test_copies_with_the_same_address_inside_talk_at_the_same_time(made: GuestWo
             made.set(name, publish=[f"{9000 + number}:80"])
             made.begin(name, "drain", "1.1.1.1", str(FOUNTAIN), "/drained", tag="drain")
         # All three at once, out, in, and by the address of each.
-        eventually(lambda: all(int(made.sure(n, "cat /drained || echo 0").split()[0]) > 20_000 for n in names), "one does not get on")
+        eventually(
+            lambda: all(int(made.sure(n, "cat /drained || echo 0").split()[0]) > 20_000 for n in names), "one does not get on"
+        )
         for number, name in enumerate(names):
             assert made.ask(name, "tcp/8.8.8.8", "udp/1.1.1.1") == [str(HOST.ip)] * 2
             assert reached(made, 9000 + number) == f"box {ROUTER.ip}"
@@ -69,7 +75,9 @@ def test_copies_with_the_same_address_inside_talk_at_the_same_time(made: GuestWo
         made.serve(names[1], 80, "copy")
         assert [reached(made, port).split()[0] for port in (9000, 9001, 9002)] == ["box", "copy", "box"]
         # They are strangers to each other, and have policies of their own.
-        assert all(said in CLOSED for said in made.ask(names[1], *(f"tcp/{made.address(name)}/80" for name in (names[0], names[2]))))
+        assert all(
+            said in CLOSED for said in made.ask(names[1], *(f"tcp/{made.address(name)}/80" for name in (names[0], names[2])))
+        )
         made.set(names[2], egress="none")
         assert [made.ask(name, "tcp/1.1.1.1")[0] in CLOSED for name in names] == [False, False, True]
     finally:
@@ -133,8 +141,8 @@ def test_the_daemon_is_killed_and_traffic_goes_on(made: GuestWorld) -> None:
         eventually(lambda: len(noise.heard) > heard + 20, "the daemon's start ends what goes on")
         inward.sendall(b"with another")
         assert inward.recv(100) == b"with another"
-    before = int(made.sure("box", "cat /drained").split()[0])
-    eventually(lambda: int(made.sure("box", "cat /drained").split()[0]) > before, "the download was cut")
+    before = drained(made, "box")
+    eventually(lambda: drained(made, "box") > before, "the download was cut")
     # The next daemon has it in hand: its policy, its ports, its end.
     made.set("box", egress="allow: 8.8.8.8")
     assert [said in CLOSED for said in made.ask("box", "tcp/1.1.1.1", "tcp/8.8.8.8")] == [True, False]
@@ -145,7 +153,9 @@ def test_the_daemon_is_killed_and_traffic_goes_on(made: GuestWorld) -> None:
         made.end("box", tag)
 
 
-@pytest.mark.parametrize("point", ["slot.after_intent", "slot.judged", "slot.tap", "slot.inside", "slot.linked", "slot.up", "create.after_slot"])
+@pytest.mark.parametrize(
+    "point", ["slot.after_intent", "slot.judged", "slot.tap", "slot.inside", "slot.linked", "slot.up", "create.after_slot"]
+)
 def test_killed_while_a_slot_is_made(made: GuestWorld, point: str) -> None:
     dies(made, point, lambda: made.daemon.http.post("/v1/sandboxes", json=made.request("victim", publish=["9001:80"])))
     assert [box["name"] for box in made.daemon.call("GET", "/sandboxes")["items"] if box["state"] != "failed"] == ["box"]
@@ -188,9 +198,7 @@ def test_another_uplink(made: GuestWorld) -> None:
 
 def move(made: GuestWorld, gateway: IPv4Address) -> None:
     """The host's default route."""
-    name = {BEYOND.ip: "up0", ROUTER.ip: "up1"}[gateway]
-
-    def work() -> None:
-        configure(netlink.delete_route(EVERYTHING, index=socket.if_nametoindex(name)), netlink.add_route(EVERYTHING, gateway=gateway))
-
-    made.host.run(work)
+    before = {BEYOND.ip: ROUTER.ip, ROUTER.ip: BEYOND.ip}[gateway]
+    made.host.run(
+        lambda: configure(netlink.delete_route(EVERYTHING, gateway=before), netlink.add_route(EVERYTHING, gateway=gateway))
+    )

@@ -6,7 +6,8 @@ Armed once, when an engine is opened. The storage has points of its own (:mod:`s
 
 from __future__ import annotations
 
-from stoker.host.trace import arm, declare, trace
+from stoker.host import trace as _points
+from stoker.host.trace import declare, trace
 
 __all__ = ["POINTS", "POOLS", "UPKEEP", "arm", "trace"]
 
@@ -15,6 +16,7 @@ CREATE = (
     "create.after_intent",
     "create.after_directory",
     "create.after_cgroup",
+    "create.after_slot",
     "boot.after_clone",
     "boot.after_launch",
     "boot.after_hello",
@@ -99,6 +101,8 @@ VOLUMES = declare(
     "volume.after_row_gone",
     "volume.after_grown",
 )
+NETWORK = declare("slot.after_intent")
+"""Beside those of slots themselves (:mod:`stoker.network.slot`)."""
 POOLS = declare("pool.after_unmount", "pool.after_unlink")
 UPKEEP = declare(
     "gc.before_item",
@@ -106,3 +110,10 @@ UPKEEP = declare(
     "fsck.before_repair",
     "fsck.after_repair",
 )
+
+
+def arm(where: str) -> None:
+    """Makes ``where`` deadly, a slot's own points among them; "" disarms. Raises ``bad_trace_point`` (InvalidRequest)."""
+    if where:
+        import stoker.network.slot  # noqa: F401 (it names its points)
+    _points.arm(where)

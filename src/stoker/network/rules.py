@@ -243,7 +243,8 @@ def base(ranges: Iterable[IPv4Network], private: Iterable[IPv4Network] = (), log
     commands += [f"add map {TABLE} {name} {{ {kind} }}" for name, kind in MAPS.items()]
     log = [f'update @logged {{ iifname {LOG_RATE} }} log group {log_group} prefix "stoker-denied" snaplen 128'] if log_group else []
     count = "iifname @denials"
-    cut = "ct state established meta l4proto tcp reject with tcp reset"
+    # Whatever the kernel knows of the connection: a program is told of the end of one that was forgotten too.
+    cut = "tcp flags & (syn | ack) != syn reject with tcp reset"
     commands += _chain("denied", [count, *log, cut, "reject with icmpx type admin-prohibited"])
     commands += _chain("spoofed", [count, *log, "drop"])
     commands += _chain("refused", ["oifname @refusals", "drop"])

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Collection, Iterable
@@ -60,6 +61,9 @@ WORKERS = 16
 """Threads that remove links. They wait for the kernel, which does several at once."""
 PATIENCE = 2.0
 """Seconds that a namespace without a holder gets to take its links along, before they are removed one by one."""
+TELLING = 0.5
+"""Seconds in which a TCP connection that is cut still hears of its other end, so that the machine answers and is told. What is not
+answered ends after a window's worth of it."""
 LO, TAP, OUT = 1, 2, 3
 """Numbers of the links in a namespace of ours."""
 POINTS = declare(
@@ -238,6 +242,10 @@ class Slots:
             return machine.egress.allows(one.destination, one.protocol, one.port) is False
 
         def cut() -> None:
+            # Who only listens is told when it answers to what comes in: for a moment more, that does.
+            if any(one.protocol == socket.IPPROTO_TCP and unwanted(one) for one in self._home.run(conntrack.connections)):
+                self._home.run(lambda: conntrack.forget(lambda one: one.protocol != socket.IPPROTO_TCP and unwanted(one)))
+                time.sleep(TELLING)
             self._home.run(lambda: conntrack.forget(unwanted))
 
         return self._behind.submit(cut)
