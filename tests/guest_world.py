@@ -31,7 +31,7 @@ from cryptography.x509.oid import NameOID
 from api_daemon import DaemonProcess
 from leaks import Process, processes, wait_gone
 from name_server import NameServer
-from network_world import EVERYTHING, HOST, PORT, Hosted, Place, configure, up
+from network_world import EVERYTHING, HOST, PORT, Hosted, Place, addressed, configure, up
 from stoker.host import netlink
 from stoker.host.namespaces import Namespace
 from stoker.host.netlink import End, Netlink
@@ -163,17 +163,23 @@ class GuestWorld(Hosted):
         self.names = self.internet.run(lambda: NameServer("1.1.1.1"))
         stack.callback(self.names.close)
         self.names.zone[(SITE, "A")] = [f"{SITE} 60 A 8.8.8.8"]
+        self.names.zone[("other.org", "A")] = ["other.org 60 A 9.9.9.9"]
         key = daemon.data_dir.parent / "site.pem"
         self.certificate = certificate(key)
         self.site = self.internet.run(lambda: Site("8.8.8.8", key))
         stack.callback(self.site.close)
+        self.internet.run(lambda: configure(*addressed("lo", "9.9.9.9/32")))
+        self.internet.serve("9.9.9.9")
         for address in ("1.1.1.1", "8.8.8.8"):
             stack.callback(self.internet.run(lambda address=address: Fountain(address)).close)  # type: ignore[misc]
+        daemon.env["STOKER_RESOLVERS"] = "1.1.1.1"
         stack.callback(lambda: self.host.run(daemon.close))
         self.start()
 
     def _beside(self) -> None:
         """A private network beside the host, and an uplink that is not used."""
+        # Else it tells a machine that asks for much that it may not have of one denial a second, and the rest wait for nothing.
+        Path("/proc/sys/net/ipv4/icmp_ratelimit").write_text("0")
         configure(netlink.add_veth(End("lan0", "02:aa:00:00:01:01"), End("eth0", "02:aa:00:00:01:02"), self.intruder.namespace.fd))
         configure(netlink.add_veth(End("up1", "02:aa:00:00:02:01"), End("net1", "02:aa:00:00:02:02"), self.internet.namespace.fd))
         for name, at in (("lan0", LAN), ("up1", SECOND)):

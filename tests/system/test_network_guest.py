@@ -215,3 +215,30 @@ def test_a_live_edit_cuts_what_is_no_longer_allowed(made: GuestWorld) -> None:
     assert made.counted("one") > before
     for tag in ("drain", "flood"):
         made.end("one", tag)
+
+
+def test_rules_for_names(made: GuestWorld) -> None:
+    """A name that is allowed is looked up and reached; what is not, is neither; an edit does not cut what stays allowed."""
+    made.sure("one", "rm -f /kept")
+    made.set("one", egress=f"allow: *.example.org:{FOUNTAIN}, *.example.org:80")
+    assert made.ask("one", "tcp/9.9.9.9", "udp/9.9.9.9")[0] in CLOSED
+    done = download(made, "one", f"http://{SITE}/by-name")
+    assert done["exit_code"] == 0 and "/by-name" in made.site.served, done
+    assert download(made, "one", f"https://{SITE}/by-name")["exit_code"] != 0, "the port is not allowed"
+    asked = len(made.names.asked)
+    unknown = made.daemon.exec("one", "getent", "ahostsv4", "other.org")
+    assert unknown["exit_code"] == 2 and unknown["stdout"] == "", unknown
+    assert not any("other" in name for name in made.names.names()[asked:]), "a question by which data leaves"
+    # Whom else it asks makes no difference.
+    assert made.sure("one", "cat /etc/resolv.conf").split() == ["nameserver", "1.1.1.1"]
+    made.begin("one", "drain", "8.8.8.8", str(FOUNTAIN), "/kept", tag="drain")
+    size = "cat /kept 2>/dev/null || echo 0"
+    eventually(lambda: int(made.sure("one", size).split()[0]) > 20_000, "the name's address is closed")
+    made.set("one", egress=f"allow: *.example.org:{FOUNTAIN}, other.org")
+    before = int(made.sure("one", size).split()[0])
+    eventually(lambda: int(made.sure("one", size).split()[0]) > before + 20_000, "what stays allowed was cut")
+    assert made.sure("one", "getent ahostsv4 other.org").split()[0] == "9.9.9.9"
+    assert made.ask("one", "tcp/9.9.9.9", "tcp/8.8.8.8") == [str(HOST.ip), "No route to host"]
+    made.set("one", egress="allow: other.org")
+    eventually(lambda: " " in made.sure("one", "cat /kept").strip(), "the download goes on")
+    made.end("one", "drain")
