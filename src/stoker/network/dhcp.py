@@ -181,16 +181,17 @@ def start(dhcp: Dhcp, directory: Path, namespace: Namespace) -> ProcessIdentity:
 def find(directory: Path) -> Iterator[ProcessIdentity]:
     """The dnsmasq of a machine's directory: whoever has exactly that lease file among its arguments. One pass over /proc."""
     wanted = b"--dhcp-leasefile=" + os.fsencode(_leases(directory))
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        try:
-            with open(f"/proc/{entry.name}/cmdline", "rb") as file:
-                words = file.read(8192).split(b"\0")
-            if wanted in words and words[0].rpartition(b"/")[2] == b"dnsmasq":
-                yield ProcessIdentity.of(int(entry.name))
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
+    with os.scandir("/proc") as entries:
+        for entry in entries:
+            if not entry.name.isdigit():
+                continue
+            try:
+                with open(f"/proc/{entry.name}/cmdline", "rb") as file:
+                    words = file.read(8192).split(b"\0")
+                if wanted in words and words[0].rpartition(b"/")[2] == b"dnsmasq":
+                    yield ProcessIdentity.of(int(entry.name))
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
 
 
 def end(directory: Path, known: ProcessIdentity | None = None) -> None:
