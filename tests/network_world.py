@@ -238,7 +238,7 @@ class Hosted:
         with self.host.run(Nftables) as nft:
             rows = [row for table in (TABLE, ARP_TABLE) for row in nft.query(f"list table {table}")]
         named = [row[kind] for row in rows for kind in ("set", "map") if kind in row]
-        constant = ("private", "ranges", "logged")
+        constant = ("private", "ranges", "logged", "noted")
         return [f"{row['name']}: {row['elem']}" for row in named if row.get("elem") and row["name"] not in constant] + [
             row["chain"]["name"] for row in rows if "chain" in row and row["chain"]["name"].startswith("policy-")
         ]

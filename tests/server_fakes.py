@@ -31,9 +31,13 @@ from stoker.api.models import (
     CreateSandbox,
     CreateSnapshot,
     CreateVolume,
+    Denial,
     Difference,
     ErrorBody,
     Event,
+    ExplainNetwork,
+    ExplainStep,
+    Explanation,
     FileInfo,
     FileType,
     Forked,
@@ -48,8 +52,11 @@ from stoker.api.models import (
     ImageList,
     Kernel,
     KernelList,
+    LearnedNetwork,
     Metrics,
     MetricsSample,
+    NetworkMode,
+    NetworkStatus,
     Operation,
     OperationLog,
     OperationPage,
@@ -61,12 +68,14 @@ from stoker.api.models import (
     Sandbox,
     SandboxPage,
     SandboxState,
+    SetNetwork,
     SetWarm,
     Snapshot,
     SnapshotState,
     StartProcess,
     Template,
     Timeout,
+    Verdict,
     Volume,
     VolumePage,
     WarmSet,
@@ -140,6 +149,33 @@ class FakeUpkeep:
     async def gc(self, *, dry_run: bool) -> GcReport:
         freed = Freed(kind="image", name=DIGEST, why="superseded", bytes=4096)
         return GcReport(dry_run=dry_run, items=[freed], freed=4096, by_kind={"image": 4096}, skipped=["kernels: not ours"])
+
+
+class FakeNetworks:
+    """Every sandbox reaches everything, but for the host ``closed``."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    async def show(self, who: Principal, sandbox: str) -> NetworkStatus:
+        box = self._engine.find(who, sandbox)
+        denial = Denial(protocol="tcp", destination="10.0.0.1", port=22, first_at=1.0, last_at=2.0, times=3)
+        return NetworkStatus(
+            sandbox=box.id, network=NetworkMode.NAT, address="100.80.0.1", egress="all", publish=["80:80"], denials=[denial]
+        )
+
+    async def learned(self, who: Principal, sandbox: str) -> LearnedNetwork:
+        box = self._engine.find(who, sandbox)
+        return LearnedNetwork(sandbox=box.id, rules=["a.net:443/tcp"], egress="allow: a.net:443/tcp")
+
+    async def explain(self, who: Principal, sandbox: str, request: ExplainNetwork) -> Explanation:
+        box = self._engine.use(who, sandbox)
+        verdict = Verdict.FAIL if request.target.startswith("closed") else Verdict.PASS
+        step = ExplainStep(name="policy", verdict=verdict, says="it says", mend="stoker network set x --egress all")
+        fault = "policy" if verdict is Verdict.FAIL else None
+        return Explanation(
+            sandbox=box.id, target=request.target, protocol=request.protocol, reached=fault is None, fault=fault, steps=[step]
+        )
 
 
 class FakePools:
@@ -785,6 +821,7 @@ class FakeEngine:
         self.upkeep = FakeUpkeep()
         self.volumes = FakeVolumes()
         self.pools = FakePools()
+        self.networks = FakeNetworks(self)
         self.snapshots = FakeSnapshots()
         self.templates = FakeTemplates()
         self.warm = FakeWarm()
@@ -821,6 +858,10 @@ class FakeEngine:
             raise self.fail[name]
 
     # sandboxes
+    async def set_network(self, who: Principal, sandbox: str, request: SetNetwork) -> Sandbox:
+        box = self.find(who, sandbox)
+        return await self.put(replace(box, egress=request.egress if request.egress is not None else box.egress))
+
     async def create(self, who: Principal, request: CreateSandbox, *, idempotency_key: str | None = None) -> Operation:
         self._check("create")
         if idempotency_key is not None and (who.owner, idempotency_key) in self.idempotent:

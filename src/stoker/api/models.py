@@ -22,6 +22,17 @@ from stoker.api.files import (
     WriteFiles,
 )
 from stoker.api.images import Image, ImageList, Kernel, KernelList
+from stoker.api.network import (
+    Denial,
+    ExplainNetwork,
+    ExplainStep,
+    Explanation,
+    LearnedNetwork,
+    NetworkCounters,
+    NetworkStatus,
+    Transport,
+    Verdict,
+)
 from stoker.api.pools import CreatePool, Pool, PoolList
 from stoker.api.ports import PortAccess
 from stoker.api.processes import (
@@ -84,6 +95,15 @@ from stoker.api.volumes import AppInfo, CreateVolume, ResizeVolume, Volume, Volu
 from stoker.api.warm import SetWarm, WarmSet, WarmSetId, WarmSetList
 
 __all__ = [
+    "Denial",
+    "ExplainNetwork",
+    "ExplainStep",
+    "Explanation",
+    "LearnedNetwork",
+    "NetworkCounters",
+    "NetworkStatus",
+    "Transport",
+    "Verdict",
     "PoolList",
     "PortAccess",
     "Pool",

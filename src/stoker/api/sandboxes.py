@@ -117,6 +117,8 @@ class CreateSandbox(Model, frozen=True):
     """The setting ``network`` says, where it is not a template's: ``nat`` for root on a host that is prepared, else ``user``."""
     egress: EgressPolicy | None = None
     """Where it may connect to, with ``nat``: ``all`` (public addresses; so it is without), ``none``, or rules."""
+    learn: bool = False
+    """What the policy denies of the public is let through and recorded, with ``nat``."""
     publish: Annotated[list[PublishedPort], Meta(max_length=64)] = field(default_factory=list)
     """Ports of the host that lead into it, with ``nat``."""
     host_access: bool = False
@@ -148,6 +150,7 @@ class SetNetwork(Model, frozen=True):
     egress: EgressPolicy | None = None
     publish: Annotated[list[PublishedPort], Meta(max_length=64)] | None = None
     host_access: bool | None = None
+    learn: bool | None = None
 
 
 class CopySandbox(Model, frozen=True):

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from typing import TYPE_CHECKING
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from stoker.cli.remote import SANDBOX, json_option, with_client
-from stoker.cli.table import show_json
+from stoker.cli.table import clean, show_json
 
 if TYPE_CHECKING:
-    from stoker.api.models import Sandbox
+    from stoker.api.models import Denial, Sandbox
     from stoker.client.client import AsyncClient
+    from stoker.client.sandbox import AsyncSandbox
 
 __all__ = ["network"]
+
+T = TypeVar("T")
 
 
 @click.group()
@@ -27,10 +34,18 @@ def network() -> None:
 @click.option("--publish", "-p", metavar="[IP:]PORT:PORT", multiple=True, help="All ports of the host that lead into it.")
 @click.option("--no-ports", is_flag=True, help="None does any more.")
 @click.option("--host-access/--no-host-access", default=None, help="Whether it may connect to the host itself.")
+@click.option("--learn/--no-learn", default=None, help="Let through what the policy denies of the public, and record it.")
 @json_option
 @click.argument("sandbox", type=SANDBOX)
 def network_set(
-    *, egress: str | None, publish: tuple[str, ...], no_ports: bool, host_access: bool | None, as_json: bool, sandbox: str
+    *,
+    egress: str | None,
+    publish: tuple[str, ...],
+    no_ports: bool,
+    host_access: bool | None,
+    learn: bool | None,
+    as_json: bool,
+    sandbox: str,
 ) -> None:
     """Change where a sandbox may connect to, and its published ports, while it runs.
 
@@ -44,11 +59,117 @@ def network_set(
 
         box = await AsyncSandbox.connect(sandbox, client=client)
         ports = publish if publish or no_ports else None
-        return await box.set_network(egress=egress, publish=ports, host_access=host_access)
+        return await box.set_network(egress=egress, publish=ports, host_access=host_access, learn=learn)
 
     info = with_client(work)
     if as_json:
         show_json(info)
+
+
+def _of(sandbox: str, ask: Callable[[AsyncSandbox], Awaitable[T]]) -> T:
+    async def work(client: AsyncClient) -> T:
+        from stoker.client.sandbox import AsyncSandbox
+
+        return await ask(await AsyncSandbox.connect(sandbox, client=client))
+
+    return with_client(work)
+
+
+@network.command("show")
+@json_option
+@click.argument("sandbox", type=SANDBOX)
+def network_show(*, as_json: bool, sandbox: str) -> None:
+    """Show a sandbox's address, policy and published ports, and what was sent, denied and refused."""
+    found = _of(sandbox, lambda box: box.network())
+    if as_json:
+        return show_json(found)
+    counted = found.counters
+    words = {
+        "interface": found.interface or "-",
+        "address": found.address or "-",
+        "slot": found.slot or "-",
+        "egress": found.egress + (" (learning)" if found.learn else ""),
+        "ports": ", ".join(found.publish) or "-",
+        "sent": f"{counted.sent} packets, {counted.sent_bytes} bytes",
+        "denied": f"{counted.denied} packets",
+        "refused": f"{counted.refused} packets that came for it",
+    }
+    for name, value in words.items():
+        click.echo(f"{name + ':':<11}{clean(value)}")
+    if found.denials:
+        click.echo(f"of late denied: {', '.join(_where(one) for one in found.denials[:5])}")
+
+
+def _where(one: Denial) -> str:
+    port = f":{one.port}" if one.port is not None else ""
+    return f"{one.destination or ''}{port}/{one.protocol}"
+
+
+@network.command("denials")
+@click.option("--follow", "-f", is_flag=True, help="Go on with those that come.")
+@json_option
+@click.argument("sandbox", type=SANDBOX)
+def network_denials(*, follow: bool, as_json: bool, sandbox: str) -> None:
+    """List what a sandbox's firewall denied of late: when last, how often, where to.
+
+    A few a second are recorded; `show` counts all.
+    """
+
+    async def work(box: AsyncSandbox) -> None:
+        seen: dict[tuple[str, str | None, int | None], float] = {}
+        while True:
+            for one in reversed((await box.network()).denials):
+                key = (one.protocol, one.destination, one.port)
+                if seen.get(key) == one.last_at:
+                    continue
+                seen[key] = one.last_at
+                if as_json:
+                    show_json(one)
+                else:
+                    at = time.strftime("%H:%M:%S", time.localtime(one.last_at))
+                    click.echo(f"{at}  {one.times:>5}x  {_where(one)}")
+            if not follow:
+                return
+            sys.stdout.flush()
+            await asyncio.sleep(0.5)
+
+    _of(sandbox, work)
+
+
+@network.command("learned")
+@json_option
+@click.argument("sandbox", type=SANDBOX)
+def network_learned(*, as_json: bool, sandbox: str) -> None:
+    """Print the egress policy that a sandbox would have needed, after `network set --learn`: its own, with exact rules in front."""
+    found = _of(sandbox, lambda box: box.learned())
+    if as_json:
+        show_json(found)
+    elif found.egress:
+        click.echo(found.egress)
+    else:
+        click.echo("\n".join(found.rules) if found.rules else "nothing was needed beyond its policy", err=not found.rules)
+
+
+@network.command("explain")
+@click.option("--udp", is_flag=True, help="A UDP port; nothing is sent to it.")
+@json_option
+@click.argument("sandbox", type=SANDBOX)
+@click.argument("target", metavar="HOST:PORT")
+def network_explain(*, udp: bool, as_json: bool, sandbox: str, target: str) -> int:
+    """Walk the way from a sandbox to a port, for real, and say why it is reached or not.
+
+    Every step is shown as it is, and with the command that mends it. Takes 10 s at most. Exits with 1 when something fails.
+    """
+    found = _of(sandbox, lambda box: box.explain(target, protocol="udp" if udp else "tcp"))
+    if as_json:
+        show_json(found)
+    else:
+        marks = {"pass": "ok  ", "fail": "FAIL", "unknown": "?   "}
+        for step in found.steps:
+            click.echo(f"{marks[step.verdict.value]} {step.name}: {clean(step.says)}")
+            if step.mend:
+                click.echo(f"     {clean(step.mend)}")
+    return 0 if found.fault is None else 1
 
 
 @network.command("plan")

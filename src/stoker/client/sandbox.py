@@ -18,9 +18,13 @@ from stoker.api.models import (
     CreateSandbox,
     CreateSnapshot,
     Event,
+    ExplainNetwork,
+    Explanation,
     ForkResult,
     ForkSandbox,
+    LearnedNetwork,
     Metrics,
+    NetworkStatus,
     Operation,
     OperationPage,
     PingResult,
@@ -45,7 +49,7 @@ from stoker.client.feed import AsyncFeed, events_feed
 from stoker.client.files import AsyncFiles
 from stoker.client.forward import AsyncForward, listen
 from stoker.client.operations import OnProgress, begin_create, destroy_made, finish_operation, wait_for_state
-from stoker.client.words import init_mode, network_mode
+from stoker.client.words import init_mode, network_mode, transport
 from stoker.errors import Conflict, InvalidRequest, NotFound, error_from_wire
 
 if TYPE_CHECKING:
@@ -329,12 +333,31 @@ class AsyncSandbox:
         return self._keep(await self._api.call("PUT", self._path("timeout"), SandboxInfo, body=body))
 
     async def set_network(
-        self, *, egress: str | None = None, publish: Sequence[str] | None = None, host_access: bool | None = None
+        self,
+        *,
+        egress: str | None = None,
+        publish: Sequence[str] | None = None,
+        host_access: bool | None = None,
+        learn: bool | None = None,
     ) -> SandboxInfo:
         """Another egress policy, other published ports, access to the host or none; None leaves them. Connections that it may not
-        have any more are cut."""
-        body = SetNetwork(egress=egress, publish=None if publish is None else list(publish), host_access=host_access)
+        have any more are cut. ``learn``: what the policy denies of the public is let through and recorded (:meth:`learned`)."""
+        ports = None if publish is None else list(publish)
+        body = SetNetwork(egress=egress, publish=ports, host_access=host_access, learn=learn)
         return self._keep(await self._api.call("PUT", self._path("network"), SandboxInfo, body=body))
+
+    async def network(self) -> NetworkStatus:
+        """Its address, policy and ports, counters, and what was denied of late."""
+        return await self._api.call("GET", self._path("network"), NetworkStatus)
+
+    async def learned(self) -> LearnedNetwork:
+        """What it needed beyond its policy."""
+        return await self._api.call("GET", self._path("network", "learned"), LearnedNetwork)
+
+    async def explain(self, target: str, *, protocol: str = "tcp") -> Explanation:
+        """Why it reaches ``HOST:PORT``, or does not; 10 s at most. ``protocol`` may be ``udp``; nothing is sent then."""
+        body = ExplainNetwork(target=target, protocol=transport(protocol))
+        return await self._api.call("POST", self._path("network", "explain"), Explanation, body=body)
 
     async def wait(self, *states: str, timeout: float | None = None) -> SandboxInfo:
         """Until it is in one of the states (none: until it is gone). :class:`DeadlineExceeded` after ``timeout`` seconds."""

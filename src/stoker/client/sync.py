@@ -13,13 +13,16 @@ from stoker.api.models import (
     ConsoleLog,
     CreatedKey,
     Event,
+    Explanation,
     FileInfo,
     FsckReport,
     GcReport,
     Health,
     Image,
     Kernel,
+    LearnedNetwork,
     Metrics,
+    NetworkStatus,
     Operation,
     Pool,
     PortAccess,
@@ -941,11 +944,28 @@ class Sandbox:
         return call(self._async.set_timeout(timeout, idle_timeout=idle_timeout))
 
     def set_network(
-        self, *, egress: str | None = None, publish: Sequence[str] | None = None, host_access: bool | None = None
+        self,
+        *,
+        egress: str | None = None,
+        publish: Sequence[str] | None = None,
+        host_access: bool | None = None,
+        learn: bool | None = None,
     ) -> SandboxInfo:
         """Another egress policy, other published ports, access to the host or none; None leaves them. Connections that it may not
-        have any more are cut."""
-        return call(self._async.set_network(egress=egress, publish=publish, host_access=host_access))
+        have any more are cut. ``learn``: what the policy denies of the public is let through and recorded (:meth:`learned`)."""
+        return call(self._async.set_network(egress=egress, publish=publish, host_access=host_access, learn=learn))
+
+    def network(self) -> NetworkStatus:
+        """Its address, policy and ports, counters, and what was denied of late."""
+        return call(self._async.network())
+
+    def learned(self) -> LearnedNetwork:
+        """What it needed beyond its policy."""
+        return call(self._async.learned())
+
+    def explain(self, target: str, *, protocol: str = "tcp") -> Explanation:
+        """Why it reaches ``HOST:PORT``, or does not; 10 s at most. ``protocol`` may be ``udp``; nothing is sent then."""
+        return call(self._async.explain(target, protocol=protocol))
 
     def wait(self, *states: str, timeout: float | None = None) -> SandboxInfo:
         """Until it is in one of the states (none: until it is gone). :class:`DeadlineExceeded` after ``timeout`` seconds."""

@@ -61,6 +61,7 @@ from stoker.engine.booter import Booter
 from stoker.engine.core import Box, Core
 from stoker.engine.create import Source
 from stoker.engine.database import Database, lock_data
+from stoker.engine.explaining import NetworksSeen
 from stoker.engine.facts import facts
 from stoker.engine.files import Files
 from stoker.engine.hidden import PARKED
@@ -106,6 +107,7 @@ class Engine:
         self._keys = keys
         self._stack = stack
         self.processes = Processes(core)
+        self.networks = NetworksSeen(core)
         self.connections = Connections(core)
         self.files = Files(core)
         self.images = Images(core)

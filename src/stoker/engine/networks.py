@@ -13,13 +13,14 @@ import asyncio
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import AddressValueError, IPv4Address, IPv4Network
 from typing import TYPE_CHECKING, Final, Protocol
 
 from stoker.api.models import CreateSandbox, NetworkMode
 from stoker.engine.leases import Leases
 from stoker.errors import HostError, InvalidRequest, StokerError
+from stoker.network.denials import Denials
 from stoker.network.egress import ALL, NONE, Egress, parse_egress
 from stoker.network.egress import Protocol as Transport
 from stoker.network.plan import (
@@ -43,6 +44,7 @@ from stoker.network.rules import SERVICES, Machine, Publication
 if TYPE_CHECKING:
     from stoker.engine.state import Record
     from stoker.engine.units import Units
+    from stoker.host.namespaces import Namespace
     from stoker.network.dns_upstream import Server
     from stoker.network.firewall import Firewall
     from stoker.network.resolver import Resolver
@@ -86,6 +88,7 @@ class Networks:
         self._slots: Slots | None = None
         self._firewall: Firewall | None = None
         self._resolver: Resolver | None = None
+        self.denials = Denials()
         self._ranges = ranges(settings)
         self._foreign: list[IPv4Network] = []
         self._names: frozenset[str] = frozenset()
@@ -113,6 +116,7 @@ class Networks:
                 if why := self.refused():
                     raise HostError("network_unavailable", why, "--network user")
                 self._slots = await asyncio.to_thread(self._opened)
+                self.denials.begin()
                 self._resolver = self._resolves()
                 self._looks = asyncio.create_task(self._look_after(), name="networks")
             return self._slots
@@ -122,7 +126,9 @@ class Networks:
         from stoker.network.slot import Slots
 
         ours = list(self._ranges.values())
-        self._firewall = firewall = Firewall.open([one.network for one in ours], private_networks(self._settings))
+        group = self.denials.open()
+        networks = [one.network for one in ours]
+        self._firewall = firewall = Firewall.open(networks, private_networks(self._settings), log_group=group)
         try:
             slots = Slots.open(firewall)
             self._look(slots)
@@ -155,6 +161,7 @@ class Networks:
         slots, self._slots = self._slots, None
         firewall, self._firewall = self._firewall, None
         resolver, self._resolver = self._resolver, None
+        self.denials.close()
         if resolver is not None:
             await resolver.aclose()
         if slots is not None:
@@ -203,6 +210,7 @@ class Networks:
     def unpin(self, sandbox: str) -> None:
         """The sandbox is gone: its addresses are anybody's."""
         self._pinned.pop(sandbox, None)
+        self.denials.forget(sandbox)
 
     # -- machines -----------------------------------------------------------------------------------------------------
 
@@ -219,6 +227,7 @@ class Networks:
         machine = machine_of(record, plan)
         slot = await asyncio.to_thread(slots.up, plan, machine)
         self._up[record.slot] = slot
+        self.denials.watch(record.id, machine)
         await self._answer(machine, plan)
         inside = isinstance(plan, NamespacePlan)
         gateway = INSIDE.gateway.ip if inside else plan.host
@@ -244,7 +253,7 @@ class Networks:
         """Serves names to a machine that has to use our resolver, and no longer to one that need not."""
         assert self._resolver is not None
         if machine.resolver is not None:
-            await self._resolver.put(machine, plan.host)
+            await self._resolver.put(machine, plan.host, self.denials.learning(machine.interface))
         else:
             await self._resolver.remove(machine.interface)
 
@@ -271,6 +280,7 @@ class Networks:
             return found
 
         self._up[record.slot] = await asyncio.to_thread(work)
+        self.denials.watch(record.id, machine_there)
         await self._answer(machine_there, plan)
 
     async def change(self, record: Record) -> None:
@@ -279,9 +289,10 @@ class Networks:
         plan = parse_slot(record.slot)
         machine = machine_of(record, plan)
         assert self._resolver is not None
+        self.denials.watch(record.id, machine)
         known = self._resolver.known(machine.interface, machine.egress)
         if machine.resolver is not None and machine.interface not in self._resolver.counts():
-            await self._resolver.put(machine, plan.host)  # it answers before questions are led there
+            await self._answer(machine, plan)  # it answers before questions are led there
         await asyncio.wrap_future(slots.change(machine, known))
         await self._answer(machine, plan)
 
@@ -295,8 +306,16 @@ class Networks:
         plan = parse_slot(slot)
         assert self._resolver is not None
         await self._resolver.remove(plan.interface)
+        self.denials.leave(plan.interface)
         await asyncio.wrap_future(slots.drop(plan, self._up.pop(slot, None)))
         self.forget(slot)
+
+    async def seen(self, record: Record) -> tuple[Firewall, Machine, Plan, Namespace | None]:
+        """What is known of a sandbox that has a slot: to be looked at."""
+        await self.open()
+        assert self._firewall is not None
+        plan, slot = parse_slot(record.slot), self._up.get(record.slot)
+        return self._firewall, machine_of(record, plan), plan, slot.namespace if slot is not None else None
 
     async def prune(self, keep: Iterable[str]) -> None:
         """Takes out of the firewall what belongs to no sandbox any more."""
@@ -378,7 +397,7 @@ def planned(record: Record, known: Mapping[str, Range], taken: Taken) -> RunPlan
 def check_network(request: CreateSandbox) -> None:
     """Refuses what can never be: ``bad_network``, ``egress_invalid``, ``port_invalid`` (InvalidRequest)."""
     if request.network is not NetworkMode.NAT:
-        if request.egress is not None or request.publish or request.host_access:
+        if request.egress is not None or request.publish or request.host_access or request.learn:
             raise InvalidRequest("bad_network", "a policy and ports are for the network nat", "--network nat")
         if has_own_addresses(request):
             raise InvalidRequest("bad_network", "addresses of one's own are for the network nat", "--network nat")
@@ -394,8 +413,8 @@ def check_network(request: CreateSandbox) -> None:
 
 def machine_of(record: Record, plan: RunPlan | NamespacePlan) -> Machine:
     """What the firewall knows of a sandbox."""
-    egress = egress_of(record.request.egress)
-    names = egress.has_domains
+    egress = replace(egress_of(record.request.egress), learn=record.request.learn)
+    names = egress.has_domains or egress.learn
     return Machine(
         plan.interface,
         plan.source_mac,

@@ -75,6 +75,8 @@ async def set_network(core: Core, box: Box, request: SetNetwork) -> None:
             wanted = replace(wanted, publish=request.publish)
         if request.host_access is not None:
             wanted = replace(wanted, host_access=request.host_access)
+        if request.learn is not None:
+            wanted = replace(wanted, learn=request.learn)
         check_network(wanted)
         if record.slot:
             await core.networks.change(replace(record, request=wanted))

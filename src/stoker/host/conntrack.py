@@ -20,16 +20,18 @@ from stoker.host.nfnetlink import ACK, DUMP, answers, attributes, open_socket, s
 __all__ = ["Connection", "connections", "forget", "forget_all"]
 
 GET, DELETE = 0x101, 0x102
-TUPLE_ORIGINAL, TUPLE_REPLY, ID, ZONE = 1, 2, 12, 18
+TUPLE_ORIGINAL, TUPLE_REPLY, STATUS, ID, ZONE = 1, 2, 3, 12, 18
 TUPLE_IP, TUPLE_PROTOCOL = 1, 2
 SOURCE, DESTINATION = 1, 2
 NUMBER, DESTINATION_PORT = 1, 3
 IDENTIFYING: Final = (TUPLE_ORIGINAL, ID, ZONE)
+SEEN_REPLY: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Who opened it, to which address and port (0: has none), and who answers: another address where that was translated."""
+    """Who opened it, to which address and port (0: has none), who answers, and to whom: other addresses where those were
+    translated. ``answered``: something came back."""
 
     source: IPv4Address
     destination: IPv4Address
@@ -38,6 +40,8 @@ class Connection:
     answering: IPv4Address
     name: bytes
     """The attributes that name it and no other, as they came."""
+    towards: IPv4Address
+    answered: bool
 
 
 def _inner(content: bytes, part: int) -> dict[int, bytes]:
@@ -62,6 +66,8 @@ def _connection(body: bytes) -> Connection | None:
         int.from_bytes(transport.get(DESTINATION_PORT, b""), "big"),
         IPv4Address(answer[SOURCE]),
         b"".join(whole for kind, _, whole in parts if kind in IDENTIFYING),
+        IPv4Address(answer[DESTINATION]),
+        any(kind == STATUS and int.from_bytes(content, "big") & SEEN_REPLY for kind, content, _ in parts),
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from stoker.errors import HostError
 
-__all__ = ["Address", "Link", "Netlink", "Request", "Route", "refusal"]
+__all__ = ["Address", "Link", "Netlink", "Request", "Route", "Way", "refusal"]
 
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
@@ -33,6 +33,7 @@ SOL_NETLINK, NETLINK_EXT_ACK, NETLINK_CAP_ACK = 270, 11, 10
 SIOCGIFINDEX: Final = 0x8933
 MAIN_TABLE: Final = 254
 RTN_UNICAST: Final = 1
+RTN_LOCAL: Final = 2
 BUFFER: Final = 1 << 18
 TOGETHER: Final = 64
 FORWARDING, ROUTE_LOCALNET = 1, 26
@@ -67,6 +68,17 @@ class Route:
     table: int
     kind: int
     metric: int
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """Where one packet goes. ``local``: to the host itself; else out by the link ``index``, where the host's own packets have the
+    address ``source``."""
+
+    local: bool
+    index: int
+    gateway: IPv4Address | None
+    source: IPv4Address | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +248,18 @@ def _said(payload: bytes) -> str:
     return ""
 
 
+def _way(message: bytes) -> Way:
+    row = _codecs().route(message)
+    row.decode()
+    gateway, source = row.get_attr("RTA_GATEWAY"), row.get_attr("RTA_PREFSRC")
+    return Way(
+        row["type"] == RTN_LOCAL,
+        row.get_attr("RTA_OIF") or 0,
+        IPv4Address(gateway) if gateway else None,
+        IPv4Address(source) if source else None,
+    )
+
+
 class Netlink:
     """A socket of one network namespace: that of the thread that calls :meth:`__init__`. Safe to use from any thread."""
 
@@ -370,6 +394,28 @@ class Netlink:
                 )
             )
         return found
+
+    def route_to(self, address: IPv4Address, *, source: IPv4Address | None = None, index: int = 0) -> Way | int:
+        """What the kernel would do with a packet: one of the host's own, or, with ``index``, one that comes in by that interface
+        from ``source``. An errno where it would drop it: ENETUNREACH (no route), EHOSTUNREACH (that interface does not forward),
+        EXDEV (its source is not to come from there), EACCES, EINVAL (a route that forbids)."""
+        message = _codecs().route()
+        message["family"], message["dst_len"], message["src_len"] = socket.AF_INET, 32, 32 if source is not None else 0
+        attributes: list[Any] = [("RTA_DST", str(address))]
+        if source is not None:
+            attributes.append(("RTA_SRC", str(source)))
+        if index:
+            attributes.append(("RTA_IIF", index))
+        message["attrs"] = attributes
+        request = _request(RTM_GETROUTE, 0, message, f"the route to {address}")
+        with self._lock:
+            self._sequence += 1
+            header = struct.pack("=IHHII", 16 + len(request.body), request.kind, NLM_F_REQUEST, self._sequence, 0)
+            self._socket.send(header + request.body)
+            while True:
+                for kind, sequence, answer in self._messages():
+                    if sequence == self._sequence:
+                        return -int(struct.unpack_from("=i", answer, 16)[0]) if kind == NLMSG_ERROR else _way(answer)
 
     def delete(self, name: str) -> bool:
         """Removes the link of exactly this name; False when there is none. Waits until the kernel has let go of it."""

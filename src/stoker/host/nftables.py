@@ -25,6 +25,7 @@ OUTPUT_JSON: Final = 1 << 4
 OUTPUT_NUMERIC: Final = (1 << 7) | (1 << 8) | (1 << 9)
 """Protocols, priorities and symbols as the kernel has them, not as /etc names them."""
 WHERE: Final = re.compile(r"Error: (?P<reason>[^\n]*)\n(?P<text>[^\n]*)\n(?P<blank> *)\^")
+ELEMENT: Final = re.compile(r"elements = \{ (.*?) \}\s", re.DOTALL)
 BETWEEN: Final = "; "
 CODES: Final = {
     "No such file or directory": "nftables_unknown",
@@ -118,6 +119,19 @@ class Nftables:
         code, _, error = self._run(BETWEEN.join(commands))
         if code != 0:
             raise _refused(error, commands)
+
+    def element(self, place: str, key: str) -> str | None:
+        """One element of a set or map (``inet TABLE NAME``) in nft's words, with its value and counter; None when it is not there.
+        It is looked up: nothing is listed."""
+        command = f"get element {place} {{ {key} }}"
+        code, output, error = self._run(command)
+        if code == 0:
+            found = ELEMENT.search(output)
+            return found[1] if found else ""
+        refused = _refused(error, [command])
+        if refused.code != "nftables_unknown":
+            raise refused
+        return None
 
     def query(self, command: str) -> list[dict[str, Any]]:
         """What a ``list`` command answers: the objects of libnftables-json(5), without the header."""

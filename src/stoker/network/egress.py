@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueError
@@ -119,10 +119,14 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Egress:
-    """A policy: its rules in order, and what becomes of the rest (``rest``: public addresses are allowed)."""
+    """A policy: its rules in order, and what becomes of the rest (``rest``: public addresses are allowed).
+
+    ``learn``: what it denies of the public is let through and recorded instead; private and special networks stay as they are.
+    """
 
     rules: tuple[Rule, ...] = ()
     rest: bool = False
+    learn: bool = False
 
     def __str__(self) -> str:
         if not self.rules:
@@ -140,14 +144,27 @@ class Egress:
             match rule.covers(address, protocol, port):
                 case None:
                     return None
-                case True:
+                case True if rule.allow or not self.learn:
                     return rule.allow
-        return self.rest and not any(address in network for network in SPECIAL)
+                case True:
+                    break
+        return (self.rest or self.learn) and not any(address in network for network in SPECIAL)
+
+    def deciding(self, address: IPv4Address, protocol: int, port: int, named: Callable[[int], bool]) -> int | None:
+        """The position of the rule that decides about such packets; None: what becomes of the rest does. ``named``: whether the
+        address is one of the names' of the rule at a position, which only a resolver knows."""
+        for position, rule in enumerate(self.rules):
+            match rule.covers(address, protocol, port):
+                case True:
+                    return position
+                case None if named(position):
+                    return position
+        return None
 
     @property
     def digest(self) -> str:
         """A short name: the same for the same policy, whoever has it."""
-        return hashlib.sha256(str(self).encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{'learn: ' * self.learn}{self}".encode()).hexdigest()[:16]
 
     @property
     def has_domains(self) -> bool:
@@ -157,7 +174,12 @@ class Egress:
     def look_up(self, name: str) -> bool:
         """Whether the machine may ask for the addresses of a name. A rule for some ports only allows that, and denies nothing;
         a rule for a network says nothing about names, unless that is every network."""
-        for rule in self.rules:
+        position = self.looking_up(name)
+        return self.rest if position is None else self.rules[position].allow
+
+    def looking_up(self, name: str) -> int | None:
+        """The position of the rule that decides that; None: what becomes of the rest does."""
+        for position, rule in enumerate(self.rules):
             match rule.target:
                 case Domain():
                     about = rule.target.matches(name)
@@ -166,8 +188,8 @@ class Egress:
                 case network:
                     about = network.prefixlen == 0
             if about and (rule.allow or rule.whole):
-                return rule.allow
-        return self.rest
+                return position
+        return None
 
     def denies(self, name: str) -> bool:
         """Whether a rule for names denies this one altogether, by whatever other name one gets to it."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from types import MappingProxyType
 from typing import Any, Final
 
 from stoker.errors import Conflict, HostError
 from stoker.host.nftables import Nftables
 from stoker.network import rules
-from stoker.network.egress import Egress
+from stoker.network.egress import Domain, Egress
 from stoker.network.named import Answers, Entering, Names
 from stoker.network.rules import ARP_TABLE, MAPS, SETS, TABLE, Element, Machine
 
@@ -171,7 +172,13 @@ class Firewall:
                 found = self._nft.query(f"list table {TABLE}")
                 there._read(found)
                 chains = {row["chain"]["name"] for row in found if "chain" in row}
-                if there._installed == self._installed and {f"{MARK}{self._version}", *self._chains} <= chains:
+                rules_there = Counter(row["rule"]["chain"] for row in found if "rule" in row)
+                whole = Counter(command.split()[4] for command in self._base if command.startswith(f"add rule {TABLE} "))
+                if (
+                    there._installed == self._installed
+                    and {f"{MARK}{self._version}", *self._chains} <= chains
+                    and whole <= rules_there
+                ):
                     return False
             except HostError as error:
                 if error.code != "nftables_unknown":
@@ -313,6 +320,35 @@ class Firewall:
                     if size:
                         values[size] = counter.get("bytes", 0)
         return {interface: Counters(**values) for interface, values in found.items()}
+
+    def counters_of(self, interface: str) -> Counters:
+        """Of one machine; nothing is listed."""
+        found = []
+        for name in ("sent", "denials", "refusals"):
+            words = (self._nft.element(f"{TABLE} {name}", f'"{interface}"') or "").split()
+            found.append([int(words[words.index(unit) + 1]) if unit in words else 0 for unit in ("packets", "bytes")])
+        (sent, size), (denied, _), (refused, _) = found
+        return Counters(sent, size, denied, refused)
+
+    def missing(self, machine: Machine) -> list[str]:
+        """What of a machine should be in the kernel's tables, and is not, or says something else there."""
+        lost = []
+        for one in sorted(rules.elements(machine)):
+            there = self._nft.element(f"{one.table} {one.name}", one.key)
+            if there is None or (one.name == "egress" and not there.endswith(one.value)):
+                lost.append(str(one))
+        return lost
+
+    def named(self, egress: Egress, address: IPv4Address) -> frozenset[int]:
+        """The positions of the rules for names that a resolver has entered this address for, and that are open to it now."""
+        digest = egress.digest
+        names = [position for position, rule in enumerate(egress.rules) if isinstance(rule.target, Domain)]
+        there = (position for position in names if self._nft.element(f"{TABLE} {rules.names_set(digest, position)}", str(address)))
+        return frozenset(there)
+
+    def private(self, address: IPv4Address) -> bool:
+        """Whether it is in a network that only a rule of its own opens."""
+        return self._nft.element(f"{TABLE} private", str(address)) is not None
 
     def drop(self) -> None:
         """Removes both tables."""

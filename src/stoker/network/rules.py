@@ -17,7 +17,8 @@ and the kernel copies the whole map for every change.)
     postrouting nat     out of our ranges: masqueraded; from 127.0.0.1 to a machine: too
 
 Packets that a machine sends are judged one by one, not once for a connection: a policy that changes cuts what it no longer allows.
-Denials are counted by machine, logged at a bounded rate, and answered, so that a program in the guest fails at once.
+Denials are counted by machine, logged at a bounded rate, and answered, so that a program in the guest fails at once. Of a machine
+that is learned from, public connections that its policy denies are logged, and let through.
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ __all__ = [
 
 TABLE: Final = "inet stoker"
 ARP_TABLE: Final = "arp stoker"
-NONE_VERDICT, ALL_VERDICT = "goto denied", "goto public"
+NONE_VERDICT, ALL_VERDICT, LEARN_VERDICT = "goto denied", "goto public", "goto learned"
 LOG_RATE: Final = "limit rate 5/second burst 10 packets"
+LEARN_RATE: Final = "limit rate 100/second burst 1000 packets"
+DENIED_PREFIX, LEARNED_PREFIX = "stoker-denied", "stoker-learned"
 HELD_FOR: Final = "1d"
 """How long a connection to a domain's address may be silent, once the name's own lifetime is over."""
 ANSWERS: Final = ("ct direction reply ct state established accept", "meta l4proto icmp ct state related accept")
@@ -158,8 +161,16 @@ def policy_chain(egress: Egress) -> str:
 def verdict(egress: Egress) -> str:
     """What the map of policies says for one."""
     if not egress.rules:
-        return ALL_VERDICT if egress.rest else NONE_VERDICT
+        return _rest(egress)
     return f"goto {policy_chain(egress)}"
+
+
+def _denied(egress: Egress) -> str:
+    return LEARN_VERDICT if egress.learn else NONE_VERDICT
+
+
+def _rest(egress: Egress) -> str:
+    return ALL_VERDICT if egress.rest else _denied(egress)
 
 
 def names_set(digest: str, position: int) -> str:
@@ -180,7 +191,7 @@ def _ports(rule: Rule) -> str:
 
 
 def _statements(egress: Egress, position: int, rule: Rule) -> list[str]:
-    end, ports = "accept" if rule.allow else "goto denied", _ports(rule)
+    end, ports = "accept" if rule.allow else _denied(egress), _ports(rule)
     match rule.target:
         case Public():
             return [f"ip daddr != @private {ports}{end}"]
@@ -210,7 +221,7 @@ def policy(egress: Egress) -> list[str]:
                 dynamic = f"flags dynamic,timeout; timeout {HELD_FOR}; size 65535;"
                 commands.append(f"add set {TABLE} {held} {{ type ipv4_addr . ipv4_addr; {dynamic} }}")
         commands += [f"add rule {TABLE} {chain} {statement}" for statement in _statements(egress, position, rule)]
-    commands.append(f"add rule {TABLE} {chain} {ALL_VERDICT if egress.rest else NONE_VERDICT}")
+    commands.append(f"add rule {TABLE} {chain} {_rest(egress)}")
     return commands
 
 
@@ -239,9 +250,12 @@ def base(ranges: Iterable[IPv4Network], private: Iterable[IPv4Network] = (), log
     commands += [f"add set {TABLE} {name} {{ {kind} }}" for name, kind in SETS.items()]
     commands += [f"add set {ARP_TABLE} {name} {{ {kind} }}" for name, kind in ARP_SETS.items()]
     commands += [f"add set {TABLE} private {{ {_networks(closed)} }}", f"add set {TABLE} ranges {{ {_networks(ranges)} }}"]
-    commands.append(f"add set {TABLE} logged {{ type ifname; flags dynamic,timeout; timeout 1m; size 65535; }}")
+    for name in ("logged", "noted"):
+        commands.append(f"add set {TABLE} {name} {{ type ifname; flags dynamic,timeout; timeout 1m; size 65535; }}")
     commands += [f"add map {TABLE} {name} {{ {kind} }}" for name, kind in MAPS.items()]
-    log = [f'update @logged {{ iifname {LOG_RATE} }} log group {log_group} prefix "stoker-denied" snaplen 128'] if log_group else []
+    to = f"log group {log_group} snaplen 128 prefix"
+    log = [f'update @logged {{ iifname {LOG_RATE} }} {to} "{DENIED_PREFIX}"'] if log_group else []
+    note = [f'ct state new update @noted {{ iifname {LEARN_RATE} }} {to} "{LEARNED_PREFIX}"'] if log_group else []
     count = "iifname @denials"
     # Whatever the kernel knows of the connection: a program is told of the end of one that was forgotten too.
     cut = "tcp flags & (syn | ack) != syn reject with tcp reset"
@@ -249,6 +263,7 @@ def base(ranges: Iterable[IPv4Network], private: Iterable[IPv4Network] = (), log
     commands += _chain("spoofed", [count, *log, "drop"])
     commands += _chain("refused", ["oifname @refusals", "drop"])
     commands += _chain("public", ["ip daddr != @private accept", "goto denied"])
+    commands += _chain("learned", ["ip daddr @private goto denied", *note, "accept"])
     dhcp = "ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept"
     # Each look-up in a set that counts is counted: in those, an interface is looked up once for a packet.
     pins = ["iifname @sent", "meta nfproto ipv6 goto spoofed", dhcp, "iifname . ether saddr . ip saddr != @pinned goto spoofed"]

@@ -54,7 +54,6 @@ from stoker.api.models import (
     Sandbox,
     SandboxPage,
     SandboxState,
-    SetNetwork,
     Snapshot,
     StartProcess,
     Timeout,
@@ -63,6 +62,7 @@ from stoker.api.models import (
     WatchEvent,
 )
 from stoker.server.line_ports import Connections
+from stoker.server.network_ports import NetworkEngine
 from stoker.server.template_ports import TemplateEngine
 
 __all__ = ["Apps", "Attachment", "EngineProtocol", "Files", "Images", "Output", "Pools", "Processes", "Upkeep", "Volumes"]
@@ -305,7 +305,7 @@ class Apps(Protocol):
         """``digest_mismatch``, ``bad_archive`` (InvalidRequest, TooLarge)."""
 
 
-class EngineProtocol(TemplateEngine, Protocol):
+class EngineProtocol(TemplateEngine, NetworkEngine, Protocol):
     """Everything else."""
 
     @property
@@ -394,8 +394,6 @@ class EngineProtocol(TemplateEngine, Protocol):
 
     async def ping(self, who: Principal, sandbox: str) -> float:
         """Milliseconds until the agent answered."""
-
-    async def set_network(self, who: Principal, sandbox: str, request: SetNetwork) -> Sandbox: ...
 
     async def set_timeout(self, who: Principal, sandbox: str, timeout: Timeout | None) -> Sandbox: ...
 

@@ -26,7 +26,6 @@ from stoker.api.models import (
     Sandbox,
     SandboxPage,
     SandboxState,
-    SetNetwork,
     SetTimeout,
     StopSandbox,
 )
@@ -174,12 +173,6 @@ async def destroy_sandbox(call: Call) -> None:
 async def ping_sandbox(call: Call) -> PingResult:
     """Ask the agent in the guest whether it is there."""
     return PingResult(ms=await call.engine.ping(call.principal, call.sandbox))
-
-
-@routes.put("/v1/sandboxes/{sandbox}/network", answers={200: Sandbox}, errors=SANDBOX)
-async def set_network(call: Call, body: SetNetwork) -> Sandbox:
-    """Change where it may connect to, and which ports of the host lead into it, while it runs or for when it does."""
-    return await call.engine.set_network(call.principal, call.sandbox, body)
 
 
 @routes.put("/v1/sandboxes/{sandbox}/timeout", answers={200: Sandbox}, errors=SANDBOX)
