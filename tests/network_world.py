@@ -93,6 +93,11 @@ class Server:
             self._open.remove(one)
             one.close()
 
+    def say(self, data: bytes) -> None:
+        """To everybody who is connected, unasked."""
+        for one in [*self._open]:
+            one.sendall(data)
+
     def close(self) -> None:
         os.write(self._wake, b"x")
         self._thread.join()
@@ -123,7 +128,7 @@ class Place:
         self._stack.callback(server.close)
         return server
 
-    def connect(self, address: str, port: int = PORT, *, timeout: float = 1.0, source: str = "") -> socket.socket:
+    def connect(self, address: str, port: int = PORT, *, timeout: float = 5.0, source: str = "") -> socket.socket:
         """A connection whose greeting (who we are to the server) is unread."""
 
         def work() -> socket.socket:
@@ -131,7 +136,7 @@ class Place:
 
         return self.run(work)
 
-    def ask(self, address: str, port: int = PORT, *, timeout: float = 1.0, source: str = "") -> str:
+    def ask(self, address: str, port: int = PORT, *, timeout: float = 5.0, source: str = "") -> str:
         """Whom a server takes us for, over TCP; the error's name when it cannot be reached."""
         try:
             with self.connect(address, port, timeout=timeout, source=source) as connection:
@@ -141,7 +146,7 @@ class Place:
         except OSError as e:
             return type(e).__name__ if type(e) is not OSError else os.strerror(e.errno or 0)
 
-    def ask_udp(self, address: str, port: int = PORT, *, timeout: float = 1.0) -> str:
+    def ask_udp(self, address: str, port: int = PORT, *, timeout: float = 5.0) -> str:
         def work() -> str:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(timeout)

@@ -174,6 +174,12 @@ def test_published_ports(made: GuestWorld) -> None:
     refused = made.daemon.call("PUT", "/sandboxes/two/network", 409, json={"publish": ["9000:80"]})
     assert refused["code"] == "port_published" and "9000" in refused["message"] and refused["hint"]
     assert made.daemon.call("GET", "/sandboxes/two")["publish"] == []
+    refused = made.daemon.call("PUT", "/sandboxes/two/network", 409, json={"publish": ["8080:80"]})
+    assert refused["code"] == "port_in_use" and "tcp 8080" in refused["message"], "a program of the host's has it"
+    refused = made.daemon.call("POST", "/sandboxes", 409, json=made.request("three", publish=["127.0.0.1:8080:80/udp"]))
+    assert refused["code"] == "port_in_use" and "udp 127.0.0.1:8080" in refused["message"]
+    assert made.host.ask(str(HOST.ip)) == str(HOST.ip), "and keeps it"
+    made.gone("three")
     for bad in ("80", "0:80", "70000:80", "9000:80/sctp", "1.2.3:9000:80"):
         refused = made.daemon.call("PUT", "/sandboxes/two/network", 400, json={"publish": [bad]})
         assert refused["code"] in ("port_invalid", "invalid_field"), refused

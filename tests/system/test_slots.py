@@ -228,6 +228,52 @@ def test_published_ports(made: World, kind: str) -> None:
     made.change(other, published=ports[:1])
 
 
+@KINDS
+def test_a_port_that_a_program_of_the_host_has(made: World, kind: str) -> None:
+    """Is not taken away from it: neither by a machine that begins, nor by an edit."""
+    made.host.serve("127.0.0.1", 9000)
+    for port in (
+        Publication(Protocol.TCP, 9000, PORT),
+        Publication(Protocol.UDP, 9000, PORT, IPv4Address("127.0.0.1")),
+    ):
+        with pytest.raises(Conflict, match=f"{port.protocol} .*9000") as caught:
+            made.machine(kind, published=(port,))
+        assert caught.value.code == "port_in_use"
+    free = (Publication(Protocol.TCP, 9000, PORT, IPv4Address("5.5.5.5")), Publication(Protocol.TCP, 9001, PORT))
+    guest = made.machine(kind, published=free)
+    guest.serve("0.0.0.0")
+    plan = guest.slot.plan
+    machine = Machine(plan.interface, plan.source_mac, plan.address, ALL, (*free, Publication(Protocol.TCP, 9000, PORT)))
+    with pytest.raises(Conflict, match="9000"):
+        made.slots.change(machine)
+    assert made.internet.ask("5.5.5.5", 9000) == made.internet.ask("5.5.5.5", 9001) == "5.5.5.1"
+    # What it has it keeps, though a program has taken its place beside it meanwhile.
+    made.host.serve("0.0.0.0", 9001)
+    made.slots.change(Machine(plan.interface, plan.source_mac, plan.address, NONE, free)).result(20)
+    assert made.internet.ask("5.5.5.5", 9001) == "5.5.5.1" and made.host.ask("127.0.0.1", 9000) == "127.0.0.1"
+
+
+@KINDS
+def test_who_only_listens_is_told_of_the_end(made: World, kind: str) -> None:
+    """Both while something comes in, and when it speaks again after a silence."""
+    guest, far = made.machine(kind), made.internet.serve("1.1.1.1", 5000)
+    with guest.connect("1.1.1.1", 5000) as listening, guest.connect("8.8.8.8") as silent:
+        assert [listening.recv(100), silent.recv(100)] == [b"5.5.5.5\n"] * 2
+        assert said(listening) == "still there?"
+        plan = guest.slot.plan
+        done = made.slots.change(Machine(plan.interface, plan.source_mac, plan.address, NONE))
+        far.say(b"more")
+        done.result(20)
+        for one in (listening, silent):
+            one.settimeout(5)
+        with pytest.raises(ConnectionResetError):
+            while listening.recv(100):
+                continue
+        with pytest.raises(ConnectionResetError):
+            silent.sendall(b"still there?")
+            silent.recv(100)
+
+
 def test_machines_are_not_reached_unasked(made: World) -> None:
     guest = made.machine("run")
     guest.serve("0.0.0.0")

@@ -21,7 +21,7 @@ from stoker.host.nftables import Nftables
 from stoker.network import rules
 from stoker.network.egress import Domain, Egress
 from stoker.network.named import Answers, Entering, Names
-from stoker.network.rules import ARP_TABLE, MAPS, SETS, TABLE, Element, Machine
+from stoker.network.rules import ARP_TABLE, MAPS, SETS, TABLE, Element, Machine, Publication
 
 __all__ = ["Counters", "Firewall"]
 
@@ -233,6 +233,12 @@ class Firewall:
         for interface in gone:
             self.remove(interface)
         return gone
+
+    def fresh(self, machine: Machine) -> list[Publication]:
+        """The ports that it would publish and does not yet."""
+        with self._lock:
+            mine = {item for item in self._installed.get(machine.interface, ()) if item.name in PUBLISHED}
+        return [port for port in machine.published if rules.publication(port, machine) not in mine]
 
     def _check_ports(self, machine: Machine) -> None:
         for name, key in [(item.name, item.key) for item in rules.elements(machine) if item.name in PUBLISHED]:

@@ -131,6 +131,14 @@ class Element:
         return f"delete element {self.table} {self.name} {{ {self.key} }}"
 
 
+def publication(port: Publication, machine: Machine) -> Element:
+    """What leads from a port of the host's to one of a machine's."""
+    key, target = f"{port.protocol} . {port.host_port}", f"{machine.address} . {port.guest_port}"
+    if port.host_address is None:
+        return Element(TABLE, "published", key, target)
+    return Element(TABLE, "published_at", f"{port.host_address} . {key}", target)
+
+
 def elements(machine: Machine) -> frozenset[Element]:
     """Everything that is in the tables because of this machine."""
     one, address = f'"{machine.interface}"', str(machine.address)
@@ -139,11 +147,7 @@ def elements(machine: Machine) -> frozenset[Element]:
     found += [Element(TABLE, "pinned", pin), Element(ARP_TABLE, "machines", one), Element(ARP_TABLE, "pinned", pin)]
     found.append(Element(TABLE, "egress", one, verdict(machine.egress)))
     for port in machine.published:
-        key, target = f"{port.protocol} . {port.host_port}", f"{address} . {port.guest_port}"
-        if port.host_address is None:
-            found.append(Element(TABLE, "published", key, target))
-        else:
-            found.append(Element(TABLE, "published_at", f"{port.host_address} . {key}", target))
+        found.append(publication(port, machine))
         found.append(Element(TABLE, "open", f"{address} . {port.protocol} . {port.guest_port}"))
     found += [Element(TABLE, "peers", f"{address} . {peer}") for peer in machine.peers]
     found += [Element(TABLE, "host_services", f"{one} . {protocol} . {port}") for protocol, port in machine.host_services]

@@ -44,6 +44,7 @@ from stoker.network.egress import NONE
 from stoker.network.firewall import Firewall
 from stoker.network.named import Answers
 from stoker.network.plan import INSIDE, Foreign, NamespacePlan, RunPlan, Taken
+from stoker.network.ports import require_free
 from stoker.network.rules import Machine
 
 __all__ = ["Plan", "Slot", "Slots"]
@@ -147,12 +148,14 @@ class Slots:
     def up(self, plan: Plan, machine: Machine, *, owner: int | None = None, mtu: int = 0) -> Slot:
         """Makes a slot. ``owner``: the user who may open the TAP besides root. ``mtu`` 0: the kernel's.
 
-        Undone in order when a step fails. Errors: ``tap_exists``, ``link_exists``, ``port_published``, and what the parts raise.
+        Undone in order when a step fails. Errors: ``tap_exists``, ``link_exists``, ``port_published``, ``port_in_use``, and what
+        the parts raise.
         """
         if (machine.interface, machine.mac, machine.address) != (plan.interface, plan.source_mac, plan.address):
             raise ValueError("the machine is not the plan's")
         if machine.interface in self.firewall.interfaces or machine.interface in self._leaving:
             raise Conflict("slot_taken", f"the slot of {machine.interface} is in use", "stoker fsck")
+        self._require_free(machine)
         with ExitStack() as undo:
             self.firewall.put(machine)
             undo.callback(self.firewall.remove, machine.interface)
@@ -233,7 +236,8 @@ class Slots:
     def change(self, machine: Machine, names: Answers | None = None) -> Future[None]:
         """Another policy, other ports, other peers for a machine that is up. What it sends is judged anew at once; the future is
         done when nothing comes in any more over connections that it may not have. ``names``: :meth:`.Resolver.known`. Raises what
-        :meth:`Firewall.put` does."""
+        :meth:`Firewall.put` does, and ``port_in_use``."""
+        self._require_free(machine)
         self.firewall.put(machine, names)
 
         def unwanted(one: Connection) -> bool:
@@ -249,6 +253,11 @@ class Slots:
             self._home.run(lambda: conntrack.forget(unwanted))
 
         return self._behind.submit(cut)
+
+    def _require_free(self, machine: Machine) -> None:
+        """The ports it publishes anew are no program's of the host. Raises ``port_in_use``."""
+        if fresh := self.firewall.fresh(machine):
+            self._home.run(lambda: require_free(fresh))
 
     def park(self, slot: Slot) -> Future[Slot]:
         """Takes a slot from a machine that has ended, for :meth:`reuse`: closed in both directions at once, its connections
@@ -267,6 +276,7 @@ class Slots:
 
     def reuse(self, slot: Slot, machine: Machine) -> Slot:
         """Gives a parked slot to a machine. Its plan stays. Errors: ``tap_busy``, ``port_published``, HostError."""
+        self._require_free(machine)
         opened = partial(tun.open_tap, slot.plan.tap if isinstance(slot.plan, RunPlan) else INSIDE.tap, create=False)
         tap = (slot.namespace or self._home).run(opened)
         try:
