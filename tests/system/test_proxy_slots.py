@@ -39,6 +39,12 @@ def made() -> Iterator[World]:
         yield one
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy host, too, the address answers in time."""
+    monkeypatch.setattr(direct, "PATIENCE", 8.0)
+
+
 class Counting(Connections):
     """How often each way was gone."""
 
@@ -179,8 +185,9 @@ def test_what_only_localhost_reaches_goes_by_the_agent(
     run(made, guest, short_dir, body)
 
 
-def test_a_firewall_of_the_machines_own(made: World, short_dir: Path) -> None:
+def test_a_firewall_of_the_machines_own(made: World, short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It drops what comes by its interface, so that nobody says that nobody listens."""
+    monkeypatch.setattr(direct, "PATIENCE", 0.2)
     guest = made.machine("ns")
 
     def close() -> None:
