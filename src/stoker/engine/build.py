@@ -435,6 +435,7 @@ async def undo(core: Core, box: Box, error: StokerError) -> None:
             event="sandbox.state",
             also=lambda db: released_in(db, box.id),
             state=SandboxState.FAILED,
+            slot="",
             error=to_body(error),
             ended_at=time.time(),
         )
