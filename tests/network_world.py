@@ -14,24 +14,28 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Interface, IPv4Network, IPv6Network, ip_interface
 from typing import Any, TypeVar
 
 from stoker.host import netlink, tun
 from stoker.host.namespaces import Namespace
 from stoker.host.netlink import End, Netlink
 from stoker.host.nftables import Nftables
+from stoker.network.bridged import BRIDGE_TABLE
 from stoker.network.egress import ALL, Egress
 from stoker.network.firewall import Firewall
-from stoker.network.plan import NAMESPACE_RANGE, RUN_RANGE, RunPlan, plan_namespace, plan_run
+from stoker.network.plan import INSIDE, NAMESPACE_RANGE, RUN_RANGE, RunPlan, plan_namespace, plan_run, ula, ula_beside
 from stoker.network.rules import ARP_TABLE, TABLE, Machine
-from stoker.network.slot import Plan, Slot, Slots
+from stoker.network.slot import Joined, Plan, Slot, Slots
 
 T = TypeVar("T")
 HOST, ROUTER = IPv4Interface("5.5.5.5/24"), IPv4Interface("5.5.5.1/24")
 SERVED = ("1.1.1.1", "8.8.8.8", "10.1.2.3", "10.1.9.3", "169.254.169.254", "192.168.3.4")
 """Addresses of the internet, and of private networks that the host has a way to."""
-EVERYTHING = IPv4Network("0.0.0.0/0")
+HOST6, ROUTER6 = ip_interface("2600:5::5/64"), ip_interface("2600:5::1/64")
+SERVED6 = ("2600:1::1", "2600:8::8", "fd00:1::1", "64:ff9b::a01:203", "2002:a01:203::1", "2001:0:a01:203::1")
+"""The same of IPv6: two public addresses, a private one, and three with a private IPv4 address in them."""
+EVERYTHING, EVERYTHING6 = IPv4Network("0.0.0.0/0"), IPv6Network("::/0")
 PORT = 8080
 LOG_GROUP = 5300
 
@@ -47,7 +51,7 @@ def up(name: str) -> netlink.Request:
 
 
 def addressed(name: str, *addresses: str) -> list[netlink.Request]:
-    return [netlink.add_address(socket.if_nametoindex(name), IPv4Interface(text), name) for text in addresses]
+    return [netlink.add_address(socket.if_nametoindex(name), ip_interface(text), name) for text in addresses]
 
 
 class Server:
@@ -55,8 +59,9 @@ class Server:
 
     def __init__(self, address: str, port: int) -> None:
         self._stop, self._wake = os.pipe()
-        self.tcp = socket.create_server((address, port))
-        self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.tcp = socket.create_server((address, port), family=family)
+        self.udp = socket.socket(family, socket.SOCK_DGRAM)
         self.udp.bind((address, port))
         self.heard: list[bytes] = []
         """What came over UDP."""
@@ -110,14 +115,15 @@ class Server:
 class Place:
     """A namespace with servers in it."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        self.namespace, _ = Namespace.create(lambda _: self._begin())
+    def __init__(self, stack: ExitStack, *, ipv6: bool = False) -> None:
+        self.namespace, _ = Namespace.create(lambda _: self._begin(ipv6))
         self._stack = stack
         stack.callback(self.namespace.close)
 
-    def _begin(self) -> None:
-        with open("/proc/sys/net/ipv6/conf/default/disable_ipv6", "w") as file:
-            file.write("1")
+    def _begin(self, ipv6: bool) -> None:
+        for name in ("default", "lo"):
+            with open(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "w") as file:
+                file.write("0" if ipv6 else "1")
         configure(up("lo"))
 
     def run(self, work: Callable[[], T]) -> T:
@@ -148,7 +154,7 @@ class Place:
 
     def ask_udp(self, address: str, port: int = PORT, *, timeout: float = 5.0) -> str:
         def work() -> str:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sock:
                 sock.settimeout(timeout)
                 sock.sendto(b"?", (address, port))
                 return sock.recv(100).decode()
@@ -161,24 +167,20 @@ class Place:
             return type(e).__name__ if type(e) is not OSError else os.strerror(e.errno or 0)
 
 
-class Guest(Place):
-    """What a VMM and its machine would be: frames from the slot's TAP to an interface with the plan's MAC and address."""
+class Wired(Place):
+    """What a VMM and its machine would be: frames from a TAP to an interface with a MAC. ``configured`` runs inside, and gives the
+    interface (``eth0``, number 2) its addresses."""
 
-    def __init__(self, stack: ExitStack, slot: Slot) -> None:
-        super().__init__(stack)
-        plan = slot.plan
-        gateway = plan.host if isinstance(plan, RunPlan) else IPv4Address("169.254.0.22")
+    def __init__(self, stack: ExitStack, slot: Slot | Joined, configured: Callable[[], None], *, ipv6: bool = False) -> None:
+        super().__init__(stack, ipv6=ipv6)
 
         def inside() -> int:
             fd = tun.open_tap("eth0", create=True, index=2)
-            configure(
-                netlink.set_link(2, "eth0", up=True, mac=plan.mac),
-                netlink.add_address(2, IPv4Interface((plan.guest, 30)), "eth0"),
-                netlink.add_route(EVERYTHING, gateway=gateway),
-            )
+            configure(netlink.set_link(2, "eth0", up=True, mac=slot.plan.mac))
+            configured()
             return fd
 
-        self.slot, self.wire, self.own = slot, os.dup(slot.tap), self.run(inside)
+        self.wire, self.own = os.dup(slot.tap), self.run(inside)
         slot.let_go()
         self._stop, self._wake = os.pipe()
         self._thread = threading.Thread(target=self._carry, daemon=True)
@@ -210,16 +212,47 @@ class Guest(Place):
                 os.close(fd)
 
 
-class Hosted:
-    """A host with an uplink to an internet, and nothing of slots yet."""
+class Guest(Wired):
+    """With the addresses of its plan."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        self.stack = stack
-        self.internet, self.host = Place(stack), Place(stack)
+    def __init__(self, stack: ExitStack, slot: Slot, *, ipv6: bool = False) -> None:
+        plan = slot.plan
+        gateway = plan.host if isinstance(plan, RunPlan) else INSIDE.gateway.ip
+
+        def configured() -> None:
+            own = IPv4Interface((plan.guest, 30))
+            configure(netlink.add_address(2, own, "eth0"), netlink.add_route(EVERYTHING, gateway=gateway))
+            if ipv6:
+                configure(netlink.add_address(2, ula_beside(own), "eth0"), netlink.add_route(EVERYTHING6, gateway=ula(gateway)))
+
+        super().__init__(stack, slot, configured, ipv6=ipv6)
+        self.slot, self.ipv6 = slot, ipv6
+        """``ipv6``: whether its slot has it; its own kernel always has, in a world that has."""
+
+
+class Member(Wired):
+    """A machine on a bridge, with an address of that network."""
+
+    def __init__(self, stack: ExitStack, slot: Joined, address: str) -> None:
+        super().__init__(stack, slot, lambda: configure(*addressed("eth0", address)))
+        self.slot = slot
+
+
+class Hosted:
+    """A host with an uplink to an internet, and nothing of slots yet. ``ipv6``: of both, which the host forwards."""
+
+    def __init__(self, stack: ExitStack, *, ipv6: bool = False) -> None:
+        self.stack, self.ipv6 = stack, ipv6
+        self.internet, self.host = Place(stack, ipv6=ipv6), Place(stack, ipv6=ipv6)
         self.host.run(self._wire)
         self.internet.run(lambda: configure(*addressed("net0", str(ROUTER)), *addressed("lo", *(f"{one}/32" for one in SERVED))))
         self.host.run(self._route)
-        for address in SERVED:
+        if ipv6:
+            self.host.run(self._route6)
+            more = [f"{one}/128" for one in SERVED6]
+            known = lambda: netlink.add_neighbour(socket.if_nametoindex("net0"), HOST6.ip, "02:aa:00:00:00:01", "net0")  # noqa: E731
+            self.internet.run(lambda: configure(*addressed("net0", str(ROUTER6)), *addressed("lo", *more), known()))
+        for address in (*SERVED, *(SERVED6 if ipv6 else ())):
             self.internet.serve(address)
 
     def _wire(self) -> None:
@@ -229,6 +262,13 @@ class Hosted:
     def _route(self) -> None:
         configure(up("up0"), *addressed("up0", str(HOST)), netlink.add_route(EVERYTHING, gateway=ROUTER.ip))
         with open("/proc/sys/net/ipv4/ip_forward", "w") as file:
+            file.write("1")
+
+    def _route6(self) -> None:
+        # Neighbours that need not be asked for: that takes link-local addresses, which come a second later.
+        known = netlink.add_neighbour(socket.if_nametoindex("up0"), ROUTER6.ip, "02:aa:00:00:00:02", "up0")
+        configure(*addressed("up0", str(HOST6)), netlink.add_route(EVERYTHING6, gateway=ROUTER6.ip), known)
+        with open("/proc/sys/net/ipv6/conf/all/forwarding", "w") as file:
             file.write("1")
 
     def interfaces(self) -> set[str]:
@@ -241,9 +281,11 @@ class Hosted:
     def left(self) -> list[str]:
         """Elements of machines that the kernel has in the tables, whatever the firewall's own books say."""
         with self.host.run(Nftables) as nft:
-            rows = [row for table in (TABLE, ARP_TABLE) for row in nft.query(f"list table {table}")]
+            there = {f"{row['table']['family']} {row['table']['name']}" for row in nft.query("list tables")}
+            ours = [table for table in (TABLE, ARP_TABLE, BRIDGE_TABLE) if table in there]
+            rows = [row for table in ours for row in nft.query(f"list table {table}")]
         named = [row[kind] for row in rows for kind in ("set", "map") if kind in row]
-        constant = ("private", "ranges", "logged", "noted")
+        constant = ("private", "private6", "ranges", "logged", "noted")
         return [f"{row['name']}: {row['elem']}" for row in named if row.get("elem") and row["name"] not in constant] + [
             row["chain"]["name"] for row in rows if "chain" in row and row["chain"]["name"].startswith("policy-")
         ]
@@ -252,8 +294,8 @@ class Hosted:
 class World(Hosted):
     """The host with its slots, and an internet. Use :func:`world`."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        super().__init__(stack)
+    def __init__(self, stack: ExitStack, *, ipv6: bool = False) -> None:
+        super().__init__(stack, ipv6=ipv6)
         self.guests: list[Guest] = []
         self.reopen()
 
@@ -271,20 +313,22 @@ class World(Hosted):
     def machine(self, kind: str, name: str = "one", egress: Egress = ALL, **facts: Any) -> Guest:
         plan = self.plan(kind, name)
         slot = self.slots.up(plan, Machine(plan.interface, plan.source_mac, plan.address, egress, **facts))
-        guest = Guest(self.stack, slot)
+        guest = Guest(self.stack, slot, ipv6=self.ipv6)
+        guest.ipv6 = facts.get("ipv6", False)
         self.guests.append(guest)
         return guest
 
     def change(self, guest: Guest, **facts: Any) -> None:
         plan = guest.slot.plan
+        facts.setdefault("ipv6", guest.ipv6)
         self.firewall.put(Machine(plan.interface, plan.source_mac, plan.address, **{"egress": ALL, **facts}))
 
 
 @contextmanager
-def world() -> Iterator[World]:
+def world(*, ipv6: bool = False) -> Iterator[World]:
     """Nothing of a slot may be left on the world's host when the test has dropped those it was told of."""
     with ExitStack() as stack:
-        made = World(stack)
+        made = World(stack, ipv6=ipv6)
         before, routes = made.interfaces(), made.routes()
         yield made
         for guest in made.guests:

@@ -26,7 +26,7 @@ import pytest
 from dns.message import Message
 
 from name_server import Loop, NameServer, reply
-from network_world import Guest, World, world
+from network_world import SERVED6, Guest, World, world
 from stoker.errors import Conflict
 from stoker.host.nftables import Nftables
 from stoker.network.dns_upstream import Server
@@ -66,21 +66,23 @@ class Names:
             self.loop.run(self.resolver.aclose())
             del self.resolver
 
-    def machine(self, kind: str, policy: str | Egress = POLICY, name: str = "one", learned: Learned | None = None) -> Guest:
+    def machine(
+        self, kind: str, policy: str | Egress = POLICY, name: str = "one", learned: Learned | None = None, *, ipv6: bool = False
+    ) -> Guest:
         egress = parse_egress(policy) if isinstance(policy, str) else policy
-        guest = self.made.machine(kind, name, egress, host_services=SERVICES)
+        guest = self.made.machine(kind, name, egress, host_services=SERVICES, ipv6=ipv6)
         self.serve(guest, egress, learned)
         return guest
 
     def serve(self, guest: Guest, egress: Egress, learned: Learned | None = None) -> None:
         plan = guest.slot.plan
-        machine = Machine(plan.interface, plan.source_mac, plan.address, egress, host_services=SERVICES)
+        machine = Machine(plan.interface, plan.source_mac, plan.address, egress, host_services=SERVICES, ipv6=guest.ipv6)
         self.loop.run(self.resolver.put(machine, plan.host, learned))
 
     def edit(self, guest: Guest, policy: str) -> None:
         """As the engine does it."""
         plan, egress = guest.slot.plan, parse_egress(policy)
-        machine = Machine(plan.interface, plan.source_mac, plan.address, egress, host_services=SERVICES)
+        machine = Machine(plan.interface, plan.source_mac, plan.address, egress, host_services=SERVICES, ipv6=guest.ipv6)
         known = self.loop.call(lambda: self.resolver.known(plan.interface, egress))
         self.made.slots.change(machine, known).result(20)
         self.loop.run(self.resolver.put(machine, plan.host))
@@ -88,9 +90,9 @@ class Names:
     def counts(self, guest: Guest) -> Counts:
         return self.loop.call(lambda: self.resolver.counts()[guest.slot.plan.interface])
 
-    def entered(self, policy: str, position: int) -> dict[str, int]:
+    def entered(self, policy: str, position: int, version: int = 4) -> dict[str, int]:
         """The addresses in a rule's set, with the seconds they have left."""
-        name = names_set(parse_egress(policy).digest, position)
+        name = names_set(parse_egress(policy).digest, position, version)
         with self.made.host.run(Nftables) as nft:
             rows = nft.query(f"list set {TABLE} {name}")
         found = next(row["set"].get("elem", []) for row in rows if "set" in row)
@@ -268,6 +270,27 @@ def test_private_addresses_are_taken_out(names: Names) -> None:
     assert guest.ask("10.1.2.3") == guest.ask("1.1.1.1") == "5.5.5.5"
     assert guest.ask("192.168.3.4", timeout=0.3) in CLOSED
     assert names.counts(guest).rebound == 5
+
+
+@KINDS
+def test_ipv6_addresses_are_for_machines_with_ipv6(kind: str) -> None:
+    policy, after = "allow: *.example.org:8080/tcp", "allow: *.example.org:8080/tcp, 9.9.9.9"
+    with world(ipv6=True) as made:
+        names = Names(made)
+        public, private, mapped = SERVED6[0], SERVED6[2], "::ffff:10.1.2.3"
+        names.upstream.zone["www.example.org", "AAAA"] = [f"www.example.org 300 AAAA {one}" for one in (public, private, mapped)]
+        guest, without = names.machine(kind, policy, ipv6=True), names.machine(kind, policy, "two")
+        answer = look_up(without, "www.example.org", "AAAA")
+        assert (code(answer), answer.answer, names.upstream.asked) == ("NOERROR", [], [])
+        assert guest.ask(public, timeout=0.3) in CLOSED
+        answer = look_up(guest, "www.example.org", "AAAA")
+        assert [item.to_text() for one in answer.answer for item in one] == [public]
+        assert names.counts(guest).rebound == 2 and set(names.entered(policy, 0, 6)) == {public}
+        assert guest.ask(public) == "2600:5::5" and guest.ask(private, timeout=0.3) in CLOSED
+        # An edit takes along what is known.
+        names.edit(guest, after)
+        assert set(names.entered(after, 0, 6)) == {public} and guest.ask(public) == "2600:5::5"
+        names.close()
 
 
 def test_long_answers_go_over_tcp(names: Names) -> None:

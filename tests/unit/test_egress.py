@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network, IPv6Network, ip_address
 
 import pytest
 from hypothesis import given
@@ -18,10 +18,13 @@ DOMAINS = st.builds(Domain, st.lists(LABELS, min_size=1, max_size=3).map(lambda 
 NETWORKS = st.builds(
     lambda number, prefix: IPv4Network((number, prefix), strict=False), st.integers(0, 2**32 - 1), st.integers(0, 32)
 )
+NETWORKS6 = st.builds(
+    lambda number, prefix: IPv6Network((number, prefix), strict=False), st.integers(0, 2**128 - 1), st.integers(0, 128)
+)
 RULES = st.builds(
     lambda allow, target, ports, protocol: Rule(allow, target, None if protocol is Protocol.ICMP else ports, protocol),
     st.booleans(),
-    st.one_of(NETWORKS, DOMAINS, st.just(Public())),
+    st.one_of(NETWORKS, NETWORKS6, DOMAINS, st.just(Public())),
     PORTS,
     st.one_of(st.none(), st.sampled_from(Protocol)),
 )
@@ -77,7 +80,12 @@ def test_the_example_of_the_documents() -> None:
         ("allow: 10.0.0.0/33", "no IPv4 network"),
         ("allow: 10.0.0.300", "no IPv4 network"),
         ("allow: 2001:db8::1", "IPv6"),
-        ("allow: [::1]:80", "IPv6"),
+        ("allow: [2001:db8::1/32]:80", "beyond its prefix"),
+        ("allow: [2001:db8::/129]", "no IPv6 network"),
+        ("allow: [fe80::1%eth0]", "no IPv6 network"),
+        ("allow: [example.org]:80", "no IPv6 network"),
+        ("allow: []", "no IPv6 network"),
+        ("allow: [1.1.1.1", "no IPv6 network"),
         ("allow: example.org:0", "no such ports"),
         ("allow: example.org:70000", "no such ports"),
         ("allow: example.org:90-80", "no such ports"),
@@ -100,25 +108,37 @@ def test_errors_say_what_is_wrong(text: str, words: str) -> None:
 
 
 def test_rules_by_value() -> None:
-    policy = parse_egress("deny: 10.1.9.0/24; allow: 10.1.0.0/16:5432/tcp, public:80-443, 0.0.0.0/0/icmp, *.example.org:443")
+    policy = parse_egress(
+        "deny: 10.1.9.0/24; allow: 10.1.0.0/16:5432/tcp, public:80-443, 0.0.0.0/0/icmp, *.example.org:443, "
+        "[2600:1::]/icmp, [fd00:1::/64]:53"
+    )
     chain, digest = f"policy-{policy.digest}", policy.digest
     rule = f"add rule inet stoker {chain} "
-    held = f"@held-{digest}-4"
+    held, held6 = f"@held-{digest}-4", f"@held6-{digest}-4"
     use = f"meta l4proto {{ tcp, udp }} th dport 443 update {held} {{ ip saddr . ip daddr }} accept"
+    use6 = f"meta l4proto {{ tcp, udp }} th dport 443 update {held6} {{ ip6 saddr . ip6 daddr }} accept"
     assert rules.policy(policy) == [
         f"add chain inet stoker {chain}",
         rule + "ip daddr 10.1.9.0/24 goto denied",
         rule + "ip daddr 10.1.0.0/16 meta l4proto tcp th dport 5432 accept",
         rule + "ip daddr != @private meta l4proto { tcp, udp } th dport 80-443 accept",
+        rule + "ip6 daddr != @private6 meta l4proto { tcp, udp } th dport 80-443 accept",
         rule + "ip daddr != @private meta l4proto icmp accept",
         f"add set inet stoker names-{digest}-4 {{ type ipv4_addr; flags timeout; size 65535; }}",
         f"add set inet stoker held-{digest}-4 {{ type ipv4_addr . ipv4_addr; flags dynamic,timeout; timeout 1d; size 65535; }}",
         rule + f"ct state established ip saddr . ip daddr {held} {use}",
         rule + f"ip daddr @names-{digest}-4 ip daddr != @private {use}",
+        f"add set inet stoker names6-{digest}-4 {{ type ipv6_addr; flags timeout; size 65535; }}",
+        f"add set inet stoker held6-{digest}-4 {{ type ipv6_addr . ipv6_addr; flags dynamic,timeout; timeout 1d; size 65535; }}",
+        rule + f"ct state established ip6 saddr . ip6 daddr {held6} {use6}",
+        rule + f"ip6 daddr @names6-{digest}-4 ip6 daddr != @private6 {use6}",
+        rule + "ip6 daddr 2600:1::/128 ip6 daddr != @private6 meta l4proto ipv6-icmp accept",
+        rule + "ip6 daddr fd00:1::/64 meta l4proto { tcp, udp } th dport 53 accept",
         rule + "goto denied",
     ]
-    assert rules.without_policy(chain, {f"names-{digest}-4", "private", "names-other-1"})[1:] == [
+    assert rules.without_policy(chain, {f"names-{digest}-4", f"held6-{digest}-4", "private", "names-other-1"})[1:] == [
         f"delete chain inet stoker {chain}",
+        f"delete set inet stoker held6-{digest}-4",
         f"delete set inet stoker names-{digest}-4",
     ]
     assert rules.verdict(NONE) == "goto denied" and rules.verdict(ALL) == "goto public" and rules.verdict(policy) == f"goto {chain}"
@@ -130,7 +150,7 @@ def test_what_becomes_of_a_packet() -> None:
     )
 
     def allowed(address: str, protocol: int, port: int = 0, by: Egress = policy) -> bool | None:
-        return by.allows(IPv4Address(address), protocol, port)
+        return by.allows(ip_address(address), protocol, port)
 
     assert allowed("10.1.2.3", 6, 5432) and not allowed("10.1.2.3", 17, 5432) and not allowed("10.1.2.3", 6, 80)
     assert allowed("10.1.9.3", 6, 5432) is False and allowed("192.168.3.4", 1) and allowed("192.168.3.4", 6, 80) is False
@@ -141,5 +161,12 @@ def test_what_becomes_of_a_packet() -> None:
         and allowed("10.0.0.1", 6, 80, by=ALL) is False
         and allowed("1.1.1.1", 6, 80, by=NONE) is False
     )
+    for address in ("::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::1", "2001::1", "fe80::1", "fd00::1", "ff02::1"):
+        assert allowed(address, 6, 80, by=ALL) is False and allowed(address, 6, 80, by=parse_egress("allow: [::/0]")) is False
+    narrow = parse_egress("deny: [2600:9::/32]; allow: [2600::/16]:80, [fd00:1::/64], public/icmp")
+    assert allowed("2600:1::1", 6, 80, by=narrow) and allowed("2600:9::1", 6, 80, by=narrow) is False
+    assert allowed("fd00:1::9", 50, by=narrow) and allowed("fd00:2::9", 6, 80, by=narrow) is False
+    assert allowed("2600:1::1", 58, by=narrow) and allowed("1.1.1.1", 1, by=narrow) and not allowed("1.1.1.1", 58, by=narrow)
+    assert allowed("2600:1::1", 6, 80, by=ALL) and allowed("2600:1::1", 6, 80, by=parse_egress("allow: 0.0.0.0/0")) is False
     everything = parse_egress("allow: 0.0.0.0/0")
     assert allowed("1.1.1.1", 50, by=everything) and allowed("169.254.169.254", 6, 80, by=everything) is False

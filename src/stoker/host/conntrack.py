@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 
 from stoker.errors import HostError
@@ -23,6 +24,7 @@ GET, DELETE = 0x101, 0x102
 TUPLE_ORIGINAL, TUPLE_REPLY, STATUS, ID, ZONE = 1, 2, 3, 12, 18
 TUPLE_IP, TUPLE_PROTOCOL = 1, 2
 SOURCE, DESTINATION = 1, 2
+SOURCE6, DESTINATION6 = 3, 4
 NUMBER, DESTINATION_PORT = 1, 3
 IDENTIFYING: Final = (TUPLE_ORIGINAL, ID, ZONE)
 SEEN_REPLY: Final = 2
@@ -33,11 +35,11 @@ class Connection:
     """Who opened it, to which address and port (0: has none), who answers, and to whom: other addresses where those were
     translated. ``answered``: something came back."""
 
-    source: IPv4Address
-    destination: IPv4Address
+    source: IPv4Address | IPv6Address
+    destination: IPv4Address | IPv6Address
     protocol: int
     port: int
-    answering: IPv4Address
+    answering: IPv4Address | IPv6Address
     name: bytes
     """The attributes that name it and no other, as they came."""
     towards: IPv4Address
@@ -59,12 +61,13 @@ def _connection(body: bytes) -> Connection | None:
         return None
     ends, answer = _inner(tuples[TUPLE_ORIGINAL], TUPLE_IP), _inner(tuples[TUPLE_REPLY], TUPLE_IP)
     transport = _inner(tuples[TUPLE_ORIGINAL], TUPLE_PROTOCOL)
+    source, destination = (SOURCE, DESTINATION) if SOURCE in ends else (SOURCE6, DESTINATION6)
     return Connection(
-        IPv4Address(ends[SOURCE]),
-        IPv4Address(ends[DESTINATION]),
+        ip_address(ends[source]),
+        ip_address(ends[destination]),
         transport.get(NUMBER, b"\0")[0],
         int.from_bytes(transport.get(DESTINATION_PORT, b""), "big"),
-        IPv4Address(answer[SOURCE]),
+        ip_address(answer[source]),
         b"".join(whole for kind, _, whole in parts if kind in IDENTIFYING),
         IPv4Address(answer[DESTINATION]),
         any(kind == STATUS and int.from_bytes(content, "big") & SEEN_REPLY for kind, content, _ in parts),
@@ -76,11 +79,11 @@ def _refused(error: OSError) -> HostError:
 
 
 def connections() -> list[Connection]:
-    """Every IPv4 connection of the calling thread's namespace. Raises ``conntrack_refused``."""
+    """Every connection of the calling thread's namespace. Raises ``conntrack_refused``."""
     try:
         with open_socket() as sock:
             sock.settimeout(30)
-            send(sock, GET, DUMP, b"")
+            send(sock, GET, DUMP, b"", family=socket.AF_UNSPEC)
             return [found for body in answers(sock) if (found := _connection(body)) is not None]
     except OSError as e:
         raise _refused(e) from None
@@ -97,7 +100,8 @@ def forget(those: Callable[[Connection], bool]) -> int:
             sock.settimeout(30)
             for found in wanted:
                 try:
-                    send(sock, DELETE, ACK, found.name)
+                    family = socket.AF_INET if found.source.version == 4 else socket.AF_INET6
+                    send(sock, DELETE, ACK, found.name, family=family)
                     list(answers(sock))
                     forgotten += 1
                 except OSError as e:
@@ -109,11 +113,11 @@ def forget(those: Callable[[Connection], bool]) -> int:
 
 
 def forget_all() -> None:
-    """Forgets every IPv4 connection of the calling thread's namespace. Raises ``conntrack_refused``."""
+    """Forgets every connection of the calling thread's namespace. Raises ``conntrack_refused``."""
     try:
         with open_socket() as sock:
             sock.settimeout(30)
-            send(sock, DELETE, ACK, b"")
+            send(sock, DELETE, ACK, b"", family=socket.AF_UNSPEC)
             list(answers(sock))
     except OSError as e:
         raise _refused(e) from None

@@ -16,17 +16,18 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from typing import Any, Final
 
 from stoker.errors import HostError
 
-__all__ = ["Address", "Link", "Netlink", "Request", "Route", "Way", "refusal"]
+__all__ = ["Address", "Link", "Netlink", "Request", "Route", "Way", "has_ipv6", "refusal"]
 
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
+RTM_NEWNEIGH: Final = 28
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x300, 0x200, 0x400
 IFF_UP: Final = 1
 SOL_NETLINK, NETLINK_EXT_ACK, NETLINK_CAP_ACK = 270, 11, 10
@@ -34,9 +35,13 @@ SIOCGIFINDEX: Final = 0x8933
 MAIN_TABLE: Final = 254
 RTN_UNICAST: Final = 1
 RTN_LOCAL: Final = 2
+IFA_F_NODAD: Final = 0x02
+NUD_PERMANENT: Final = 0x80
 BUFFER: Final = 1 << 18
 TOGETHER: Final = 64
 FORWARDING, ROUTE_LOCALNET = 1, 26
+IFLA_LINKINFO, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 18, 4, 5
+IFLA_BRPORT_GUARD, IFLA_BRPORT_ISOLATED = 5, 33
 IFLA_AF_SPEC, IFLA_INET_CONF, IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE = 26, 1, 8, 1
 
 
@@ -115,13 +120,15 @@ def _codecs() -> Any:
 
     from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
     from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+    from pyroute2.netlink.rtnl.ndmsg import ndmsg
     from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-    return SimpleNamespace(link=ifinfmsg, address=ifaddrmsg, route=rtmsg)
+    return SimpleNamespace(link=ifinfmsg, address=ifaddrmsg, route=rtmsg, neighbour=ndmsg)
 
 
 @cache
-def _has_ipv6() -> bool:
+def has_ipv6() -> bool:
+    """Whether the kernel has it at all."""
     return os.path.exists("/proc/net/if_inet6")
 
 
@@ -143,11 +150,12 @@ def set_link(
     mac: str = "",
     mtu: int = 0,
     queue: int = 0,
+    master: int = 0,
     settings: Mapping[int, int] | None = None,
 ) -> Request:
-    """Changes a link. ``queue`` is its transmit queue's length in packets. ``settings``: IPv4 settings of the link by number
-    (:data:`FORWARDING`, :data:`ROUTE_LOCALNET`); with any, it also gets no IPv6 address of itself. They count from the next request
-    on: raise the link in one of its own.
+    """Changes a link. ``master``: the bridge that it becomes a port of. ``queue`` is its transmit queue's length in packets.
+    ``settings``: IPv4 settings of the link by number (:data:`FORWARDING`, :data:`ROUTE_LOCALNET`); where they are given, even none,
+    it also gets no IPv6 address of itself. They count from the next request on: raise the link in one of its own.
 
     (In /proc/sys the same takes the longer the more namespaces there are: the kernel has a name there once for each.)
     """
@@ -162,15 +170,29 @@ def set_link(
         attributes.append(("IFLA_MTU", mtu))
     if queue:
         attributes.append(("IFLA_TXQLEN", queue))
+    if master:
+        attributes.append(("IFLA_MASTER", master))
     message["attrs"] = attributes
     request = _request(RTM_SETLINK, 0, message, about)
     if settings is None:
         return request
     values = _nested(IFLA_INET_CONF, *(_nested(number, struct.pack("=I", value)) for number, value in settings.items()))
     families = [_nested(socket.AF_INET, values)]
-    if _has_ipv6():
+    if has_ipv6():
         families.append(_nested(socket.AF_INET6, _nested(IFLA_INET6_ADDR_GEN_MODE, bytes([IN6_ADDR_GEN_MODE_NONE]))))
     return replace(request, body=request.body + bytes(-len(request.body) % 4) + _nested(IFLA_AF_SPEC, *families))
+
+
+def guard_port(index: int, about: str) -> Request:
+    """A port of a bridge for somebody who is not trusted: it gets to no other that is isolated too, only to those that are not and
+    to the bridge's own host, and is disabled when it takes part in a spanning tree."""
+    message = _codecs().link()
+    message["index"] = index
+    request = _request(RTM_NEWLINK, 0, message, f"{about} as a port of its bridge")
+    flags = (IFLA_BRPORT_GUARD, IFLA_BRPORT_ISOLATED)
+    slave = _nested(IFLA_INFO_SLAVE_DATA, *(_nested(flag, b"\x01") for flag in flags))
+    info = _nested(IFLA_LINKINFO, _nested(IFLA_INFO_SLAVE_KIND, b"bridge\0"), slave)
+    return replace(request, body=request.body + bytes(-len(request.body) % 4) + info)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,16 +227,35 @@ def delete_link(index: int, about: str) -> Request:
     return _request(RTM_DELLINK, 0, message, about)
 
 
-def add_address(index: int, interface: IPv4Interface, about: str) -> Request:
+def _family(version: int) -> int:
+    return socket.AF_INET if version == 4 else socket.AF_INET6
+
+
+def add_address(index: int, interface: IPv4Interface | IPv6Interface, about: str) -> Request:
+    """An IPv6 address counts at once: nobody is asked whether it is there twice."""
     message = _codecs().address()
-    message["family"], message["prefixlen"], message["index"] = socket.AF_INET, interface.network.prefixlen, index
+    message["family"], message["prefixlen"], message["index"] = _family(interface.version), interface.network.prefixlen, index
     message["attrs"] = [("IFA_LOCAL", str(interface.ip)), ("IFA_ADDRESS", str(interface.ip))]
+    if interface.version == 6:
+        message["attrs"].append(("IFA_FLAGS", IFA_F_NODAD))
     return _request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, message, f"{interface} on {about}")
 
 
-def _route(kind: int, flags: int, destination: IPv4Network, index: int, gateway: IPv4Address | None) -> Request:
+def add_neighbour(index: int, address: IPv4Address | IPv6Address, mac: str, about: str) -> Request:
+    """Whose an address is, once and for all: nobody is asked, nobody's claim is heard."""
+    message = _codecs().neighbour()
+    message["family"], message["ifindex"], message["state"] = _family(address.version), index, NUD_PERMANENT
+    message["attrs"] = [("NDA_DST", str(address)), ("NDA_LLADDR", mac)]
+    return _request(RTM_NEWNEIGH, NLM_F_CREATE, message, f"the neighbour {address} on {about}")
+
+
+Destination = IPv4Network | IPv6Network
+Gateway = IPv4Address | IPv6Address
+
+
+def _route(kind: int, flags: int, destination: Destination, index: int, gateway: Gateway | None) -> Request:
     message = _codecs().route()
-    message["family"], message["dst_len"], message["table"] = socket.AF_INET, destination.prefixlen, MAIN_TABLE
+    message["family"], message["dst_len"], message["table"] = _family(destination.version), destination.prefixlen, MAIN_TABLE
     message["type"], message["proto"], message["scope"] = RTN_UNICAST, 4, 0 if gateway else 253
     attributes: list[Any] = [("RTA_TABLE", MAIN_TABLE)]
     if destination.prefixlen:
@@ -227,11 +268,11 @@ def _route(kind: int, flags: int, destination: IPv4Network, index: int, gateway:
     return _request(kind, flags, message, f"the route to {destination}")
 
 
-def add_route(destination: IPv4Network, *, index: int = 0, gateway: IPv4Address | None = None) -> Request:
+def add_route(destination: Destination, *, index: int = 0, gateway: Gateway | None = None) -> Request:
     return _route(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, destination, index, gateway)
 
 
-def delete_route(destination: IPv4Network, *, index: int = 0, gateway: IPv4Address | None = None) -> Request:
+def delete_route(destination: Destination, *, index: int = 0, gateway: Gateway | None = None) -> Request:
     return _route(RTM_DELROUTE, 0, destination, index, gateway)
 
 

@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from stoker.errors import HostError
@@ -25,19 +25,19 @@ PACKET, CONFIG = 0x400, 0x401
 COMMAND, MODE, TIMEOUT, THRESHOLD = 1, 2, 4, 5
 BIND: Final = 1
 COPY_PACKET: Final = 2
-INTERFACE, PAYLOAD, PREFIX = 4, 9, 10
+INTERFACE, PORT, PAYLOAD, PREFIX = 4, 6, 9, 10
 SIOCGIFNAME: Final = 0x8910
 PORTS: Final = (6, 17)
 
 
 @dataclass(frozen=True, slots=True)
 class Logged:
-    """A packet. ``interface`` is empty when it is gone by now; the addresses are None when it is not IPv4."""
+    """A packet. ``interface`` is empty when it is gone by now; the addresses are None when it is neither IPv4 nor IPv6."""
 
     prefix: str
     interface: str
-    source: IPv4Address | None
-    destination: IPv4Address | None
+    source: IPv4Address | IPv6Address | None
+    destination: IPv4Address | IPv6Address | None
     protocol: int
     port: int | None
 
@@ -106,8 +106,13 @@ class Log:
     def _logged(self, body: bytes) -> Logged:
         parts = {kind: content for kind, content, _ in attributes(body)}
         prefix = parts.get(PREFIX, b"").rstrip(b"\0").decode(errors="replace")
-        interface = self._name(struct.unpack("!I", parts[INTERFACE])[0]) if INTERFACE in parts else ""
+        index = parts.get(PORT, parts.get(INTERFACE))  # of a bridge, its port
+        interface = self._name(struct.unpack("!I", index)[0]) if index is not None else ""
         packet = parts.get(PAYLOAD, b"")
+        if len(packet) >= 40 and packet[0] >> 4 == 6:
+            # Behind a header of extensions the port is not looked for.
+            port = struct.unpack_from("!H", packet, 42)[0] if packet[6] in PORTS and len(packet) >= 44 else None
+            return Logged(prefix, interface, IPv6Address(packet[8:24]), IPv6Address(packet[24:40]), packet[6], port)
         if len(packet) < 20 or packet[0] >> 4 != 4:
             return Logged(prefix, interface, None, None, 0, None)
         header, protocol = (packet[0] & 15) * 4, packet[9]

@@ -18,6 +18,7 @@ from typing import Final
 
 from stoker.errors import HostError
 from stoker.host.nflog import Log, Logged
+from stoker.network.egress import Address
 from stoker.network.learning import Learned
 from stoker.network.rules import LEARNED_PREFIX, Machine
 
@@ -26,16 +27,16 @@ __all__ = ["Denial", "Denials"]
 log = logging.getLogger(__name__)
 LOG_GROUP: Final = 5300
 MOST: Final = 256
-NAMES: Final = {1: "icmp", 6: "tcp", 17: "udp"}
-ICMP: Final = 1
+NAMES: Final = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp"}
+ICMP: Final = (1, 58)
 
 
 @dataclass(slots=True)
 class Denial:
-    """``port`` None: the protocol has none. ``destination`` None: not IPv4. Times are seconds since 1970."""
+    """``port`` None: the protocol has none. ``destination`` None: neither IPv4 nor IPv6. Times are seconds since 1970."""
 
     protocol: int
-    destination: IPv4Address | None
+    destination: Address | None
     port: int | None
     first: float
     last: float
@@ -50,7 +51,7 @@ class Denial:
 @dataclass(slots=True)
 class _Machine:
     address: IPv4Address | None = None
-    recent: OrderedDict[tuple[int, IPv4Address | None, int | None], Denial] = field(default_factory=OrderedDict)
+    recent: OrderedDict[tuple[int, Address | None, int | None], Denial] = field(default_factory=OrderedDict)
     learned: Learned | None = None
     learns: bool = False
 
@@ -140,7 +141,7 @@ class Denials:
             return
         if machine.learned is not None and machine.learns and one.destination is not None and one.source == machine.address:
             # Neighbours' calls to everybody are nothing that one would allow.
-            if not (one.destination.is_multicast or int(one.destination) == 0xFFFFFFFF) and (one.port or one.protocol == ICMP):
+            if not (one.destination.is_multicast or int(one.destination) == 0xFFFFFFFF) and (one.port or one.protocol in ICMP):
                 machine.learned.connected(one.destination, one.protocol, one.port or 0)
         if one.prefix == LEARNED_PREFIX:
             return

@@ -6,15 +6,28 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from stoker.network.dns_wire import Malformed, Rcode, Record, Reply, Type, chain, text_of
 
-__all__ = ["Answer", "Answers", "answer_of"]
+__all__ = ["Answer", "Answers", "address_of", "answer_of"]
 
 OVERHEAD: Final = 200
 """Bytes that a record takes besides its own."""
+
+
+def address_of(record: Record) -> IPv4Address | IPv6Address | None:
+    """The address that a record gives. Raises :class:`Malformed`."""
+    match record.type, len(record.data):
+        case Type.A, 4:
+            return IPv4Address(record.data)
+        case Type.AAAA, 16:
+            return IPv6Address(record.data)
+        case ((Type.A | Type.AAAA), _):
+            raise Malformed("an address that is not as long as one")
+        case _:
+            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +41,8 @@ class Answer:
     end: float
     size: int
 
-    def addresses(self) -> list[IPv4Address]:
-        return [IPv4Address(record.data) for record in self.records if record.type == Type.A]
+    def addresses(self) -> list[IPv4Address | IPv6Address]:
+        return [address for record in self.records if (address := address_of(record)) is not None]
 
     def left(self, now: float) -> int:
         """Seconds of its lifetime, rounded up."""

@@ -7,12 +7,13 @@
     allow: 10.1.0.0/16, *.example.org:443           clauses, separated by ";" or a new line; the first rule that matches decides
     deny: 10.1.9.0/24; allow: 10.1.0.0/16:5432/tcp, public:80-443/tcp, 192.0.2.7/icmp
 
-A rule is ``TARGET[:PORT[-PORT]][/tcp|/udp|/icmp]``. A target is an IPv4 address or network, a domain (``example.org``), everything
-below a domain (``*.example.org``, not the domain itself) or ``public``. A port without a protocol is of both TCP and UDP; without
+A rule is ``TARGET[:PORT[-PORT]][/tcp|/udp|/icmp]``. A target is an IPv4 address or network, an IPv6 one in brackets
+(``[2001:db8::/32]:443``), a domain (``example.org``), everything below a domain (``*.example.org``, not the domain itself) or
+``public``. A port without a protocol is of both TCP and UDP; without
 either it is every protocol. What no rule matches is denied, except after a list of nothing but ``deny``: the rest is public then.
 
-A private or special network (:data:`stoker.network.user.DENIED`) is open only to a rule whose own network lies inside it: neither
-``allow: 0.0.0.0/0`` nor a domain whose name server answers 10.0.0.1 leads there.
+A private or special network (:data:`stoker.network.user.DENIED`, :data:`DENIED6`) is open only to a rule whose own network lies
+inside it: neither ``allow: 0.0.0.0/0`` nor a domain whose name server answers 10.0.0.1 leads there.
 """
 
 from __future__ import annotations
@@ -22,20 +23,36 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueError
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network, NetmaskValueError
 from typing import Final
 
 from stoker.errors import InvalidRequest
 from stoker.network.user import DENIED
 
-__all__ = ["ALL", "NONE", "Domain", "Egress", "Protocol", "Public", "Rule", "parse_egress"]
+__all__ = ["ALL", "NONE", "Address", "Domain", "Egress", "Network", "Protocol", "Public", "Rule", "is_special", "parse_egress"]
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
 
 MAX_TEXT: Final = 16384
 MAX_RULES: Final = 128
+DENIED6: Final = (
+    "::/3",  # unspecified, loopback, and what has an IPv4 address in it: mapped, NAT64
+    "2001::/23",  # special purposes, Teredo among them
+    "2001:db8::/32",
+    "2002::/16",  # 6to4: IPv4 addresses, private ones too
+    "3fff::/20",
+    "4000::/2",  # not given to anybody
+    "8000::/1",  # nor this, with unique local, link-local and multicast addresses at its end
+)
+"""What is not public of IPv6 (IANA's registries): global addresses are all from 2000::/3."""
 SPECIAL: Final = tuple(IPv4Network(text) for text in DENIED)
+SPECIAL6: Final = tuple(IPv6Network(text) for text in DENIED6)
 _CLAUSE: Final = re.compile(r"\s*(allow|deny)\s*:\s*(.*)", re.IGNORECASE | re.DOTALL)
 _LABEL: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
-_RULE: Final = re.compile(r"(?P<target>[^\s:]+?)(?::(?P<first>\d{1,5})(?:-(?P<last>\d{1,5}))?)?(?:/(?P<protocol>[A-Za-z]+))?")
+_RULE: Final = re.compile(
+    r"(?P<target>\[[^\s\]]*\]|[^\s:]+?)(?::(?P<first>\d{1,5})(?:-(?P<last>\d{1,5}))?)?(?:/(?P<protocol>[A-Za-z]+))?"
+)
 HINT: Final = "for example: none, all, or 'allow: 10.1.0.0/16, *.example.org:443; deny: public'"
 
 
@@ -46,6 +63,16 @@ class Protocol(StrEnum):
 
 
 NUMBERS: Final = {Protocol.TCP: 6, Protocol.UDP: 17, Protocol.ICMP: 1}
+ICMP6: Final = 58
+
+
+def _special(version: int) -> tuple[IPv4Network, ...] | tuple[IPv6Network, ...]:
+    return SPECIAL if version == 4 else SPECIAL6
+
+
+def is_special(address: Address) -> bool:
+    """Whether it is private, or of no host on the internet."""
+    return any(address in network for network in _special(address.version))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,26 +103,30 @@ class Rule:
     """One rule. ``ports`` are first and last, both included; ``protocol`` None with ports: TCP and UDP."""
 
     allow: bool
-    target: IPv4Network | Public | Domain
+    target: Network | Public | Domain
     ports: tuple[int, int] | None = None
     protocol: Protocol | None = None
 
     def __str__(self) -> str:
         target = self.target
-        text = str(target.network_address) if isinstance(target, IPv4Network) and target.prefixlen == 32 else str(target)
+        whole = isinstance(target, Network) and target.prefixlen == target.max_prefixlen
+        text = str(target.network_address) if isinstance(target, Network) and whole else str(target)
+        text = f"[{text}]" if isinstance(target, IPv6Network) else text
         if self.ports:
             text += f":{self.ports[0]}" if self.ports[0] == self.ports[1] else f":{self.ports[0]}-{self.ports[1]}"
         return f"{text}/{self.protocol}" if self.protocol else text
 
-    def covers(self, address: IPv4Address, protocol: int, port: int) -> bool | None:
+    def covers(self, address: Address, protocol: int, port: int) -> bool | None:
         """Whether it is about such packets (``protocol`` by its number); None: that is for a resolver to say."""
+        if protocol == ICMP6 and address.version == 6:
+            protocol = NUMBERS[Protocol.ICMP]
         if self.ports and not (protocol in NUMBERS.values() and self.ports[0] <= port <= self.ports[1]):
             return False
         if self.protocol and protocol != NUMBERS[self.protocol]:
             return False
         if self.ports and protocol == NUMBERS[Protocol.ICMP]:
             return False
-        if not self.special and any(address in network for network in SPECIAL):
+        if not self.special and is_special(address):
             return False
         match self.target:
             case Public():
@@ -114,7 +145,7 @@ class Rule:
     def special(self) -> bool:
         """Whether its network lies inside a private or special one, which it then opens."""
         target = self.target
-        return isinstance(target, IPv4Network) and any(target.subnet_of(network) for network in SPECIAL)
+        return isinstance(target, Network) and any(target.subnet_of(network) for network in _special(target.version))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +169,7 @@ class Egress:
             clauses[-1][1].append(str(rule))
         return "; ".join(f"{'allow' if allow else 'deny'}: {', '.join(rules)}" for allow, rules in clauses)
 
-    def allows(self, address: IPv4Address, protocol: int, port: int) -> bool | None:
+    def allows(self, address: Address, protocol: int, port: int) -> bool | None:
         """What becomes of such packets; None: that is for a resolver to say."""
         for rule in self.rules:
             match rule.covers(address, protocol, port):
@@ -148,9 +179,9 @@ class Egress:
                     return rule.allow
                 case True:
                     break
-        return (self.rest or self.learn) and not any(address in network for network in SPECIAL)
+        return (self.rest or self.learn) and not is_special(address)
 
-    def deciding(self, address: IPv4Address, protocol: int, port: int, named: Callable[[int], bool]) -> int | None:
+    def deciding(self, address: Address, protocol: int, port: int, named: Callable[[int], bool]) -> int | None:
         """The position of the rule that decides about such packets; None: what becomes of the rest does. ``named``: whether the
         address is one of the names' of the rule at a position, which only a resolver knows."""
         for position, rule in enumerate(self.rules):
@@ -201,7 +232,7 @@ class Egress:
         names = (rule.target for rule in self.rules if rule.allow and isinstance(rule.target, Domain))
         return any(one.name.endswith(f".{name}") or (one.below and one.name == name) for one in names)
 
-    def opens(self, address: IPv4Address) -> bool:
+    def opens(self, address: Address) -> bool:
         """Whether a rule of its own leads to an address of a private or special network."""
         return any(rule.allow and rule.special and address in rule.target for rule in self.rules)  # type: ignore[operator]
 
@@ -238,9 +269,23 @@ def _domain(text: str, whole: str) -> Domain:
     return Domain(name, below)
 
 
-def _target(text: str, whole: str) -> IPv4Network | Public | Domain:
+def _network6(text: str, whole: str) -> IPv6Network:
+    if re.fullmatch(r"[0-9A-Fa-f:./]+", text):
+        try:
+            return IPv6Network(text)
+        except (AddressValueError, NetmaskValueError):
+            pass
+        except ValueError:  # host bits
+            wanted = IPv6Network(text, strict=False)
+            raise _refused(whole, "has bits set beyond its prefix", f"[{wanted}], or [{text.partition('/')[0]}]") from None
+    raise _refused(whole, "names no IPv6 network", "a network is like [2001:db8::/32]")
+
+
+def _target(text: str, whole: str) -> Network | Public | Domain:
     if text.lower() == "public":
         return Public()
+    if text.startswith("["):
+        return _network6(text[1:-1], whole)
     if re.fullmatch(r"[0-9./]+", text):
         try:
             return IPv4Network(text)
@@ -255,9 +300,9 @@ def _target(text: str, whole: str) -> IPv4Network | Public | Domain:
 
 
 def _rule(text: str, allow: bool) -> Rule:
-    if text.startswith("[") or text.count(":") > 1:
-        raise _refused(text, "is about IPv6, which is closed", "rules are about IPv4 addresses and names")
     match = _RULE.fullmatch(text)
+    if match is None and text.count(":") > 1:
+        raise _refused(text, "is about IPv6 and cannot be read", "an IPv6 address is in brackets: [2001:db8::/32]:443/tcp")
     if match is None:
         raise _refused(text, "cannot be read")
     protocol = None

@@ -1,4 +1,5 @@
-"""The firewall of the host: :mod:`stoker.network.rules`, applied by small transactions and read back from the kernel.
+"""The firewall of the host: the rules of :mod:`stoker.network.rules` and :mod:`stoker.network.bridged`, applied by small
+transactions and read back from the kernel.
 
 What is installed is known by reading the tables once, so a daemon that starts again, or a tool without records, removes exactly
 what a machine left. A table that another version of the rules made is replaced in one transaction, and its machines stay in it.
@@ -18,8 +19,9 @@ from typing import Any, Final
 
 from stoker.errors import Conflict, HostError
 from stoker.host.nftables import Nftables
-from stoker.network import rules
-from stoker.network.egress import Domain, Egress
+from stoker.network import bridged, rules
+from stoker.network.bridged import BRIDGE_TABLE, Port
+from stoker.network.egress import Domain, Egress, Network
 from stoker.network.named import Answers, Entering, Names
 from stoker.network.rules import ARP_TABLE, MAPS, SETS, TABLE, Element, Machine, Publication
 
@@ -27,19 +29,33 @@ __all__ = ["Counters", "Firewall"]
 
 log = logging.getLogger(__name__)
 MARK: Final = "version-"
-BY_INTERFACE: Final = ("machines", "sent", "denials", "refusals", "pinned", "egress", "resolvers", "host_access", "host_services")
-BY_ADDRESS: Final = ("open", "peers")
+LIMITS: Final = ("rate_out", "rate_in", "connections", "over_out", "over_in", "crowded")
+FACTS: Final = ("machines", "sent", "denials", "refusals", "pinned", "egress", "resolvers", "host_access", "host_services")
+FACTS6: Final = ("machines6", "pinned6", "asking6")
+BY_INTERFACE: Final = (*FACTS, *FACTS6, *LIMITS)
+BY_ADDRESS: Final = ("open", "peers", "peers6")
 PUBLISHED: Final = ("published", "published_at")
+COUNTING: Final = (
+    ("sent", "sent", "sent_bytes"),
+    ("denials", "denied", ""),
+    ("refusals", "refused", ""),
+    *((name, name, "") for name in ("over_out", "over_in", "crowded")),
+)
+"""Sets with counters: which fields of :class:`Counters` their packets and bytes are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Of one machine since it was added: packets and bytes that it sent, packets denied of those, and packets of others refused."""
+    """Of one machine since it was added: packets and bytes that it sent, packets denied of those, and packets of others refused;
+    packets over its rate, out and in, and packets of connections too many, since it has such a limit."""
 
     sent: int = 0
     sent_bytes: int = 0
     denied: int = 0
     refused: int = 0
+    over_out: int = 0
+    over_in: int = 0
+    crowded: int = 0
 
 
 def _word(value: Any) -> str:
@@ -72,12 +88,25 @@ def _key(name: str, parts: list[str]) -> str:
     return " . ".join(parts)
 
 
-def _rows(row: Mapping[str, Any]) -> Iterable[tuple[list[str], str]]:
+UNITS: Final = {"bytes": 1, "kbytes": 1 << 10, "mbytes": 1 << 20}
+
+
+def _limit(value: Any) -> str:
+    """An element's own statement, in the words of :mod:`.rules`."""
+    match value:
+        case {"elem": {"limit": {"rate": rate, "rate_unit": unit, "burst": burst, "burst_unit": burst_unit}}}:
+            return rules.rate_limit(rate * UNITS[unit], burst * UNITS[burst_unit])
+        case {"elem": {"ct count": {"val": most}}}:
+            return f"ct count over {most}"
+        case _:
+            return ""
+
+
+def _rows(row: Mapping[str, Any]) -> Iterable[tuple[list[str], str, str]]:
+    """Of each element: the parts of its key, its value, its limit."""
     for item in row.get("elem", []):
-        if isinstance(item, list):
-            yield _parts(item[0]), _word(item[1])
-        else:
-            yield _parts(item), ""
+        key, value = item if isinstance(item, list) else (item, None)
+        yield _parts(key), "" if value is None else _word(value), _limit(key)
 
 
 def _sets_of(commands: Iterable[str]) -> set[str]:
@@ -86,12 +115,14 @@ def _sets_of(commands: Iterable[str]) -> set[str]:
 
 
 class Firewall:
-    """The host's two tables. Made by :meth:`open`; safe to use from any thread."""
+    """The host's two tables, and the third where machines are on a bridge. Made by :meth:`open`; safe to use from any thread."""
 
-    def __init__(self, nft: Nftables, base: list[str]) -> None:
-        self._nft, self._base = nft, base
+    def __init__(self, nft: Nftables, base: list[str], bridge_base: list[str]) -> None:
+        self._nft, self._base, self._bridge_base = nft, base, bridge_base
+        self._bridged = False
+        """Whether there is a table for bridges."""
         self._lock = threading.Lock()
-        self._version = hashlib.sha256("\n".join(base).encode()).hexdigest()[:16]
+        self._version = hashlib.sha256("\n".join([*base, *bridge_base]).encode()).hexdigest()[:16]
         self._installed: dict[str, frozenset[Element]] = {}
         self._chains: dict[str, list[str]] = {}
         """The commands of each policy that is installed; none where another process made it."""
@@ -101,11 +132,11 @@ class Firewall:
         """Whose each published port is: map and key, interface."""
 
     @classmethod
-    def open(cls, ranges: Collection[IPv4Network], private: Collection[IPv4Network] = (), *, log_group: int = 0) -> Firewall:
+    def open(cls, ranges: Collection[IPv4Network], private: Collection[Network] = (), *, log_group: int = 0) -> Firewall:
         """Makes the tables in the namespace of the calling thread, or takes over those that are there. Raises HostError."""
         nft = Nftables()
         try:
-            firewall = cls(nft, rules.base(ranges, private, log_group))
+            firewall = cls(nft, rules.base(ranges, private, log_group), bridged.base(log_group))
             firewall._load()
         except BaseException:
             nft.close()
@@ -128,9 +159,11 @@ class Firewall:
         except HostError as error:
             if error.code != "nftables_unknown":
                 raise
-            return self._install()
+            self._install()
+            return self._read_bridged()
         chains = {row["chain"]["name"] for row in found if "chain" in row}
         self._read(found)
+        self._read_bridged()
         self._chains = {name: [] for name in chains if name.startswith("policy-")}
         if f"{MARK}{self._version}" not in chains:
             self._replace()
@@ -141,24 +174,41 @@ class Firewall:
         self._sets = set(rows)
         owners: dict[str, str] = {}
         installed: dict[str, set[Element]] = {}
-        for parts, _ in _rows(rows.get("machines", {})):
+        for parts, _, _ in _rows(rows.get("machines", {})):
             name = f'"{parts[0]}"'
             installed[parts[0]] = {Element(ARP_TABLE, "machines", name)}
-        for parts, _ in _rows(rows.get("pinned", {})):
+        for parts, _, _ in _rows(rows.get("pinned", {})):
             owners[parts[2]] = parts[0]
             installed.setdefault(parts[0], set()).add(Element(ARP_TABLE, "pinned", _key("pinned", parts)))
+        owners |= {parts[2]: parts[0] for parts, _, _ in _rows(rows.get("pinned6", {}))}
         for name in (*SETS, *MAPS):
-            for parts, value in _rows(rows.get(name, {})):
+            for parts, value, limit in _rows(rows.get(name, {})):
                 if name in BY_INTERFACE:
                     owner: str | None = parts[0]
                 else:
                     owner = owners.get(parts[0] if name in BY_ADDRESS else value.split(" . ")[0])
                 if owner is not None:
-                    installed.setdefault(owner, set()).add(Element(TABLE, name, _key(name, parts), value))
+                    installed.setdefault(owner, set()).add(Element(TABLE, name, _key(name, parts), value, limit))
         self._installed = {name: frozenset(items) for name, items in installed.items()}
         self._published = {
             (item.name, item.key): interface for interface, items in installed.items() for item in items if item.name in PUBLISHED
         }
+
+    def _read_bridged(self) -> None:
+        """The same of those on a bridge."""
+        try:
+            found = self._nft.query(f"list table {BRIDGE_TABLE}")
+        except HostError as error:
+            if error.code not in ("nftables_unknown", "nftables_refused"):  # a kernel that has no such tables
+                raise
+            return
+        self._bridged = True
+        installed: dict[str, set[Element]] = {}
+        for row in (row["set"] for row in found if "set" in row and row["set"]["name"] in bridged.SETS):
+            for parts, _, limit in _rows(row):
+                item = Element(BRIDGE_TABLE, row["name"], _key(row["name"], parts), limit=limit)
+                installed.setdefault(parts[0], set()).add(item)
+        self._installed |= {name: frozenset(items) for name, items in installed.items()}
 
     def _install(self) -> None:
         self._nft.apply([*self._base, f"add chain {TABLE} {MARK}{self._version}"])
@@ -168,9 +218,10 @@ class Firewall:
         """Makes the tables what they should be, when somebody else flushed or changed them; False when they are."""
         with self._lock:
             try:
-                there = Firewall(self._nft, self._base)
+                there = Firewall(self._nft, self._base, self._bridge_base)
                 found = self._nft.query(f"list table {TABLE}")
                 there._read(found)
+                there._read_bridged()
                 chains = {row["chain"]["name"] for row in found if "chain" in row}
                 rules_there = Counter(row["rule"]["chain"] for row in found if "rule" in row)
                 whole = Counter(command.split()[4] for command in self._base if command.startswith(f"add rule {TABLE} "))
@@ -199,21 +250,28 @@ class Firewall:
         entries = [item.added for items in kept.values() for item in sorted(items)]
         self._names.keep(_sets_of(policies))
         entries += self._names.commands()
-        tables = [line for table in (TABLE, ARP_TABLE) for line in (f"add table {table}", f"delete table {table}")]
-        self._nft.apply([*tables, *self._base, f"add chain {TABLE} {MARK}{self._version}", *policies, *entries])
+        base = [*self._base, *(self._bridge_base if self._bridged else [])]
+        self._nft.apply([*self._gone(), *base, f"add chain {TABLE} {MARK}{self._version}", *policies, *entries])
         self._installed, self._chains = kept, chains
         self._sets = {*SETS, *MAPS, *_sets_of(policies)}
+
+    def _gone(self) -> list[str]:
+        """The commands that remove the tables, whether they are there or not."""
+        tables = (TABLE, ARP_TABLE, *([BRIDGE_TABLE] if self._bridged else []))
+        return [line for table in tables for line in (f"add table {table}", f"delete table {table}")]
 
     @property
     def interfaces(self) -> frozenset[str]:
         """Those of the machines that are installed."""
         return frozenset(self._installed)
 
-    def put(self, machine: Machine, names: Answers | None = None) -> None:
+    def put(self, machine: Machine | Port, names: Answers | None = None) -> None:
         """Adds a machine, or changes what is different: one transaction. ``names``: what is known of the names in its policy (as
         for :meth:`resolved`), so that an edit does not cut what it still allows. Raises ``port_published`` (Conflict),
         HostError."""
         with self._lock:
+            if isinstance(machine, Port):
+                return self._change(machine.interface, bridged.elements(machine), None)
             self._check_ports(machine)
             wanted = rules.elements(machine)
             self._change(machine.interface, wanted, machine.egress, names or {})
@@ -252,6 +310,8 @@ class Firewall:
     ) -> None:
         before = self._installed.get(interface, frozenset())
         commands, made = self._needed(egress)
+        first = not self._bridged and any(item.table == BRIDGE_TABLE for item in wanted)
+        commands += self._bridge_base if first else []
         entering = self._names.entering(egress, names) if egress is not None else Entering()
         commands += entering.commands
         deleted = sorted(before - wanted)
@@ -268,6 +328,7 @@ class Firewall:
             log.warning("the firewall's tables are not what they were (%s); making them anew", error.message)
             self._replace()
             self._nft.apply(commands)
+        self._bridged = self._bridged or first
         if wanted:
             self._installed[interface] = wanted
         else:
@@ -317,8 +378,11 @@ class Firewall:
     def counters(self) -> dict[str, Counters]:
         """Of every machine."""
         found: dict[str, dict[str, int]] = {}
-        for name, packets, size in (("sent", "sent", "sent_bytes"), ("denials", "denied", ""), ("refusals", "refused", "")):
-            for row in self._nft.query(f"list set {TABLE} {name}"):
+        wanted = [(TABLE, *row) for row in COUNTING]
+        if self._bridged:
+            wanted += [(BRIDGE_TABLE, *row) for row in COUNTING if row[0] in bridged.SETS]
+        for table, name, packets, size in wanted:
+            for row in self._nft.query(f"list set {table} {name}"):
                 for item in row.get("set", {}).get("elem", []):
                     counter = item["elem"].get("counter", {})
                     values = found.setdefault(item["elem"]["val"], {})
@@ -357,8 +421,9 @@ class Firewall:
         return self._nft.element(f"{TABLE} private", str(address)) is not None
 
     def drop(self) -> None:
-        """Removes both tables."""
+        """Removes the tables."""
         with self._lock:
-            self._nft.apply([line for table in (TABLE, ARP_TABLE) for line in (f"add table {table}", f"delete table {table}")])
+            self._nft.apply(self._gone())
+            self._bridged = False
             self._installed, self._chains, self._sets, self._published = {}, {}, set(), {}
             self._names.keep(())

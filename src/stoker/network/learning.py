@@ -6,8 +6,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address
 from typing import Any, Final
+
+from stoker.network.egress import ICMP6, NUMBERS, Address, Protocol
 
 __all__ = ["Learned", "Need"]
 
@@ -24,7 +25,7 @@ class Need:
     first: float
     last: float
     times: int = 1
-    addresses: set[IPv4Address] = field(default_factory=set)
+    addresses: set[Address] = field(default_factory=set)
 
 
 class Learned:
@@ -34,7 +35,7 @@ class Learned:
         self._clock = clock
         self.names: dict[str, Need] = {}
         self.connections: dict[tuple[str, int, int], Need] = {}
-        self._of: dict[IPv4Address, str] = {}
+        self._of: dict[Address, str] = {}
         self.lost = 0
 
     def _note(self, needs: dict[Any, Need], key: Any, most: int) -> Need | None:
@@ -47,7 +48,7 @@ class Learned:
             return None
         return needs.setdefault(key, Need(now, now))
 
-    def looked_up(self, name: str, addresses: list[IPv4Address]) -> None:
+    def looked_up(self, name: str, addresses: list[Address]) -> None:
         """A name that the policy would have denied, and what was answered."""
         need = self._note(self.names, name, MOST_NAMES)
         if need is not None:
@@ -55,9 +56,10 @@ class Learned:
                 need.addresses.add(address)
                 self._of[address] = name
 
-    def connected(self, address: IPv4Address, protocol: int, port: int) -> None:
+    def connected(self, address: Address, protocol: int, port: int) -> None:
         """A connection that the policy would have denied (``protocol`` by its number); by its name where one was looked up."""
-        target = self._of.get(address, str(address))
+        target = self._of.get(address, str(address) if address.version == 4 else f"[{address}]")
+        protocol = NUMBERS[Protocol.ICMP] if protocol == ICMP6 else protocol
         self._note(self.connections, (target, protocol, port), MOST_CONNECTIONS)
 
     def rules(self) -> list[str]:

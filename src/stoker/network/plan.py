@@ -8,17 +8,23 @@ the guest's. That is a first guess: where it is taken, the next free /30 is used
 moves without a change. Out of it leads a veth pair with a /31 of a range: the even address is the host's end, the odd one is the
 machine's, by which the host reaches it.
 
-A slot's id says all that is needed to remove it: ``run:TAP:ADDRESS/30`` (the guest's) or ``ns:VETH:ADDRESS/31`` (the machine's).
+Of each IPv4 address of a slot follows its IPv6 address (:func:`ula`), for machines that have any.
+
+**A bridge** of the operator's: a TAP that is one of its ports, and no address of ours.
+
+A slot's id says all that is needed to remove it: ``run:TAP:ADDRESS/30`` (the guest's), ``ns:VETH:ADDRESS/31`` (the machine's) or
+``bridge:TAP:BRIDGE``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network, collapse_addresses
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network, collapse_addresses
 from typing import Any, Final
 
 from stoker.errors import CapacityExhausted, InvalidRequest
@@ -27,6 +33,8 @@ __all__ = [
     "INSIDE",
     "NAMESPACE_RANGE",
     "RUN_RANGE",
+    "ULA",
+    "BridgePlan",
     "Foreign",
     "Inside",
     "NamespacePlan",
@@ -35,21 +43,39 @@ __all__ = [
     "Taken",
     "check_ranges",
     "first_guess",
+    "parse_any_slot",
     "parse_slot",
     "number_of",
+    "plan_bridge",
     "plan_namespace",
     "plan_run",
     "plan_tap",
+    "ula",
+    "ula_beside",
 ]
 
 _INTERFACE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][a-z0-9-]{0,31}")
 VETH: Final = "stk"
+PORT: Final = "stkb"
 
 
 def mac_of(address: IPv4Address, first: int = 0x02FC) -> str:
     """A locally administered MAC that follows from an address."""
     return ":".join(f"{byte:02x}" for byte in first.to_bytes(2, "big") + address.packed)
+
+
+ULA: Final = IPv6Network("fd73:746f:6b65::/48")
+"""Unique local addresses of machines: the same on every host, since snapshots remember theirs."""
+
+
+def ula(address: IPv4Address) -> IPv6Address:
+    """The IPv6 address beside an IPv4 address of a slot: that is its last 32 bits, and a /30 becomes a /126."""
+    return ULA[int(address)]
+
+
+def ula_beside(interface: IPv4Interface) -> IPv6Interface:
+    return IPv6Interface((ula(interface.ip), 96 + interface.network.prefixlen))
 
 
 def check_interface(name: str) -> str:
@@ -126,6 +152,14 @@ class Inside:
     guest: IPv4Interface = field(default=IPv4Interface("169.254.0.21/30"))
     guest_mac: str = "02:fc:00:00:00:05"
     out: str = "eth0"
+
+    @property
+    def gateway6(self) -> IPv6Interface:
+        return ula_beside(self.gateway)
+
+    @property
+    def guest6(self) -> IPv6Interface:
+        return ula_beside(self.guest)
 
 
 INSIDE: Final = Inside()
@@ -234,8 +268,54 @@ class NamespacePlan:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class BridgePlan:
+    """A TAP that is a port of a bridge. The MAC follows from the TAP's name, so of one network no two may be named alike."""
+
+    tap: str
+    bridge: str
+
+    @property
+    def id(self) -> str:
+        return f"bridge:{self.tap}:{self.bridge}"
+
+    @property
+    def interface(self) -> str:
+        """By which the host's firewall knows the machine."""
+        return self.tap
+
+    @property
+    def mac(self) -> str:
+        digest = hashlib.sha256(self.tap.encode()).digest()
+        return ":".join(f"{byte:02x}" for byte in b"\x02" + digest[:5])
+
+    source_mac = mac
+    """Of the frames that come in by :attr:`interface`."""
+
+    @property
+    def tap_mac(self) -> str:
+        """The host's end. A bridge calls itself by the lowest MAC of its ports, unless it has one: this is never that."""
+        return f"fe{self.mac[2:]}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON prints it."""
+        return {"name": self.tap, "bridge": self.bridge, "mac": self.mac}
+
+
+def parse_any_slot(text: str) -> RunPlan | NamespacePlan | BridgePlan:
+    """The plan of a slot's id, whichever kind it is. Raises ``slot_invalid`` (InvalidRequest)."""
+    kind, *names = text.split(":")
+    if kind != "bridge":
+        return parse_slot(text)
+    try:
+        tap, bridge = map(check_interface, names)
+    except (ValueError, InvalidRequest):
+        raise InvalidRequest("slot_invalid", f"“{text[:80]}” is no slot", "bridge:TAP:BRIDGE") from None
+    return BridgePlan(tap, bridge)
+
+
 def parse_slot(text: str) -> RunPlan | NamespacePlan:
-    """The plan of a slot's id. Raises ``slot_invalid`` (InvalidRequest)."""
+    """The plan of the id of a slot that has addresses of ours. Raises ``slot_invalid`` (InvalidRequest)."""
     kind, _, rest = text.partition(":")
     name, _, address = rest.partition(":")
     try:
@@ -279,6 +359,10 @@ def _exhausted(within: Range) -> CapacityExhausted:
     )
 
 
+def _tap_taken(tap: str) -> CapacityExhausted:
+    return CapacityExhausted("tap_taken", f"there is an interface {tap} already", f"ip -d link show {tap}")
+
+
 def first_guess(run_id: str, name: str) -> tuple[str, int]:
     """The TAP's name and the number of the /30 (0 to 16383) that follow from a run and a machine of it."""
     digest = hashlib.md5(f"{run_id}-{name}".encode(), usedforsecurity=False).hexdigest()
@@ -314,11 +398,21 @@ def plan_run(run_id: str, names: Sequence[str], taken: Taken, within: Range = RU
 def plan_tap(name: str, tap: str, taken: Taken, within: Range) -> RunPlan:
     """A TAP of a name that was chosen, on the first free /30 of a range. Raises ``tap_taken``, ``slots_exhausted``."""
     if check_interface(tap) in taken.names:
-        raise CapacityExhausted("tap_taken", f"there is an interface {tap} already", f"ip -d link show {tap}")
+        raise _tap_taken(tap)
     number = next(_free(within, 30, 0, [taken]), None)
     if number is None:
         raise _exhausted(within)
     return RunPlan(name, tap, _subnet(within.network, 30, number))
+
+
+def plan_bridge(bridge: str, taken: Taken, tap: str = "") -> BridgePlan:
+    """A port of a bridge, named as wanted or by chance. Raises ``tap_taken`` (CapacityExhausted), ``interface_invalid``."""
+    check_interface(bridge)
+    while not tap or (tap in taken.names and tap.startswith(PORT)):
+        tap = f"{PORT}{secrets.token_hex(5)}"
+    if check_interface(tap) in taken.names:
+        raise _tap_taken(tap)
+    return BridgePlan(tap, bridge)
 
 
 def plan_namespace(taken: Taken, within: Range = NAMESPACE_RANGE, *, after: int = -1) -> NamespacePlan:

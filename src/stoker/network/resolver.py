@@ -8,7 +8,8 @@ interface, so whose question it is needs no telling. A question goes this way:
    NXDOMAIN, not REFUSED: upon REFUSED glibc says "temporary failure" and programs try again and again, musl waits until its time is
    over; upon NXDOMAIN all fail at once. It has no SOA record, so nobody remembers it past an edit of the policy. It is NOERROR
    without records where the name has to exist, since one below it is allowed.
-3. AAAA is answered empty, as IPv6 is off; SVCB and HTTPS too, as their hints of addresses would lead past the firewall's sets.
+3. AAAA is answered empty where a machine has no IPv6; SVCB and HTTPS always, as their hints of addresses would lead past the
+   firewall's sets.
 4. The cache, else the host's resolvers (:mod:`.dns_upstream`); one question at a time for one name.
 5. Of the answer only what follows from the question. Aliases lead anywhere, but not to what a rule denies by name.
 6. Private addresses are taken out (no rebinding), but for those that a rule for their network opens.
@@ -30,17 +31,17 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address
 from typing import Final
 
 from stoker.errors import CapacityExhausted, Conflict, HostError, StokerError
 from stoker.host.namespaces import Namespace, own_namespace
 from stoker.network import named
-from stoker.network.dns_answers import Answer, Answers, answer_of
+from stoker.network.dns_answers import Answer, Answers, address_of, answer_of
 from stoker.network.dns_listener import Listener, bound
 from stoker.network.dns_upstream import Server, Unanswered, Upstreams
 from stoker.network.dns_wire import IN, Malformed, Query, Rcode, Record, Type, parse_query, render, text_of
-from stoker.network.egress import SPECIAL, Egress
+from stoker.network.egress import SPECIAL, SPECIAL6, Address, Egress, Network
 from stoker.network.firewall import Firewall
 from stoker.network.learning import Learned
 from stoker.network.rules import SERVICES, Machine
@@ -49,7 +50,7 @@ __all__ = ["SERVICES", "Counts", "Limits", "Resolver"]
 
 log = logging.getLogger(__name__)
 PORT: Final = 53
-EMPTY: Final = (Type.AAAA, Type.SVCB, Type.HTTPS)
+EMPTY: Final = (Type.SVCB, Type.HTTPS)
 MOST_ADDRESSES: Final = 256
 """Of one name, that are remembered for an edit."""
 BY_ADDRESS: Final = "the policy allows no address of this name"
@@ -92,7 +93,7 @@ class Counts:
 class _Found:
     """What a machine may connect to by a name it looked up, each until when (monotonic, seconds)."""
 
-    addresses: dict[IPv4Address, float] = field(default_factory=dict)
+    addresses: dict[Address, float] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
 
 
@@ -105,7 +106,7 @@ class _Client:
     counts: Counts = field(default_factory=Counts)
     pending: int = 0
     looked_up: OrderedDict[str, _Found] = field(default_factory=OrderedDict)
-    held: dict[IPv4Address, float] = field(default_factory=dict)
+    held: dict[Address, float] = field(default_factory=dict)
     listener: Listener | None = None
 
 
@@ -113,10 +114,10 @@ class Resolver:
     """Made by :meth:`open`. All of it belongs to one event loop."""
 
     def __init__(
-        self, firewall: Firewall, home: Namespace, upstreams: Upstreams, private: Collection[IPv4Network], limits: Limits
+        self, firewall: Firewall, home: Namespace, upstreams: Upstreams, private: Collection[Network], limits: Limits
     ) -> None:
         self._firewall, self._home, self.upstreams, self._limits = firewall, home, upstreams, limits
-        self._private = (*SPECIAL, *private)
+        self._private = (*SPECIAL, *SPECIAL6, *private)
         self._clients: dict[str, _Client] = {}
         self._answers = Answers(limits.answers, limits.answers_size)
         self._asking: dict[tuple[bytes, int], asyncio.Task[Answer]] = {}
@@ -125,7 +126,7 @@ class Resolver:
 
     @classmethod
     def open(
-        cls, firewall: Firewall, servers: Sequence[Server] = (), private: Collection[IPv4Network] = (), limits: Limits | None = None
+        cls, firewall: Firewall, servers: Sequence[Server] = (), private: Collection[Network] = (), limits: Limits | None = None
     ) -> Resolver:
         """In the namespace of the calling thread, which is that of the firewall. ``servers``: whom to ask, those of resolv.conf
         unless said; ``private``: networks of the operator's, as the firewall has them."""
@@ -188,7 +189,7 @@ class Resolver:
         """What a machine has looked up, by the rules of its next policy: for :meth:`.Slots.change`. An address whose lifetime is
         over comes with the grace, so that connections to it go on."""
         client = self._clients.get(interface)
-        found: dict[int, dict[IPv4Address, int]] = {}
+        found: dict[int, dict[Address, int]] = {}
         now = time.monotonic()
         for name, found_before in client.looked_up.items() if client is not None else ():
             for position in _positions(egress, name, found_before.aliases):
@@ -233,7 +234,7 @@ class Resolver:
         allowed = name is not None and egress.look_up(name)
         if not allowed and (client.learned is None or name is None):
             return self._denied(client, query, exists=name is not None and egress.leads_below(name))
-        if query.type in EMPTY:
+        if query.type in EMPTY or (query.type == Type.AAAA and not client.machine.ipv6):
             return render(query, Rcode.NOERROR)
         assert name is not None
         try:
@@ -260,8 +261,7 @@ class Resolver:
     def _without_private(self, client: _Client, records: Sequence[Record]) -> list[Record]:
         egress, kept = client.machine.egress, []
         for record in records:
-            if record.type == Type.A:
-                address = IPv4Address(record.data)
+            if (address := address_of(record)) is not None:
                 if any(address in network for network in self._private) and not egress.opens(address):
                     client.counts.rebound += 1
                     continue
@@ -299,7 +299,7 @@ class Resolver:
 
     async def _enter(self, client: _Client, egress: Egress, name: str, records: Sequence[Record], answer: Answer) -> None:
         """Returns when the firewall has the addresses of an answer."""
-        addresses = [IPv4Address(record.data) for record in records if record.type == Type.A]
+        addresses = [address for record in records if (address := address_of(record)) is not None]
         if not addresses:
             return
         now = time.monotonic()
@@ -322,7 +322,7 @@ class Resolver:
         while len(client.looked_up) > self._limits.remembered:
             client.looked_up.popitem(last=False)
 
-    def _hold(self, client: _Client, addresses: list[IPv4Address], now: float, end: float) -> None:
+    def _hold(self, client: _Client, addresses: list[Address], now: float, end: float) -> None:
         """Bounds what one machine fills into sets that it shares with others of its policy."""
         client.held.update(dict.fromkeys(addresses, end))
         if len(client.held) > self._limits.held:

@@ -8,6 +8,7 @@ plan       in the host's namespace                                              
 =========  =======================================================================  =========================================
 run        the TAP (persistent), its address; entries of the firewall               (none)
 namespace  one end of a veth pair, its address; entries of the firewall             ``tap0``, the other end, routes, a table
+bridge     the TAP (persistent), a port of an operator's bridge; entries            (none)
 =========  =======================================================================  =========================================
 
 The firewall's entries come first and go last: at no moment does the machine's interface carry packets that nobody judges.
@@ -28,30 +29,31 @@ import time
 from collections.abc import Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Network
 
 from stoker.errors import Conflict, HostError
 from stoker.host import conntrack, netlink, tun
 from stoker.host.conntrack import Connection
 from stoker.host.namespaces import Namespace, own_namespace
-from stoker.host.netlink import End, Netlink
+from stoker.host.netlink import End, Link, Netlink
 from stoker.host.nftables import Nftables
 from stoker.host.trace import declare, trace
 from stoker.network import rules
+from stoker.network.bridged import Port
 from stoker.network.egress import NONE
 from stoker.network.firewall import Firewall
 from stoker.network.named import Answers
-from stoker.network.plan import INSIDE, Foreign, NamespacePlan, RunPlan, Taken
+from stoker.network.plan import INSIDE, BridgePlan, Foreign, NamespacePlan, RunPlan, Taken, ula, ula_beside
 from stoker.network.ports import require_free
 from stoker.network.rules import Machine
 
-__all__ = ["Plan", "Slot", "Slots"]
+__all__ = ["Joined", "Plan", "Slot", "Slots"]
 
 log = logging.getLogger(__name__)
 Plan = RunPlan | NamespacePlan
-EVERYTHING = IPv4Network("0.0.0.0/0")
+EVERYTHING, EVERYTHING6 = IPv4Network("0.0.0.0/0"), IPv6Network("::/0")
 QUEUE = 5000
 """Packets a TAP holds for a machine that does not read."""
 JUDGED = {netlink.ROUTE_LOCALNET: 1}
@@ -73,10 +75,9 @@ POINTS = declare(
 
 
 @dataclass(slots=True)
-class Slot:
-    """A slot that is up. ``tap`` is for the VMM: pass it, then :meth:`let_go` of it. The namespace is kept while the slot is."""
+class _Held:
+    """What is up. ``tap`` is for the VMM: pass it, then :meth:`let_go` of it. The namespace is kept while the slot is."""
 
-    plan: Plan
     tap: int
     namespace: Namespace | None = None
 
@@ -93,6 +94,46 @@ class Slot:
             self.namespace.close()
 
 
+@dataclass(slots=True)
+class Slot(_Held):
+    """A slot with addresses of ours."""
+
+    plan: Plan = field(kw_only=True)
+
+
+@dataclass(slots=True)
+class Joined(_Held):
+    """A slot on a bridge. After a crash ``Joined(-1, plan=...)`` is as good: nothing else of it is held."""
+
+    plan: BridgePlan = field(kw_only=True)
+
+
+def _open_ipv6(*interfaces: str, forward: bool = False) -> None:
+    """Of the calling thread's namespace: interfaces that shall have IPv6 addresses, whatever new ones have here; with ``forward``,
+    IPv6 goes through. By /proc/sys, since there is no other way."""
+    values = {f"{name}/{setting}": value for name in interfaces for setting, value in (("disable_ipv6", "0"), ("accept_ra", "0"))}
+    if forward:
+        values["all/forwarding"] = "1"
+    for name, value in values.items():
+        try:
+            with open(f"/proc/sys/net/ipv6/conf/{name}", "w", encoding="ascii") as file:
+                file.write(value)
+        except OSError as error:
+            raise HostError("ipv6_unavailable", f"net.ipv6.conf.{name}: {error.strerror}", "without --ipv6") from None
+
+
+def _networks(plans: Iterable[Plan | BridgePlan]) -> list[IPv4Network]:
+    return [plan.network for plan in plans if not isinstance(plan, BridgePlan)]
+
+
+def _beside(index: int, own: IPv4Interface, other: IPv4Address, mac: str, about: str) -> list[netlink.Request]:
+    """The IPv6 address beside one of IPv4, and whose the one at the other end is."""
+    return [
+        netlink.add_address(index, ula_beside(own), about),
+        netlink.add_neighbour(index, ula(other), mac, about),
+    ]
+
+
 class Slots:
     """Makes and removes slots. Made by :meth:`open`; safe to use from any thread."""
 
@@ -100,9 +141,9 @@ class Slots:
         self.firewall = firewall
         self._home, self._link = home, link
         self._behind = ThreadPoolExecutor(WORKERS, thread_name_prefix="slots")
-        self._leaving: dict[str, tuple[Plan, Future[None]]] = {}
+        self._leaving: dict[str, tuple[Plan | BridgePlan, Future[None]]] = {}
         self._lock = threading.Lock()
-        self._stale: set[IPv4Address] = set()
+        self._stale: set[IPv4Address | IPv6Address] = set()
         self._walking = threading.Lock()
 
     @classmethod
@@ -138,37 +179,64 @@ class Slots:
         routes = (route for route in self._link.routes() if route.destination.prefixlen and route.index not in mine)
         return found + [Foreign(route.destination, f"is routed to {names.get(route.index, 'nowhere')}") for route in routes]
 
-    def taken(self, plans: Iterable[Plan] = ()) -> Taken:
+    def taken(self, plans: Iterable[Plan | BridgePlan] = ()) -> Taken:
         """What new slots must keep clear of: what is on the host, ``plans`` that are promised, and what is being removed."""
         with self._lock:
             known = [*plans, *(plan for plan, _ in self._leaving.values())]
         names = {link.name for link in self._link.links()} | {plan.interface for plan in known}
-        return Taken(names, [*(found.network for found in self.foreign()), *(plan.network for plan in known)])
+        return Taken(names, [*(found.network for found in self.foreign()), *_networks(known)])
 
     def up(self, plan: Plan, machine: Machine, *, owner: int | None = None, mtu: int = 0) -> Slot:
-        """Makes a slot. ``owner``: the user who may open the TAP besides root. ``mtu`` 0: the kernel's.
+        """Makes a slot. ``owner``: the user who may open the TAP besides root. ``mtu`` 0: the kernel's. ``machine.ipv6``: with IPv6
+        addresses; that cannot be changed while it is up.
 
-        Undone in order when a step fails. Errors: ``tap_exists``, ``link_exists``, ``port_published``, ``port_in_use``, and what
-        the parts raise.
+        Undone in order when a step fails. Errors: ``tap_exists``, ``link_exists``, ``port_published``, ``port_in_use``,
+        ``ipv6_unavailable``, and what the parts raise.
         """
+        if machine.ipv6 and not netlink.has_ipv6():
+            raise HostError("ipv6_unavailable", "this host's kernel has no IPv6", "without --ipv6; or boot without ipv6.disable=1")
         if (machine.interface, machine.mac, machine.address) != (plan.interface, plan.source_mac, plan.address):
             raise ValueError("the machine is not the plan's")
-        if machine.interface in self.firewall.interfaces or machine.interface in self._leaving:
-            raise Conflict("slot_taken", f"the slot of {machine.interface} is in use", "stoker fsck")
+        self._check_free(plan)
         self._require_free(machine)
         with ExitStack() as undo:
             self.firewall.put(machine)
             undo.callback(self.firewall.remove, machine.interface)
             trace("slot.judged")
             if isinstance(plan, RunPlan):
-                slot = Slot(plan, self._home.run(lambda: self._run_up(plan, owner, mtu)))
+                slot = Slot(self._home.run(lambda: self._run_up(plan, machine.ipv6, owner, mtu)), plan=plan)
             else:
-                slot = self._namespace_up(plan, owner, mtu)
+                slot = self._namespace_up(plan, machine.ipv6, owner, mtu)
             undo.pop_all()
         trace("slot.up")
         return slot
 
-    def _run_up(self, plan: RunPlan, owner: int | None, mtu: int) -> int:
+    def _check_free(self, plan: Plan | BridgePlan) -> None:
+        if plan.interface in self.firewall.interfaces or plan.interface in self._leaving:
+            raise Conflict("slot_taken", f"the slot of {plan.interface} is in use", "stoker fsck")
+
+    def join(self, plan: BridgePlan, port: Port, *, owner: int | None = None) -> Joined:
+        """Makes a slot on a bridge, which has to be there; it is as large a packet as the bridge takes.
+
+        Undone in order when a step fails. Errors: ``bridge_unknown``, ``tap_exists``, and what the parts raise.
+        """
+        if (port.interface, port.mac) != (plan.interface, plan.mac):
+            raise ValueError("the machine is not the plan's")
+        self._check_free(plan)
+        bridge = self._link.link(plan.bridge)
+        if bridge is None or bridge.kind != "bridge":
+            why = "there is no such interface" if bridge is None else f"it is {bridge.kind or 'hardware'}"
+            raise HostError("bridge_unknown", f"{plan.bridge} is no bridge of this host: {why}", "ip -brief link show type bridge")
+        with ExitStack() as undo:
+            self.firewall.put(port)
+            undo.callback(self.firewall.remove, port.interface)
+            trace("slot.judged")
+            tap = self._home.run(lambda: self._join(plan, bridge, owner))
+            undo.pop_all()
+        trace("slot.up")
+        return Joined(tap, plan=plan)
+
+    def _join(self, plan: BridgePlan, bridge: Link, owner: int | None) -> int:
         """The TAP; runs in the host's namespace."""
         with ExitStack() as undo:
             tap = tun.open_tap(plan.tap, create=True, persistent=True, owner=owner)
@@ -179,58 +247,93 @@ class Slots:
             if index is None:
                 raise HostError("tap_unknown", f"the TAP {plan.tap} went away", "does something else remove TAPs?")
             self._link.apply(
-                netlink.set_link(index, plan.tap, mac=plan.tap_mac, mtu=mtu, queue=QUEUE, settings=JUDGED),
+                netlink.set_link(index, plan.tap, mac=plan.tap_mac, mtu=bridge.mtu, queue=QUEUE, settings={}),
+                netlink.set_link(index, f"{plan.tap} as a port of {plan.bridge}", master=bridge.index),
+                netlink.guard_port(index, plan.tap),
                 netlink.set_link(index, plan.tap, up=True),
-                netlink.add_address(index, IPv4Interface((plan.host, 30)), plan.tap),
             )
             trace("slot.linked")
             undo.pop_all()
         return tap
 
-    def _namespace_up(self, plan: NamespacePlan, owner: int | None, mtu: int) -> Slot:
+    def _run_up(self, plan: RunPlan, ipv6: bool, owner: int | None, mtu: int) -> int:
+        """The TAP; runs in the host's namespace."""
         with ExitStack() as undo:
-            namespace, tap = Namespace.create(lambda _: self._inside_up(plan, owner, mtu))
+            tap = tun.open_tap(plan.tap, create=True, persistent=True, owner=owner)
+            undo.callback(self._link.delete, plan.tap)
+            undo.callback(os.close, tap)
+            trace("slot.tap")
+            index = self._link.index(plan.tap)
+            if index is None:
+                raise HostError("tap_unknown", f"the TAP {plan.tap} went away", "does something else remove TAPs?")
+            self._link.apply(netlink.set_link(index, plan.tap, mac=plan.tap_mac, mtu=mtu, queue=QUEUE, settings=JUDGED))
+            own, more = IPv4Interface((plan.host, 30)), []
+            if ipv6:
+                _open_ipv6(plan.tap)
+                more = _beside(index, own, plan.guest, plan.mac, plan.tap)
+            self._link.apply(netlink.set_link(index, plan.tap, up=True), netlink.add_address(index, own, plan.tap), *more)
+            trace("slot.linked")
+            undo.pop_all()
+        return tap
+
+    def _namespace_up(self, plan: NamespacePlan, ipv6: bool, owner: int | None, mtu: int) -> Slot:
+        with ExitStack() as undo:
+            namespace, tap = Namespace.create(lambda _: self._inside_up(plan, ipv6, owner, mtu))
             # Both take the pair with them when they are closed.
             undo.callback(namespace.close)
             undo.callback(os.close, tap)
             trace("slot.inside")
-            self._home.run(lambda: self._outside_up(plan))
+            self._home.run(lambda: self._outside_up(plan, ipv6))
             trace("slot.linked")
             undo.pop_all()
-        return Slot(plan, tap, namespace)
+        return Slot(tap, namespace, plan=plan)
 
-    def _inside_up(self, plan: NamespacePlan, owner: int | None, mtu: int) -> int:
+    def _inside_up(self, plan: NamespacePlan, ipv6: bool, owner: int | None, mtu: int) -> int:
         """What is in the machine's namespace; runs there. A failure takes the namespace along."""
         guest = INSIDE
         tap = tun.open_tap(guest.tap, create=True, persistent=True, owner=owner, index=TAP)
         with ExitStack() as undo, Netlink() as link, Nftables() as nft:
             undo.callback(os.close, tap)
             trace("slot.tap")
-            nft.apply(rules.inside(plan.host, guest))
+            nft.apply(rules.inside(plan.host, guest, ipv6=ipv6))
             here, there = End(guest.out, plan.source_mac, OUT), End(plan.veth, plan.veth_mac)
+            out, more = IPv4Interface((plan.address, 31)), []
+            link.apply(netlink.add_veth(here, there, self._home.fd, mtu=mtu))
+            if ipv6:
+                _open_ipv6(guest.tap, guest.out, forward=True)
+                more = [
+                    *_beside(TAP, guest.gateway, guest.guest.ip, guest.guest_mac, guest.tap),
+                    *_beside(OUT, out, plan.host, plan.veth_mac, guest.out),
+                    netlink.add_route(EVERYTHING6, gateway=ula(plan.host)),
+                ]
             link.apply(
-                netlink.add_veth(here, there, self._home.fd, mtu=mtu),
                 netlink.set_link(LO, "lo", up=True),
                 netlink.set_link(TAP, guest.tap, mac=guest.tap_mac, mtu=mtu, queue=QUEUE, settings=PASSING),
                 netlink.set_link(OUT, guest.out, settings=PASSING),
                 netlink.set_link(TAP, guest.tap, up=True),
                 netlink.set_link(OUT, guest.out, up=True),
                 netlink.add_address(TAP, guest.gateway, guest.tap),
-                netlink.add_address(OUT, IPv4Interface((plan.address, 31)), guest.out),
+                netlink.add_address(OUT, out, guest.out),
                 netlink.add_route(EVERYTHING, gateway=plan.host),
+                *more,
             )
             undo.pop_all()
         return tap
 
-    def _outside_up(self, plan: NamespacePlan) -> None:
+    def _outside_up(self, plan: NamespacePlan, ipv6: bool) -> None:
         """The host's end of the pair; runs in the host's namespace."""
         index = self._link.index(plan.veth)
         if index is None:
             raise HostError("link_unknown", f"the interface {plan.veth} went away", "does something else remove interfaces?")
+        own, more = IPv4Interface((plan.host, 31)), []
+        if ipv6:
+            _open_ipv6(plan.veth)
+            more = _beside(index, own, plan.address, plan.source_mac, plan.veth)
         self._link.apply(
             netlink.set_link(index, plan.veth, settings=JUDGED),
             netlink.set_link(index, plan.veth, up=True),
-            netlink.add_address(index, IPv4Interface((plan.host, 31)), plan.veth),
+            netlink.add_address(index, own, plan.veth),
+            *more,
         )
 
     def change(self, machine: Machine, names: Answers | None = None) -> Future[None]:
@@ -240,8 +343,11 @@ class Slots:
         self._require_free(machine)
         self.firewall.put(machine, names)
 
+        own = {machine.address, machine.address6}
+        peers = {*machine.peers, *map(ula, machine.peers)}
+
         def unwanted(one: Connection) -> bool:
-            if one.source != machine.address or one.destination in machine.peers:
+            if one.source not in own or one.destination in peers:
                 return False
             return machine.egress.allows(one.destination, one.protocol, one.port) is False
 
@@ -291,10 +397,10 @@ class Slots:
         """A slot that outlived its daemon. ``vmm_tap``: a copy of the VMM's descriptor (``pidfd_getfd``), which stays the caller's;
         it leads to the namespace."""
         if isinstance(plan, RunPlan) or vmm_tap is None:
-            return Slot(plan, -1)
-        return Slot(plan, -1, Namespace.of_tap(vmm_tap))
+            return Slot(-1, plan=plan)
+        return Slot(-1, Namespace.of_tap(vmm_tap), plan=plan)
 
-    def drop(self, plan: Plan, slot: Slot | None = None) -> Future[None]:
+    def drop(self, plan: Plan | BridgePlan, slot: Slot | Joined | None = None) -> Future[None]:
         """Removes a slot by what its plan says, whatever of it is there; twice is fine. The VMM has ended.
 
         Returns when the slot is given back; the future is done when nothing of it is left. Until then :meth:`taken` counts it.
@@ -310,7 +416,7 @@ class Slots:
             self._leaving[plan.interface] = (plan, future)
             return future
 
-    def _finish(self, plan: Plan, whole: bool) -> None:
+    def _finish(self, plan: Plan | BridgePlan, whole: bool) -> None:
         """``whole``: the interface's namespace was let go of, and goes with it."""
         try:
             # A socket of its own: on the common one, others would wait for the kernel as long as we do.
@@ -321,7 +427,8 @@ class Slots:
                 link.delete(plan.interface)
             trace("slot.unlinked")
             self.firewall.remove(plan.interface)
-            self._forget(plan)
+            if not isinstance(plan, BridgePlan):
+                self._forget(plan)
             trace("slot.dropped")
         finally:
             with self._lock:
@@ -330,7 +437,7 @@ class Slots:
     def _forget(self, plan: Plan) -> None:
         """Forgets the connections of a slot's address; of all slots that wait for that in one walk."""
         with self._lock:
-            self._stale.add(plan.address)
+            self._stale |= {plan.address, ula(plan.address)}
         with self._walking:
             with self._lock:
                 if plan.address not in self._stale:
