@@ -10,9 +10,9 @@ import pytest
 from msgspec import structs
 
 from stoker.api.models import CreateSandbox, NetworkMode, SandboxState
-from stoker.engine import networks
+from stoker.engine import network_words as networks
 from stoker.engine.create import with_network
-from stoker.engine.networks import check_network, has_own_addresses, machine_of, planned, publication_of, ranges
+from stoker.engine.network_words import check_network, has_own_addresses, machine_of, planned, publication_of, ranges
 from stoker.engine.state import Record
 from stoker.errors import CapacityExhausted, InvalidRequest
 from stoker.network.egress import Protocol
@@ -101,7 +101,7 @@ def test_the_network_of_who_asks_for_none(settings: Settings, monkeypatch: pytes
     auto = replace(settings, network="auto")
     for root, forwards, wanted in ((0, True, NetworkMode.NAT), (0, False, NetworkMode.USER), (1000, True, NetworkMode.USER)):
         monkeypatch.setattr(networks.os, "geteuid", lambda root=root: root)
-        monkeypatch.setattr(networks, "_forwards", lambda forwards=forwards: forwards)
+        monkeypatch.setattr(networks, "forwards", lambda forwards=forwards: forwards)
         monkeypatch.setattr(networks.os.path, "exists", lambda _: True)
         assert with_network(asked, auto).network is wanted
 

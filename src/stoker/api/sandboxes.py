@@ -10,15 +10,18 @@ from msgspec import Meta, field
 from stoker.api.errors import ErrorBody
 from stoker.api.types import (
     END,
+    ConnectionCount,
     Cpus,
     DiskSize,
     EgressPolicy,
     Environment,
+    GatewayAddress,
     GuestUser,
     Hostname,
     HostPath,
     ImageReference,
     InitMode,
+    InterfaceAddress,
     InterfaceName,
     KernelReference,
     Labels,
@@ -31,6 +34,7 @@ from stoker.api.types import (
     ProcessId,
     PublishedPort,
     RangeName,
+    Rate,
     RunId,
     SandboxId,
     SandboxState,
@@ -123,6 +127,18 @@ class CreateSandbox(Model, frozen=True):
     """Ports of the host that lead into it, with ``nat``."""
     host_access: bool = False
     """Whether it may connect to the host itself, with ``nat``."""
+    rate_in: Rate = 0
+    rate_out: Rate = 0
+    """What it may get and send, with an interface on the host."""
+    connections: ConnectionCount = 0
+    """How many it may have open outwards at once, with ``nat``."""
+    ipv6: bool = False
+    """A unique local address of IPv6 besides, translated as the other is, under the same policy, with ``nat``."""
+    bridge: InterfaceName | None = None
+    """Of which bridge of the host its interface is a port, with the network ``bridge``."""
+    address: InterfaceAddress | None = None
+    gateway: GatewayAddress | None = None
+    """Its own there; without, the image asks for one by DHCP."""
     run_id: RunId | None = None
     """With a name, and ``nat``: its interface and addresses follow from both, and are its own while it exists."""
     address_range: RangeName | None = None
@@ -150,6 +166,9 @@ class SetNetwork(Model, frozen=True):
     egress: EgressPolicy | None = None
     publish: Annotated[list[PublishedPort], Meta(max_length=64)] | None = None
     host_access: bool | None = None
+    rate_in: Rate | None = None
+    rate_out: Rate | None = None
+    connections: ConnectionCount | None = None
     learn: bool | None = None
 
 
@@ -244,7 +263,12 @@ class Sandbox(Model, frozen=True):
     egress: str = ""
     publish: list[str] = field(default_factory=list)
     interface: str = ""
-    """On the host, with ``nat``."""
+    """On the host, with ``nat`` and ``bridge``."""
+    rate_in: int = 0
+    rate_out: int = 0
+    connections: int = 0
+    ipv6: bool = False
+    bridge: str = ""
     init: InitMode = InitMode.AGENT
     volumes: list[VolumeMount] = field(default_factory=list)
     app: str | None = None

@@ -36,6 +36,10 @@ __all__ = [
     "InterfaceName",
     "PublishedPort",
     "RangeName",
+    "Rate",
+    "ConnectionCount",
+    "GatewayAddress",
+    "InterfaceAddress",
     "RunId",
     "SandboxId",
     "SandboxState",
@@ -123,6 +127,10 @@ RunId: TypeAlias = Annotated[
 ]
 RangeName: TypeAlias = Annotated[str, Meta(max_length=32, pattern=r"^[A-Za-z0-9][a-z0-9-]*" + END)]
 InterfaceName: TypeAlias = Annotated[str, Meta(max_length=15, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*" + END)]
+Rate: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 40, description="Bytes a second; 0: no limit.")]
+ConnectionCount: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 20, description="0: no limit.")]
+InterfaceAddress: TypeAlias = Annotated[str, Meta(max_length=18, pattern=r"^[0-9.]+/[0-9]{1,2}" + END)]
+GatewayAddress: TypeAlias = Annotated[str, Meta(max_length=15, pattern=r"^[0-9.]+" + END)]
 PublishedPort: TypeAlias = Annotated[
     str, Meta(max_length=64, pattern=r"^[0-9.:]+(/tcp|/udp)?" + END, description="`[IP:]HOST:GUEST[/udp]`, such as `8080:80`.")
 ]
@@ -184,11 +192,13 @@ class Origin(StrEnum):
 
 class NetworkMode(StrEnum):
     """``user``: outgoing connections, no private networks; ``nat``: an interface on the host, isolated by its firewall, with a
-    policy and published ports of its own; ``none``: no interface but ``lo``."""
+    policy and published ports of its own; ``bridge``: an interface that is a port of a bridge of the operator's; ``none``: no
+    interface but ``lo``."""
 
     NONE = "none"
     USER = "user"
     NAT = "nat"
+    BRIDGE = "bridge"
 
 
 class Terminal(Model, frozen=True):

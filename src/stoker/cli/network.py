@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from stoker.cli.options import SIZE
 from stoker.cli.remote import SANDBOX, json_option, with_client
 from stoker.cli.table import clean, show_json
 
@@ -34,6 +35,9 @@ def network() -> None:
 @click.option("--publish", "-p", metavar="[IP:]PORT:PORT", multiple=True, help="All ports of the host that lead into it.")
 @click.option("--no-ports", is_flag=True, help="None does any more.")
 @click.option("--host-access/--no-host-access", default=None, help="Whether it may connect to the host itself.")
+@click.option("--rate-in", type=SIZE, help="Bytes a second it may get, such as 10M; 0: no limit.")
+@click.option("--rate-out", type=SIZE, help="Bytes a second it may send.")
+@click.option("--connections", type=click.IntRange(0, 1 << 20), help="How many it may have open at once; 0: no limit.")
 @click.option("--learn/--no-learn", default=None, help="Let through what the policy denies of the public, and record it.")
 @json_option
 @click.argument("sandbox", type=SANDBOX)
@@ -43,6 +47,9 @@ def network_set(
     publish: tuple[str, ...],
     no_ports: bool,
     host_access: bool | None,
+    rate_in: int | None,
+    rate_out: int | None,
+    connections: int | None,
     learn: bool | None,
     as_json: bool,
     sandbox: str,
@@ -59,7 +66,8 @@ def network_set(
 
         box = await AsyncSandbox.connect(sandbox, client=client)
         ports = publish if publish or no_ports else None
-        return await box.set_network(egress=egress, publish=ports, host_access=host_access, learn=learn)
+        limits = {"rate_in": rate_in, "rate_out": rate_out, "connections": connections}
+        return await box.set_network(egress=egress, publish=ports, host_access=host_access, learn=learn, **limits)
 
     info = with_client(work)
     if as_json:

@@ -6,14 +6,24 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from stoker.api.units import parse_duration, parse_size
 from stoker.errors import InvalidRequest
 
-__all__ = ["DURATION", "SIZE", "absolute_image", "absolute_kernel", "command_words", "environment", "existing_file"]
+__all__ = [
+    "DURATION",
+    "NETWORK",
+    "SIZE",
+    "absolute_image",
+    "absolute_kernel",
+    "command_words",
+    "environment",
+    "existing_file",
+    "wire_network",
+]
 
 T = TypeVar("T")
 NAME = re.compile(r"[^=\0\s]+")
@@ -43,6 +53,20 @@ def _positive(text: str) -> float:
     return seconds
 
 
+def _network(text: str) -> str:
+    mode, colon, bridge = text.partition(":")
+    if mode not in ("none", "user", "nat", "bridge") or bool(colon) != (mode == "bridge") or (colon and not bridge):
+        raise InvalidRequest("bad_network", f"there is no network {text!r}", "none, user, nat or bridge:NAME")
+    return text
+
+
+def wire_network(text: str | None) -> dict[str, Any]:
+    """``--network`` as the API has it."""
+    mode, _, bridge = (text or "").partition(":")
+    return {"network": mode or None} | ({"bridge": bridge} if bridge else {})
+
+
+NETWORK = _Parsed("network", _network)
 SIZE = _Parsed("size", parse_size)
 DURATION = _Parsed("duration", _positive)
 

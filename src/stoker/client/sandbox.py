@@ -49,7 +49,7 @@ from stoker.client.feed import AsyncFeed, events_feed
 from stoker.client.files import AsyncFiles
 from stoker.client.forward import AsyncForward, listen
 from stoker.client.operations import OnProgress, begin_create, destroy_made, finish_operation, wait_for_state
-from stoker.client.words import init_mode, network_mode, transport
+from stoker.client.words import bridge_name, init_mode, network_mode, transport
 from stoker.errors import Conflict, InvalidRequest, NotFound, error_from_wire
 
 if TYPE_CHECKING:
@@ -114,6 +114,12 @@ class AsyncSandbox:
         egress: str | None = None,
         publish: Sequence[str] = (),
         host_access: bool = False,
+        rate_in: str | int = 0,
+        rate_out: str | int = 0,
+        connections: int = 0,
+        ipv6: bool = False,
+        address: str | None = None,
+        gateway: str | None = None,
         run_id: str | None = None,
         address_range: str | None = None,
         tap: str | None = None,
@@ -158,6 +164,13 @@ class AsyncSandbox:
             egress=egress,
             publish=list(publish),
             host_access=host_access,
+            rate_in=parse_size(rate_in),
+            rate_out=parse_size(rate_out),
+            connections=connections,
+            ipv6=ipv6,
+            bridge=bridge_name(network),
+            address=address,
+            gateway=gateway,
             run_id=run_id,
             address_range=address_range,
             tap=tap,
@@ -339,11 +352,23 @@ class AsyncSandbox:
         publish: Sequence[str] | None = None,
         host_access: bool | None = None,
         learn: bool | None = None,
+        rate_in: str | int | None = None,
+        rate_out: str | int | None = None,
+        connections: int | None = None,
     ) -> SandboxInfo:
-        """Another egress policy, other published ports, access to the host or none; None leaves them. Connections that it may not
-        have any more are cut. ``learn``: what the policy denies of the public is let through and recorded (:meth:`learned`)."""
+        """Another egress policy, other published ports, access to the host or none, other limits (bytes a second, and how many at
+        once; 0: none); None leaves them. Connections that it may not have any more are cut. ``learn``: what the policy denies of
+        the public is let through and recorded (:meth:`learned`)."""
         ports = None if publish is None else list(publish)
-        body = SetNetwork(egress=egress, publish=ports, host_access=host_access, learn=learn)
+        body = SetNetwork(
+            egress=egress,
+            publish=ports,
+            host_access=host_access,
+            learn=learn,
+            rate_in=None if rate_in is None else parse_size(rate_in),
+            rate_out=None if rate_out is None else parse_size(rate_out),
+            connections=connections,
+        )
         return self._keep(await self._api.call("PUT", self._path("network"), SandboxInfo, body=body))
 
     async def network(self) -> NetworkStatus:

@@ -751,6 +751,12 @@ class Sandbox:
         egress: str | None = None,
         publish: Sequence[str] = (),
         host_access: bool = False,
+        rate_in: str | int = 0,
+        rate_out: str | int = 0,
+        connections: int = 0,
+        ipv6: bool = False,
+        address: str | None = None,
+        gateway: str | None = None,
         run_id: str | None = None,
         address_range: str | None = None,
         tap: str | None = None,
@@ -799,6 +805,12 @@ class Sandbox:
                 egress=egress,
                 publish=publish,
                 host_access=host_access,
+                rate_in=rate_in,
+                rate_out=rate_out,
+                connections=connections,
+                ipv6=ipv6,
+                address=address,
+                gateway=gateway,
                 run_id=run_id,
                 address_range=address_range,
                 tap=tap,
@@ -950,10 +962,24 @@ class Sandbox:
         publish: Sequence[str] | None = None,
         host_access: bool | None = None,
         learn: bool | None = None,
+        rate_in: str | int | None = None,
+        rate_out: str | int | None = None,
+        connections: int | None = None,
     ) -> SandboxInfo:
-        """Another egress policy, other published ports, access to the host or none; None leaves them. Connections that it may not
-        have any more are cut. ``learn``: what the policy denies of the public is let through and recorded (:meth:`learned`)."""
-        return call(self._async.set_network(egress=egress, publish=publish, host_access=host_access, learn=learn))
+        """Another egress policy, other published ports, access to the host or none, other limits (bytes a second, and how many at
+        once; 0: none); None leaves them. Connections that it may not have any more are cut. ``learn``: what the policy denies of
+        the public is let through and recorded (:meth:`learned`)."""
+        return call(
+            self._async.set_network(
+                egress=egress,
+                publish=publish,
+                host_access=host_access,
+                learn=learn,
+                rate_in=rate_in,
+                rate_out=rate_out,
+                connections=connections,
+            )
+        )
 
     def network(self) -> NetworkStatus:
         """Its address, policy and ports, counters, and what was denied of late."""

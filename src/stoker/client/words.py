@@ -5,15 +5,21 @@ from __future__ import annotations
 from stoker.api.models import InitMode, NetworkMode, Transport
 from stoker.errors import InvalidRequest
 
-__all__ = ["init_mode", "network_mode", "transport"]
+__all__ = ["bridge_name", "init_mode", "network_mode", "transport"]
 
 
 def network_mode(mode: str) -> NetworkMode:
-    """``bad_network`` (InvalidRequest) for anything but a mode's name."""
+    """Of ``none``, ``user``, ``nat`` and ``bridge:NAME``. ``bad_network`` (InvalidRequest) for anything else."""
     try:
-        return NetworkMode(mode)
+        return NetworkMode(mode.partition(":")[0])
     except ValueError:
-        raise InvalidRequest("bad_network", f"there is no network mode {mode!r}", "none, user or nat") from None
+        hint = "none, user, nat or bridge:NAME"
+        raise InvalidRequest("bad_network", f"there is no network mode {mode!r}", hint) from None
+
+
+def bridge_name(mode: str | None) -> str | None:
+    """That of ``bridge:NAME``."""
+    return mode.partition(":")[2] if mode is not None and mode.startswith("bridge:") else None
 
 
 def init_mode(mode: str) -> InitMode:

@@ -129,8 +129,9 @@ def check(request: MachineRequest) -> None:
         )
     if request.memory % MIB:
         raise InvalidRequest("bad_memory", f"memory is whole MiB, not {request.memory} bytes", "--memory 512M")
-    if request.network not in ("none", "user", "nat") or (request.network == "nat") != (request.wire is not None):
-        raise InvalidRequest("bad_network", f"there is no network {request.network!r}", "--network none, user or nat")
+    wired = request.network in ("nat", "bridge")
+    if request.network not in ("none", "user", "nat", "bridge") or wired != (request.wire is not None):
+        raise InvalidRequest("bad_network", f"there is no network {request.network!r}", "--network none, user, nat or bridge:NAME")
     if request.init not in ("agent", "image"):
         raise InvalidRequest("bad_init", f"process 1 cannot be {request.init!r}", "--init agent or --init image")
 
@@ -150,7 +151,14 @@ def configuration(request: MachineRequest, rootfs: RootFilesystem, network: User
         hosts=[("127.0.0.1", "localhost"), ("::1", "localhost"), ("127.0.1.1", hostname)],
         resolv=Resolver(nameservers=[network.nameserver]) if network else None,
         network=(
-            NetworkConfiguration(interface="eth0", mac=network.mac, address=network.address, gateway=network.gateway)
+            NetworkConfiguration(
+                interface="eth0",
+                mac=network.mac,
+                address=network.address,
+                gateway=network.gateway,
+                address6=getattr(network, "address6", ""),
+                gateway6=getattr(network, "gateway6", ""),
+            )
             if network
             else None
         ),

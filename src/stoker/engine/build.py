@@ -35,7 +35,7 @@ from stoker.engine.ending import detach, ended, release_all
 from stoker.engine.hub import Hub, Started, decode_started
 from stoker.engine.leases import lease_name
 from stoker.engine.ledger import Entry, Kind, Ledger
-from stoker.engine.networks import has_own_addresses
+from stoker.engine.network_words import ON_THE_HOST, has_own_addresses
 from stoker.engine.operations import Running
 from stoker.engine.release import release
 from stoker.engine.state import Attached, Record, to_body
@@ -181,7 +181,7 @@ async def make_places(core: Core, box: Box, places: Places) -> None:
     trace("create.after_cgroup")
     for volume in box.record.volumes:
         await volume_ready(core, volume)
-    if box.record.request.network is NetworkMode.NAT:
+    if box.record.request.network in ON_THE_HOST:
         await _make_slot(core, box, places.directory)
     trace("create.after_slot")
 
@@ -191,7 +191,7 @@ async def _make_slot(core: Core, box: Box, directory: Path) -> None:
     pinned = slot if has_own_addresses(box.record.request) else ""
     try:
         things, lease = [(Kind.SLOT, slot)], ""
-        if box.record.request.init is InitMode.IMAGE:
+        if box.record.request.init is InitMode.IMAGE and box.record.request.network is NetworkMode.NAT:
             lease = lease_name(parse_slot(slot), directory, core.units)
             things.append((Kind.DHCP, lease))
         await core.save(box, slot=slot, pinned=pinned, durable=True, also=lambda db: Ledger.intend_in(db, box.id, things))

@@ -31,7 +31,7 @@ from stoker.engine.build import begin
 from stoker.engine.claims import claim_in
 from stoker.engine.core import Box, Core, put
 from stoker.engine.ledger import Ledger
-from stoker.engine.networks import check_network, default_network, has_own_addresses
+from stoker.engine.network_words import check_network, default_network, has_own_addresses
 from stoker.engine.state import Mounted, Record, new_id, require
 from stoker.engine.takeover import take_over
 from stoker.engine.trace import trace
@@ -59,7 +59,10 @@ def with_network(request: CreateSandbox, settings: Settings) -> CreateSandbox:
     """Which network it gets when it names none: one that has what else it asks for."""
     if request.network is not None:
         return request
-    asks = request.egress is not None or request.publish or request.host_access or has_own_addresses(request)
+    if request.bridge is not None:
+        return replace(request, network=NetworkMode.BRIDGE)
+    limited = request.rate_in or request.rate_out or request.connections or request.ipv6
+    asks = request.egress is not None or request.publish or request.host_access or limited or has_own_addresses(request)
     return replace(request, network=NetworkMode.NAT if asks else default_network(settings))
 
 

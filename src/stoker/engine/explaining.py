@@ -21,7 +21,7 @@ from stoker.api.models import (
     Verdict,
 )
 from stoker.engine.gathering import AgentInside, gather
-from stoker.engine.networks import egress_of
+from stoker.engine.network_words import egress_of
 from stoker.engine.state import require
 from stoker.errors import Conflict, InvalidRequest
 from stoker.network.egress import Protocol

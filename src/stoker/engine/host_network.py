@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from stoker.engine.networks import range_of, ranges
+from stoker.engine.network_words import range_of, ranges
 from stoker.errors import Forbidden, HostError
 from stoker.host.durable import write_atomically
 from stoker.network import host

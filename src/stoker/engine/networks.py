@@ -12,50 +12,54 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from ipaddress import AddressValueError, IPv4Address, IPv4Network
+from ipaddress import IPv4Network, IPv6Interface
 from typing import TYPE_CHECKING, Final, Protocol
 
-from stoker.api.models import CreateSandbox, NetworkMode
 from stoker.engine.leases import Leases
-from stoker.errors import HostError, InvalidRequest, StokerError
+from stoker.engine.network_words import (
+    NAMESPACE,
+    egress_of,
+    forwards,
+    has_own_addresses,
+    machine_of,
+    name_servers,
+    planned,
+    port_of,
+    private_networks,
+    ranges,
+)
+from stoker.errors import HostError, StokerError
 from stoker.network.denials import Denials
-from stoker.network.egress import ALL, NONE, Egress, parse_egress
-from stoker.network.egress import Protocol as Transport
+from stoker.network.egress import NONE
 from stoker.network.plan import (
     INSIDE,
-    NAMESPACE_RANGE,
-    RUN_RANGE,
+    BridgePlan,
     NamespacePlan,
-    Range,
     RunPlan,
     Taken,
     check_ranges,
-    first_guess,
     number_of,
+    parse_any_slot,
     parse_slot,
     plan_namespace,
-    plan_run,
-    plan_tap,
+    ula,
 )
-from stoker.network.rules import SERVICES, Machine, Publication
+from stoker.network.rules import Machine
 
 if TYPE_CHECKING:
     from stoker.engine.state import Record
     from stoker.engine.units import Units
     from stoker.host.namespaces import Namespace
-    from stoker.network.dns_upstream import Server
     from stoker.network.firewall import Firewall
     from stoker.network.resolver import Resolver
-    from stoker.network.slot import Plan, Slot, Slots
+    from stoker.network.slot import Joined, Plan, Slot, Slots
     from stoker.settings import Settings
 
-__all__ = ["Networks", "Wire", "check_network", "default_network", "has_own_addresses", "planned", "range_of", "ranges"]
+__all__ = ["Networks", "Wire"]
 
 log = logging.getLogger(__name__)
-NAMESPACE: Final = NAMESPACE_RANGE.name
-DEFAULT: Final = RUN_RANGE.name
 LOOK: Final = 20.0
 """Seconds between two looks at what others may have changed."""
 
@@ -71,6 +75,8 @@ class Wire:
     tap: int
     own: bool
     """Its addresses are those of no other machine: memory with them in it is for nobody else."""
+    address6: str = ""
+    gateway6: str = ""
 
 
 class Found(Protocol):
@@ -92,11 +98,11 @@ class Networks:
         self._ranges = ranges(settings)
         self._foreign: list[IPv4Network] = []
         self._names: frozenset[str] = frozenset()
-        self._promised: dict[str, Plan] = {}
+        self._promised: dict[str, Plan | BridgePlan] = {}
         """Of every row that has one, and of those that are about to."""
-        self._pinned: dict[str, Plan] = {}
+        self._pinned: dict[str, Plan | BridgePlan] = {}
         """By their sandboxes: slots that nobody else gets, with a machine in them or without."""
-        self._up: dict[str, Slot] = {}
+        self._up: dict[str, Slot | Joined] = {}
         self._last = -1
         self.leases = Leases()
         self._looks: asyncio.Task[None] | None = None
@@ -178,7 +184,7 @@ class Networks:
         """A slot for a row that is about to be written: its id. To be taken back with :meth:`forget`. Raises ``slots_exhausted``,
         ``tap_taken`` (CapacityExhausted), ``range_unknown`` (InvalidRequest)."""
         slots = await self.open()
-        plan: Plan
+        plan: Plan | BridgePlan
         if record.id in self._pinned:
             plan = self._pinned[record.id]
         elif has_own_addresses(record.request):
@@ -194,15 +200,16 @@ class Networks:
     def _taken(self) -> Taken:
         ours = [*self._promised.values(), *self._pinned.values()]
         return Taken(
-            self._names | {plan.interface for plan in ours}, [*self._foreign, *dict.fromkeys(plan.network for plan in ours)]
+            self._names | {plan.interface for plan in ours},
+            [*self._foreign, *{plan.network for plan in ours if not isinstance(plan, BridgePlan)}],
         )
 
     def keep(self, record: Record) -> None:
         """A row that was found has these."""
         if record.slot:
-            self._promised[record.slot] = parse_slot(record.slot)
+            self._promised[record.slot] = parse_any_slot(record.slot)
         if record.pinned:
-            self._pinned[record.id] = parse_slot(record.pinned)
+            self._pinned[record.id] = parse_any_slot(record.pinned)
 
     def forget(self, slot: str) -> None:
         self._promised.pop(slot, None)
@@ -217,13 +224,18 @@ class Networks:
     async def up(self, record: Record) -> Wire:
         """Makes a sandbox's slot. Nothing of it is there when this fails."""
         slots = await self.open()
-        if egress_of(record.request.egress) != NONE and not _forwards():
+        plan = parse_any_slot(record.slot)
+        if isinstance(plan, BridgePlan):
+            joined = await asyncio.to_thread(slots.join, plan, port_of(record, plan))
+            self._up[record.slot] = joined
+            request = record.request
+            return Wire(plan.mac, request.address or "", request.gateway or "", self._settings.nameserver, joined.tap, True)
+        if egress_of(record.request.egress) != NONE and not forwards():
             raise HostError(
                 "network_unprepared",
                 "this host does not forward packets: machines would reach nothing",
                 "stoker network check --fix",
             )
-        plan = parse_slot(record.slot)
         machine = machine_of(record, plan)
         slot = await asyncio.to_thread(slots.up, plan, machine)
         self._up[record.slot] = slot
@@ -231,11 +243,16 @@ class Networks:
         await self._answer(machine, plan)
         inside = isinstance(plan, NamespacePlan)
         gateway = INSIDE.gateway.ip if inside else plan.host
-        return Wire(plan.mac, f"{plan.guest}/30", str(gateway), self._settings.nameserver, slot.tap, not inside)
+        wire = Wire(plan.mac, f"{plan.guest}/30", str(gateway), self._settings.nameserver, slot.tap, not inside)
+        if not machine.ipv6:
+            return wire
+        guest, host = (INSIDE.guest6, INSIDE.gateway6.ip) if inside else (IPv6Interface((ula(plan.guest), 126)), ula(plan.host))
+        return replace(wire, address6=str(guest), gateway6=str(host))
 
     async def lease(self, record: Record, name: str, units: Units, *, found: bool = False) -> None:
         """Offers its addresses by DHCP to a machine with an init of its own; ``found``: it may be offered them already."""
         slot = self._up[record.slot]
+        assert not isinstance(slot.plan, BridgePlan)
         await self.leases.begin(name, slot, record.hostname, self._settings.nameserver, units, found=found)
 
     async def _look_after(self) -> None:
@@ -265,9 +282,13 @@ class Networks:
     async def adopt(self, record: Record, machine: Found) -> None:
         """Of a machine that outlived its daemon."""
         slots = await self.open()
-        plan, firewall = parse_slot(record.slot), self._firewall
-        machine_there = machine_of(record, plan)
+        plan, firewall = parse_any_slot(record.slot), self._firewall
         assert firewall is not None
+        if isinstance(plan, BridgePlan):
+            await asyncio.to_thread(firewall.put, port_of(record, plan))
+            self._up[record.slot] = slots.rejoin(plan)
+            return
+        machine_there = machine_of(record, plan)
 
         def work() -> Slot:
             tap = machine.tap()
@@ -286,7 +307,10 @@ class Networks:
     async def change(self, record: Record) -> None:
         """Its policy, or its ports, are others now. Returns when nothing comes in any more that it may not have."""
         slots = await self.open()
-        plan = parse_slot(record.slot)
+        plan = parse_any_slot(record.slot)
+        if isinstance(plan, BridgePlan):
+            await asyncio.to_thread(slots.firewall.put, port_of(record, plan))
+            return
         machine = machine_of(record, plan)
         assert self._resolver is not None
         self.denials.watch(record.id, machine)
@@ -303,7 +327,7 @@ class Networks:
         except StokerError as error:
             log.warning("the slot %s stays: %s", slot, error)
             return
-        plan = parse_slot(slot)
+        plan = parse_any_slot(slot)
         assert self._resolver is not None
         await self._resolver.remove(plan.interface)
         self.denials.leave(plan.interface)
@@ -320,132 +344,5 @@ class Networks:
     async def prune(self, keep: Iterable[str]) -> None:
         """Takes out of the firewall what belongs to no sandbox any more."""
         if self._firewall is not None:
-            interfaces = [parse_slot(slot).interface for slot in keep]
+            interfaces = [parse_any_slot(slot).interface for slot in keep]
             await asyncio.to_thread(self._firewall.prune, interfaces)
-
-
-def _forwards() -> bool:
-    with open("/proc/sys/net/ipv4/ip_forward", encoding="ascii") as file:
-        return file.read().strip() == "1"
-
-
-def default_network(settings: Settings) -> NetworkMode:
-    """What a machine gets that asks for nothing."""
-    if settings.network != "auto":
-        try:
-            return NetworkMode(settings.network)
-        except ValueError:
-            hint = "auto, nat, user or none"
-            raise InvalidRequest("bad_setting", f"there is no network {settings.network!r}", hint) from None
-    usable = os.geteuid() == 0 and os.path.exists("/dev/net/tun") and _forwards()
-    return NetworkMode.NAT if usable else NetworkMode.USER
-
-
-def ranges(settings: Settings) -> dict[str, Range]:
-    """By their names. Raises ``range_invalid`` (InvalidRequest)."""
-    found = [Range.parse(NAMESPACE, settings.network_range), Range.parse(DEFAULT, settings.run_range)]
-    for text in filter(None, (one.strip() for one in settings.ranges.split(","))):
-        name, _, network = text.partition("=")
-        found.append(Range.parse(name.strip(), network.strip()))
-    if len({one.name for one in found}) != len(found):
-        raise InvalidRequest("range_invalid", "two ranges have one name", f"{NAMESPACE} and {DEFAULT} are those of the settings")
-    return {one.name: one for one in found}
-
-
-def private_networks(settings: Settings) -> list[IPv4Network]:
-    """Raises ``bad_setting`` (InvalidRequest)."""
-    try:
-        return [IPv4Network(one.strip()) for one in settings.private_networks.split(",") if one.strip()]
-    except ValueError as error:
-        raise InvalidRequest("bad_setting", f"private_networks: {error}", 'private_networks = "192.0.2.0/24"') from None
-
-
-def name_servers(settings: Settings) -> list[Server]:
-    """Raises ``bad_setting`` (InvalidRequest)."""
-    from stoker.network.dns_upstream import Server
-
-    try:
-        return [Server.parse(one.strip()) for one in settings.resolvers.split(",") if one.strip()]
-    except ValueError as error:
-        raise InvalidRequest("bad_setting", f"resolvers: {error}", 'resolvers = "9.9.9.9, 192.0.2.1:5353"') from None
-
-
-def has_own_addresses(request: CreateSandbox) -> bool:
-    """Whether it is of the run plan: with an interface and addresses on the host that are its own."""
-    return any(one is not None for one in (request.run_id, request.address_range, request.tap))
-
-
-def range_of(known: Mapping[str, Range], name: str | None) -> Range:
-    """Raises ``range_unknown`` (InvalidRequest)."""
-    within = known.get(name or DEFAULT)
-    if within is None or within.name == NAMESPACE:
-        there = ", ".join(name for name in known if name != NAMESPACE)
-        raise InvalidRequest("range_unknown", f"there is no range {name}", f"there are: {there}")
-    return within
-
-
-def planned(record: Record, known: Mapping[str, Range], taken: Taken) -> RunPlan:
-    """The slot of a sandbox with addresses of its own."""
-    request = record.request
-    within = range_of(known, request.address_range)
-    if request.run_id is not None:
-        return plan_run(request.run_id, [record.name or ""], taken, within)[record.name or ""]
-    tap = request.tap or first_guess("", record.id)[0]
-    return plan_tap(record.label, tap, taken, within)
-
-
-def check_network(request: CreateSandbox) -> None:
-    """Refuses what can never be: ``bad_network``, ``egress_invalid``, ``port_invalid`` (InvalidRequest)."""
-    if request.network is not NetworkMode.NAT:
-        if request.egress is not None or request.publish or request.host_access or request.learn:
-            raise InvalidRequest("bad_network", "a policy and ports are for the network nat", "--network nat")
-        if has_own_addresses(request):
-            raise InvalidRequest("bad_network", "addresses of one's own are for the network nat", "--network nat")
-    if request.run_id is not None and (request.name is None or request.tap is not None):
-        raise InvalidRequest(
-            "run_unnamed", "with a run id the interface and addresses follow from it and a name", "--run-id ID --name NAME"
-        )
-    egress_of(request.egress)
-    seen = [(one.protocol, one.host_port, one.host_address) for one in map(publication_of, request.publish)]
-    if len(set(seen)) != len(seen):
-        raise InvalidRequest("port_invalid", "a port of the host is published twice", "name each once")
-
-
-def machine_of(record: Record, plan: RunPlan | NamespacePlan) -> Machine:
-    """What the firewall knows of a sandbox."""
-    egress = replace(egress_of(record.request.egress), learn=record.request.learn)
-    names = egress.has_domains or egress.learn
-    return Machine(
-        plan.interface,
-        plan.source_mac,
-        plan.address,
-        egress,
-        published=tuple(publication_of(text) for text in record.request.publish),
-        host_services=SERVICES if names else (),
-        host_access=record.request.host_access,
-        resolver=plan.host if names else None,
-    )
-
-
-def egress_of(text: str | None) -> Egress:
-    """Empty: everything public. Errors: ``egress_invalid`` (InvalidRequest)."""
-    return parse_egress(text) if text else ALL
-
-
-def publication_of(text: str) -> Publication:
-    """``[IP:]HOST:GUEST[/udp]``. Errors: ``port_invalid`` (InvalidRequest)."""
-    ports, _, protocol = text.partition("/")
-    address, host, guest = ["", *ports.rsplit(":", 2)][-3:] if ":" in ports else ("", "", "")
-    try:
-        numbers = [int(port) for port in (host, guest) if port.isascii() and port.isdigit()]
-        if len(numbers) != 2 or not all(0 < number < 65536 for number in numbers):
-            raise ValueError
-        where = IPv4Address(address) if address else None
-        transport = Transport(protocol or "tcp")
-        if transport is Transport.ICMP:
-            raise ValueError
-        return Publication(transport, numbers[0], numbers[1], where)
-    except (ValueError, AddressValueError):
-        raise InvalidRequest(
-            "port_invalid", f"{text[:60]!r} is no port to publish", "8080:80, 127.0.0.1:8080:80, 5353:53/udp"
-        ) from None

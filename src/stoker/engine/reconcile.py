@@ -29,7 +29,7 @@ from pathlib import Path
 
 import msgspec
 
-from stoker.api.models import InitMode, SandboxState
+from stoker.api.models import InitMode, NetworkMode, SandboxState
 from stoker.engine.build import kept_rows, make_hub
 from stoker.engine.core import Box, Core, Live, released_in
 from stoker.engine.ending import detach, ended, release_all
@@ -212,7 +212,7 @@ async def _adopt(core: Core, box: Box) -> bool:
     if box.record.slot:
         try:
             await core.networks.adopt(box.record, machine)
-            if box.record.request.init is InitMode.IMAGE:
+            if box.record.request.init is InitMode.IMAGE and box.record.request.network is NetworkMode.NAT:
                 name = lease_name(parse_slot(box.record.slot), core.places(box.id).directory, core.units)
                 await core.networks.lease(box.record, name, core.units, found=True)
         except StokerError as error:

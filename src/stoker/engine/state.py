@@ -28,7 +28,7 @@ from stoker.api.models import (
     VolumeMount,
 )
 from stoker.errors import Conflict, StokerError, error_to_wire
-from stoker.network.plan import parse_slot
+from stoker.network.plan import BridgePlan, parse_any_slot
 
 __all__ = [
     "ALLOWED",
@@ -264,6 +264,14 @@ def to_body(error: StokerError) -> ErrorBody:
     )
 
 
+def _address(record: Record) -> str:
+    """By which the host reaches its machine; empty: that is not known."""
+    if not record.slot:
+        return ""
+    plan = parse_any_slot(record.slot)
+    return (record.request.address or "").partition("/")[0] if isinstance(plan, BridgePlan) else str(plan.address)
+
+
 def to_sandbox(record: Record, expires_at: float | None) -> Sandbox:
     """What the world sees of a row."""
     request = record.request
@@ -285,10 +293,15 @@ def to_sandbox(record: Record, expires_at: float | None) -> Sandbox:
         command=record.command,
         template=record.template,
         network=request.network or NetworkMode.USER,
-        address=str(parse_slot(record.slot).address) if record.slot else "",
+        address=_address(record),
         egress=(request.egress or "all") if request.network is NetworkMode.NAT else "",
         publish=request.publish,
-        interface=parse_slot(record.slot).interface if record.slot else "",
+        rate_in=request.rate_in,
+        rate_out=request.rate_out,
+        connections=request.connections,
+        ipv6=request.ipv6,
+        bridge=request.bridge or "",
+        interface=parse_any_slot(record.slot).interface if record.slot else "",
         init=request.init or InitMode.AGENT,
         volumes=[VolumeMount(name=m.name, path=m.path, read_only=m.read_only) for m in record.volumes],
         app=request.app,

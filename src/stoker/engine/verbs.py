@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from stoker.api.models import Sandbox, SandboxState, SetNetwork, Timeout
 from stoker.engine.core import Box, Core
 from stoker.engine.create import expiry, settled
-from stoker.engine.networks import check_network
+from stoker.engine.network_words import check_network
 from stoker.engine.state import require
 from stoker.errors import DeadlineExceeded, HostError, NotFound, StokerError
 
@@ -77,6 +77,8 @@ async def set_network(core: Core, box: Box, request: SetNetwork) -> None:
             wanted = replace(wanted, host_access=request.host_access)
         if request.learn is not None:
             wanted = replace(wanted, learn=request.learn)
+        limits = {name: getattr(request, name) for name in ("rate_in", "rate_out", "connections")}
+        wanted = replace(wanted, **{name: limit for name, limit in limits.items() if limit is not None})
         check_network(wanted)
         if record.slot:
             await core.networks.change(replace(record, request=wanted))

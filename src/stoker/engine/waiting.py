@@ -24,7 +24,7 @@ from stoker.api.models import CreateSandbox, ErrorBody, InitMode, Principal, Quo
 from stoker.engine.core import Box, Core
 from stoker.engine.create import Source, begin_from, first_row
 from stoker.engine.hidden import PARKED, common, discard, first_of, hide, kind_of
-from stoker.engine.networks import has_own_addresses
+from stoker.engine.network_words import has_own_addresses
 from stoker.engine.operations import hidden
 from stoker.engine.start import NO_GOLDEN
 from stoker.engine.state import new_id, to_body

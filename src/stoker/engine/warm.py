@@ -13,7 +13,7 @@ from stoker.api.models import CreateSandbox, Principal, SetWarm, WarmSet
 from stoker.engine.core import Core
 from stoker.engine.create import check_host_paths
 from stoker.engine.hidden import common
-from stoker.engine.networks import has_own_addresses
+from stoker.engine.network_words import has_own_addresses
 from stoker.engine.state import new_id
 from stoker.engine.waiting import Kind, Waiting
 from stoker.errors import CapacityExhausted, InvalidRequest, NotFound

@@ -94,7 +94,7 @@ class NetworkConfiguration(Struct, frozen=True, omit_defaults=True):
     """The guest's one interface. ``address`` (and ``address6``, of IPv6) is in prefix notation."""
 
     interface: str
-    address: str
+    address: str = ""
     gateway: str = ""
     mac: str = ""
     mtu: int = 0

@@ -42,7 +42,7 @@ class Connection:
     answering: IPv4Address | IPv6Address
     name: bytes
     """The attributes that name it and no other, as they came."""
-    towards: IPv4Address
+    towards: IPv4Address | IPv6Address
     answered: bool
 
 

@@ -236,6 +236,11 @@ class Slots:
         trace("slot.up")
         return Joined(tap, plan=plan)
 
+    @staticmethod
+    def rejoin(plan: BridgePlan) -> Joined:
+        """One that outlived its daemon."""
+        return Joined(-1, plan=plan)
+
     def _join(self, plan: BridgePlan, bridge: Link, owner: int | None) -> int:
         """The TAP; runs in the host's namespace."""
         with ExitStack() as undo:

@@ -1,0 +1,220 @@
+"""What requests and settings say of networks, before anything is made: policies, ports, ranges, addresses of one's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from ipaddress import AddressValueError, IPv4Address, IPv4Interface, IPv4Network
+from typing import TYPE_CHECKING, Final
+
+from stoker.api.models import CreateSandbox, NetworkMode
+from stoker.errors import CapacityExhausted, InvalidRequest
+from stoker.network.bridged import Port
+from stoker.network.egress import ALL, Egress, parse_egress
+from stoker.network.egress import Protocol as Transport
+from stoker.network.plan import (
+    NAMESPACE_RANGE,
+    RUN_RANGE,
+    BridgePlan,
+    NamespacePlan,
+    Range,
+    RunPlan,
+    Taken,
+    first_guess,
+    plan_run,
+    plan_tap,
+)
+from stoker.network.rules import SERVICES, Machine, Publication
+
+if TYPE_CHECKING:
+    from stoker.engine.state import Record
+    from stoker.network.dns_upstream import Server
+    from stoker.settings import Settings
+
+__all__ = [
+    "DEFAULT",
+    "NAMESPACE",
+    "ON_THE_HOST",
+    "port_of",
+    "check_network",
+    "default_network",
+    "egress_of",
+    "forwards",
+    "has_own_addresses",
+    "machine_of",
+    "name_servers",
+    "planned",
+    "private_networks",
+    "publication_of",
+    "range_of",
+    "ranges",
+]
+
+ON_THE_HOST: Final = (NetworkMode.NAT, NetworkMode.BRIDGE)
+"""Those with an interface there, which a slot is."""
+NAMESPACE: Final = NAMESPACE_RANGE.name
+DEFAULT: Final = RUN_RANGE.name
+
+
+def forwards() -> bool:
+    with open("/proc/sys/net/ipv4/ip_forward", encoding="ascii") as file:
+        return file.read().strip() == "1"
+
+
+def default_network(settings: Settings) -> NetworkMode:
+    """What a machine gets that asks for nothing."""
+    if settings.network != "auto":
+        try:
+            return NetworkMode(settings.network)
+        except ValueError:
+            hint = "auto, nat, user or none"
+            raise InvalidRequest("bad_setting", f"there is no network {settings.network!r}", hint) from None
+    usable = os.geteuid() == 0 and os.path.exists("/dev/net/tun") and forwards()
+    return NetworkMode.NAT if usable else NetworkMode.USER
+
+
+def ranges(settings: Settings) -> dict[str, Range]:
+    """By their names. Raises ``range_invalid`` (InvalidRequest)."""
+    found = [Range.parse(NAMESPACE, settings.network_range), Range.parse(DEFAULT, settings.run_range)]
+    for text in filter(None, (one.strip() for one in settings.ranges.split(","))):
+        name, _, network = text.partition("=")
+        found.append(Range.parse(name.strip(), network.strip()))
+    if len({one.name for one in found}) != len(found):
+        raise InvalidRequest("range_invalid", "two ranges have one name", f"{NAMESPACE} and {DEFAULT} are those of the settings")
+    return {one.name: one for one in found}
+
+
+def private_networks(settings: Settings) -> list[IPv4Network]:
+    """Raises ``bad_setting`` (InvalidRequest)."""
+    try:
+        return [IPv4Network(one.strip()) for one in settings.private_networks.split(",") if one.strip()]
+    except ValueError as error:
+        raise InvalidRequest("bad_setting", f"private_networks: {error}", 'private_networks = "192.0.2.0/24"') from None
+
+
+def name_servers(settings: Settings) -> list[Server]:
+    """Raises ``bad_setting`` (InvalidRequest)."""
+    from stoker.network.dns_upstream import Server
+
+    try:
+        return [Server.parse(one.strip()) for one in settings.resolvers.split(",") if one.strip()]
+    except ValueError as error:
+        raise InvalidRequest("bad_setting", f"resolvers: {error}", 'resolvers = "9.9.9.9, 192.0.2.1:5353"') from None
+
+
+def has_own_addresses(request: CreateSandbox) -> bool:
+    """Whether it is of the run plan: with an interface and addresses on the host that are its own."""
+    return any(one is not None for one in (request.run_id, request.address_range, request.tap, request.bridge))
+
+
+def range_of(known: Mapping[str, Range], name: str | None) -> Range:
+    """Raises ``range_unknown`` (InvalidRequest)."""
+    within = known.get(name or DEFAULT)
+    if within is None or within.name == NAMESPACE:
+        there = ", ".join(name for name in known if name != NAMESPACE)
+        raise InvalidRequest("range_unknown", f"there is no range {name}", f"there are: {there}")
+    return within
+
+
+def planned(record: Record, known: Mapping[str, Range], taken: Taken) -> RunPlan | BridgePlan:
+    """The slot of a sandbox with addresses of its own."""
+    request = record.request
+    if request.bridge is not None:
+        tap = request.tap or first_guess("", record.id)[0]
+        if tap in taken.names:
+            raise CapacityExhausted("tap_taken", f"there is an interface {tap} already", f"ip -d link show {tap}")
+        return BridgePlan(tap, request.bridge)
+    within = range_of(known, request.address_range)
+    if request.run_id is not None:
+        return plan_run(request.run_id, [record.name or ""], taken, within)[record.name or ""]
+    tap = request.tap or first_guess("", record.id)[0]
+    return plan_tap(record.label, tap, taken, within)
+
+
+def check_network(request: CreateSandbox) -> None:
+    """Refuses what can never be: ``bad_network``, ``egress_invalid``, ``port_invalid`` (InvalidRequest)."""
+    if request.network is not NetworkMode.NAT:
+        if request.egress is not None or request.publish or request.host_access or request.learn:
+            raise InvalidRequest("bad_network", "a policy and ports are for the network nat", "--network nat")
+        if request.connections or request.ipv6:
+            raise InvalidRequest("bad_network", "a limit of connections and IPv6 are for the network nat", "--network nat")
+        if (request.rate_in or request.rate_out) and request.network is not NetworkMode.BRIDGE:
+            raise InvalidRequest("bad_network", "rates are for the networks nat and bridge", "--network nat")
+    _check_bridge(request)
+    if request.network not in ON_THE_HOST and has_own_addresses(request):
+        raise InvalidRequest("bad_network", "addresses of one's own are for the network nat", "--network nat")
+    if request.run_id is not None and (request.name is None or request.tap is not None):
+        raise InvalidRequest(
+            "run_unnamed", "with a run id the interface and addresses follow from it and a name", "--run-id ID --name NAME"
+        )
+    egress_of(request.egress)
+    seen = [(one.protocol, one.host_port, one.host_address) for one in map(publication_of, request.publish)]
+    if len(set(seen)) != len(seen):
+        raise InvalidRequest("port_invalid", "a port of the host is published twice", "name each once")
+
+
+def _check_bridge(request: CreateSandbox) -> None:
+    bridged = request.network is NetworkMode.BRIDGE
+    if bridged != (request.bridge is not None):
+        raise InvalidRequest("bad_network", "the network bridge and the name of a bridge go together", "--network bridge:br0")
+    if not bridged and (request.address is not None or request.gateway is not None):
+        raise InvalidRequest("bad_network", "an address and a gateway are for the network bridge", "--network bridge:br0")
+    if bridged and (request.run_id is not None or request.address_range is not None):
+        raise InvalidRequest("bad_network", "addresses on a bridge are the operator's", "--network nat")
+    try:
+        own = IPv4Interface(request.address) if request.address is not None else None
+        by = IPv4Address(request.gateway) if request.gateway is not None else None
+    except ValueError as error:
+        raise InvalidRequest("bad_network", str(error), "--address 192.168.1.50/24 --gateway 192.168.1.1") from None
+    if by is not None and (own is None or by not in own.network):
+        raise InvalidRequest("bad_network", f"the gateway {by} is not in the network of its address", "--address 192.168.1.50/24")
+
+
+def port_of(record: Record, plan: BridgePlan) -> Port:
+    """What the firewall knows of a sandbox on a bridge."""
+    return Port(plan.interface, plan.mac, record.request.rate_in, record.request.rate_out)
+
+
+def machine_of(record: Record, plan: RunPlan | NamespacePlan) -> Machine:
+    """What the firewall knows of a sandbox."""
+    egress = replace(egress_of(record.request.egress), learn=record.request.learn)
+    names = egress.has_domains or egress.learn
+    return Machine(
+        plan.interface,
+        plan.source_mac,
+        plan.address,
+        egress,
+        published=tuple(publication_of(text) for text in record.request.publish),
+        host_services=SERVICES if names else (),
+        host_access=record.request.host_access,
+        rate_in=record.request.rate_in,
+        rate_out=record.request.rate_out,
+        connections=record.request.connections,
+        ipv6=record.request.ipv6,
+        resolver=plan.host if names else None,
+    )
+
+
+def egress_of(text: str | None) -> Egress:
+    """Empty: everything public. Errors: ``egress_invalid`` (InvalidRequest)."""
+    return parse_egress(text) if text else ALL
+
+
+def publication_of(text: str) -> Publication:
+    """``[IP:]HOST:GUEST[/udp]``. Errors: ``port_invalid`` (InvalidRequest)."""
+    ports, _, protocol = text.partition("/")
+    address, host, guest = ["", *ports.rsplit(":", 2)][-3:] if ":" in ports else ("", "", "")
+    try:
+        numbers = [int(port) for port in (host, guest) if port.isascii() and port.isdigit()]
+        if len(numbers) != 2 or not all(0 < number < 65536 for number in numbers):
+            raise ValueError
+        where = IPv4Address(address) if address else None
+        transport = Transport(protocol or "tcp")
+        if transport is Transport.ICMP:
+            raise ValueError
+        return Publication(transport, numbers[0], numbers[1], where)
+    except (ValueError, AddressValueError):
+        raise InvalidRequest(
+            "port_invalid", f"{text[:60]!r} is no port to publish", "8080:80, 127.0.0.1:8080:80, 5353:53/udp"
+        ) from None
