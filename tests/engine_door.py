@@ -9,6 +9,7 @@ from typing import Any
 from stoker.api.models import NetworkMode, Principal
 from stoker.engine.lines import Lines
 from stoker.guest.agent import Agent
+from stoker.network.plan import parse_slot
 
 
 class Door:
@@ -18,7 +19,8 @@ class Door:
         self.live = SimpleNamespace(hub=SimpleNamespace(lines=Lines()), agent=agent)
         request = SimpleNamespace(labels={}, network=NetworkMode.NAT if slot else NetworkMode.USER)
         record = SimpleNamespace(label="web", warm=False, doomed=False, owner="local", request=request, slot=slot)
-        self.box = SimpleNamespace(id="sb-1", record=record, users=0, touch=lambda: None)
+        value = SimpleNamespace(address=str(parse_slot(slot).address) if slot else "")
+        self.box = SimpleNamespace(id="sb-1", record=record, value=value, users=0, touch=lambda: None)
         self.boxes = {"sb-1": self.box}
         self.names = {("local", "Web"): "sb-1"}
         self.alarm = asyncio.Event()

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Final
 from stoker.api.models import NetworkMode
 from stoker.errors import Conflict, GuestError, NotFound, StokerError
 from stoker.guest.connections import Connection, inet, refused
-from stoker.network.plan import parse_slot
 
 if TYPE_CHECKING:
     from stoker.api.models import Principal
@@ -269,8 +268,8 @@ class Connections:
         for _ in range(ATTEMPTS):
             live, _ = await self._core.agent(box)
             if not await live.hub.lines.gate():
-                slot = box.record.slot
-                return Way(self._core, box, live.hub.lines, str(parse_slot(slot).address)) if slot else None
+                address = box.value.address
+                return Way(self._core, box, live.hub.lines, address) if address else None
         raise _restless(box)
 
     async def _connect(self, agent: Agent, places: Sequence[str], port: int) -> Connection:
