@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -249,9 +251,11 @@ class GuestWorld(Hosted):
 
     def counted(self, name: str, which: str = "denials") -> int:
         """Packets of a machine that the host's firewall denied, or those to it that it refused (``refusals``)."""
-        interface = f"stk{int(IPv4Address(self.address(name))) - 1:08x}"
+        address = self.address(name)
         with self.host.run(Nftables) as nft:
+            (pins,) = [row["set"] for row in nft.query(f"list set {TABLE} pinned") if "set" in row]
             (found,) = [row["set"] for row in nft.query(f"list set {TABLE} {which}") if "set" in row]
+        (interface,) = [one["concat"][0] for one in pins["elem"] if one["concat"][2] == address]
         values = {one["elem"]["val"]: one["elem"]["counter"]["packets"] for one in found["elem"]}
         return int(values[interface])
 
@@ -354,3 +358,36 @@ def same_after(made: GuestWorld) -> Iterator[None]:
 
     left = wait_gone(other, PATIENCE)
     assert not left, "\n".join(left)
+
+
+def reached(made: GuestWorld, port: int = 9000) -> str:
+    """What a machine says to who comes from the internet."""
+    return made.internet.ask(str(HOST.ip), port, timeout=5)
+
+
+def dies(made: GuestWorld, point: str, work: Callable[[], object]) -> None:
+    """The daemon is killed at a point while it does ``work``, and another is started."""
+    made.daemon.stop()
+    made.start(point)
+    with pytest.raises(Exception, match="(?i)disconnect|reset|closed|refused"):
+        work()
+    assert made.daemon.process is not None
+    assert made.daemon.process.wait(60) == -9
+    made.start()
+
+
+def ethernet(source: str, kind: int, body: bytes, target: str) -> str:
+    return (bytes.fromhex((target + source).replace(":", "")) + struct.pack("!H", kind) + body).hex()
+
+
+def datagram(source: str, target: str, port: int, payload: bytes) -> bytes:
+    """An IPv4 packet with a UDP datagram in it."""
+    ends = socket.inet_aton(source) + socket.inet_aton(target)
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 28 + len(payload), 1, 0, 64, 17, 0) + ends
+    total = sum(struct.unpack("!10H", header))
+    checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+    return header[:10] + struct.pack("!H", checksum) + header[12:] + struct.pack("!HHHH", 4000, port, 8 + len(payload), 0) + payload
+
+
+def arp(mac: str, address: str) -> bytes:
+    return bytes.fromhex(mac.replace(":", "")) + socket.inet_aton(address)

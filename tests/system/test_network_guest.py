@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,21 @@ from typing import Any
 
 import pytest
 
-from guest_world import CLOSED, FILE, FOUNTAIN, INTRUDER, LAN, SITE, GuestWorld, eventually, guest_world, same_after
+from guest_world import (
+    CLOSED,
+    FILE,
+    FOUNTAIN,
+    INTRUDER,
+    LAN,
+    SITE,
+    GuestWorld,
+    arp,
+    datagram,
+    ethernet,
+    eventually,
+    guest_world,
+    same_after,
+)
 from network_world import HOST
 from stoker.network.plan import INSIDE
 
@@ -115,19 +128,6 @@ def test_policies_as_a_machine_sees_them(made: GuestWorld) -> None:
     assert done["exit_code"] != 0 and "/none" not in made.site.served
 
 
-def ethernet(source: str, kind: int, body: bytes, target: str) -> str:
-    return (bytes.fromhex((target + source).replace(":", "")) + struct.pack("!H", kind) + body).hex()
-
-
-def datagram(source: str, target: str, port: int, payload: bytes) -> bytes:
-    """An IPv4 packet with a UDP datagram in it."""
-    ends = socket.inet_aton(source) + socket.inet_aton(target)
-    header = struct.pack("!BBHHHBBH", 0x45, 0, 28 + len(payload), 1, 0, 64, 17, 0) + ends
-    total = sum(struct.unpack("!10H", header))
-    checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
-    return header[:10] + struct.pack("!H", checksum) + header[12:] + struct.pack("!HHHH", 4000, port, 8 + len(payload), 0) + payload
-
-
 def test_forged_packets_go_nowhere_and_are_counted(made: GuestWorld) -> None:
     """What root in a machine sends with another's address, or another's MAC."""
     far = made.internet.serve("8.8.8.8", 9053)
@@ -153,10 +153,6 @@ def test_forged_packets_go_nowhere_and_are_counted(made: GuestWorld) -> None:
     made.tool("one", "frames", *claims)
     assert made.ask("one", "tcp/1.1.1.1") == made.ask("two", "tcp/1.1.1.1") == [str(HOST.ip)]
     assert made.forged("two") == before[1]
-
-
-def arp(mac: str, address: str) -> bytes:
-    return bytes.fromhex(mac.replace(":", "")) + socket.inet_aton(address)
 
 
 def test_published_ports(made: GuestWorld) -> None:

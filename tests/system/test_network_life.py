@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
-from guest_world import BEYOND, CLOSED, FOUNTAIN, SECOND, GuestWorld, eventually, guest_world, same_after
+from guest_world import BEYOND, CLOSED, FOUNTAIN, SECOND, GuestWorld, dies, eventually, guest_world, reached, same_after
 from network_world import EVERYTHING, HOST, ROUTER, configure
 from stoker.host import netlink
 from stoker.network.plan import INSIDE
@@ -44,11 +44,6 @@ def made(shared: GuestWorld) -> Iterator[GuestWorld]:
 def drained(made: GuestWorld, name: str) -> int:
     """Bytes of the fountain's that have come to a machine."""
     return int(made.sure(name, "cat /drained 2>/dev/null || echo 0").split()[0])
-
-
-def reached(made: GuestWorld, port: int = 9000) -> str:
-    """What a machine says to who comes from the internet."""
-    return made.internet.ask(str(HOST.ip), port, timeout=5)
 
 
 def test_copies_with_the_same_address_inside_talk_at_the_same_time(made: GuestWorld) -> None:
@@ -161,17 +156,6 @@ def test_killed_while_a_slot_is_made(made: GuestWorld, point: str) -> None:
     assert [box["name"] for box in made.daemon.call("GET", "/sandboxes")["items"] if box["state"] != "failed"] == ["box"]
     made.gone("victim")
     assert made.ask("box", "tcp/1.1.1.1") == [str(HOST.ip)] and reached(made) == f"box {ROUTER.ip}"
-
-
-def dies(made: GuestWorld, point: str, work: Callable[[], object]) -> None:
-    """The daemon is killed at a point while it does ``work``, and another is started."""
-    made.daemon.stop()
-    made.start(point)
-    with pytest.raises(Exception, match="(?i)disconnect|reset|closed|refused"):
-        work()
-    assert made.daemon.process is not None
-    assert made.daemon.process.wait(60) == -9
-    made.start()
 
 
 @pytest.mark.parametrize("point", ["slot.dropping", "slot.unlinked", "slot.dropped"])

@@ -1,0 +1,158 @@
+"""Machines with a run id: addresses that follow from a name and are theirs while they exist, on TAPs in the host's own namespace."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guest_world import CLOSED, INTRUDER, GuestWorld, arp, datagram, dies, ethernet, eventually, guest_world, reached, same_after
+from network_world import HOST, ROUTER
+from stoker.network.plan import RunPlan, Taken, plan_run
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
+    pytest.mark.timeout(300),
+]
+
+
+def planned(name: str) -> RunPlan:
+    """What is printable before anything starts."""
+    return plan_run("r1", [name], Taken())[name]
+
+
+@pytest.fixture(scope="module")
+def shared(session_root: Path, data_dir: Path, accelerator: str) -> Iterator[GuestWorld]:
+    directory = Path(tempfile.mkdtemp(prefix="net", dir=session_root))
+    with guest_world(directory, data_dir, accelerator) as made:
+        made.create("box", run_id="r1", publish=["9000:80"])
+        made.create("two")
+        for name in ("box", "two"):
+            made.serve(name, 80, name)
+        made.settled()
+        yield made
+
+
+@pytest.fixture
+def made(shared: GuestWorld) -> Iterator[GuestWorld]:
+    """There are machines ``box``, of the run r1, and ``two``, of none, which serve."""
+    shared.settled()
+    with same_after(shared):
+        yield shared
+
+
+def test_addresses_follow_from_the_name(made: GuestWorld) -> None:
+    plan = planned("box")
+    assert made.address("box") == str(plan.guest) and plan.tap in made.interfaces()
+    assert f"|-- {plan.guest}\n" in made.sure("box", "cat /proc/net/fib_trie")
+    assert made.sure("box", "cat /sys/class/net/eth0/address").strip() == plan.mac
+    gateway = int(plan.host).to_bytes(4, "little").hex().upper().rjust(8, "0")
+    assert gateway in made.sure("box", "cat /proc/net/route")
+    closed = [str(plan.host), str(HOST.ip), str(INTRUDER.ip), "10.1.2.3", "169.254.169.254", made.address("two")]
+    *said, neighbour, tcp, udp = made.ask(
+        "box",
+        *(f"{kind}/{address}" for address in closed for kind in ("tcp", "udp")),
+        f"tcp/{closed[-1]}/80",
+        "tcp/1.1.1.1",
+        "udp/8.8.8.8",
+    )
+    assert all(one in CLOSED for one in (*said, neighbour)), said
+    assert tcp == udp == str(HOST.ip)
+    assert made.ask("two", f"tcp/{plan.guest}/80")[0] in CLOSED
+    assert reached(made) == f"box {ROUTER.ip}"
+    made.set("box", host_access=True)
+    assert made.ask("box", f"tcp/{plan.host}", f"tcp/{INTRUDER.ip}")[0] == str(plan.guest)
+    made.set("box", host_access=False)
+    assert made.ask("box", f"tcp/{plan.host}")[0] in CLOSED
+
+
+def test_forged_packets_go_nowhere_and_are_counted(made: GuestWorld) -> None:
+    plan, far = planned("box"), made.internet.serve("8.8.8.8", 9053)
+    mac = made.tool("box", "mac", str(plan.host)).strip()
+
+    def frame(payload: str, source: str = str(plan.guest), sender: str = plan.mac) -> str:
+        return ethernet(sender, 0x0800, datagram(source, "8.8.8.8", 9053, payload.encode()), mac)
+
+    forged = [
+        frame(f"from {source}", source) for source in (made.address("two"), str(plan.host), "9.9.9.9", "127.0.0.1", "0.0.0.0")
+    ]
+    forged += [frame("another's MAC", sender="02:fc:00:00:00:99")]
+    before = made.counted("box")
+    made.tool("box", "frames", frame("first"), *forged, frame("last"))
+    eventually(lambda: b"last" in far.heard, "what is not forged does not come through")
+    assert far.heard == [b"first", b"last"]
+    assert made.counted("box") >= before + len(forged)
+    claim = arp("02:fc:00:00:00:99", str(plan.guest)) + arp(mac, str(plan.host))
+    made.tool("box", "frames", ethernet("02:fc:00:00:00:99", 0x0806, bytes.fromhex("0001080006040002") + claim, mac))
+    assert made.ask("box", "tcp/1.1.1.1") == made.ask("two", "tcp/1.1.1.1") == [str(HOST.ip)]
+
+
+def test_the_address_is_its_own_over_pauses_and_stops(made: GuestWorld) -> None:
+    plan = planned("other")
+    made.create("other", run_id="r1", publish=["9001:80"])
+    try:
+        assert made.post("other", "pause")["state"] == "paused"
+        eventually(lambda: plan.tap not in made.interfaces(), "a paused machine has a TAP")
+        assert made.post("other", "resume")["address"] == str(plan.guest)
+        made.serve("other", 80, "other")
+        assert reached(made, 9001) == f"other {ROUTER.ip}"
+        assert made.post("other", "stop")["state"] == "stopped"
+        assert plan.tap not in made.interfaces()
+        assert made.post("other", "start")["address"] == str(plan.guest)
+        assert made.ask("other", "tcp/1.1.1.1") == [str(HOST.ip)]
+    finally:
+        made.gone("other")
+
+
+def test_a_copy_has_another_address_and_is_reached_by_it(made: GuestWorld) -> None:
+    [item] = made.post("box", "fork", json={"count": 1})["items"]
+    assert item["sandbox"] is not None, item
+    copy = item["sandbox"]["id"]
+    try:
+        assert made.address(copy) != made.address("box")
+        made.set(copy, publish=["9001:80"])
+        assert made.ask(copy, "tcp/1.1.1.1") == made.ask("box", "tcp/1.1.1.1") == [str(HOST.ip)]
+        assert [reached(made, port) for port in (9000, 9001)] == [f"box {ROUTER.ip}"] * 2
+        assert made.ask(copy, f"tcp/{made.address('box')}/80")[0] in CLOSED
+    finally:
+        made.remove(copy)
+
+
+def test_the_daemon_is_killed_and_traffic_goes_on(made: GuestWorld) -> None:
+    made.begin("box", "flood", "1.1.1.1", "9054", tag="flood")
+    noise = made.internet.serve("1.1.1.1", 9054)
+    eventually(lambda: len(noise.heard) > 5, "nothing flows")
+    made.daemon.kill()
+    heard = len(noise.heard)
+    eventually(lambda: len(noise.heard) > heard + 20, "nothing goes on without a daemon")
+    assert reached(made) == f"box {ROUTER.ip}"
+    made.start()
+    heard = len(noise.heard)
+    eventually(lambda: len(noise.heard) > heard + 20, "the daemon's start ends what goes on")
+    made.end("box", "flood")
+    assert made.address("box") == str(planned("box").guest) and reached(made) == f"box {ROUTER.ip}"
+    made.set("box", egress="none")
+    assert made.ask("box", "tcp/1.1.1.1")[0] in CLOSED
+    made.set("box", egress="all")
+
+
+@pytest.mark.parametrize("point", ["slot.tap", "slot.linked"])
+def test_killed_while_a_slot_is_made(made: GuestWorld, point: str) -> None:
+    """Its TAP outlives a process: somebody has to remove it."""
+    words = made.request("victim", run_id="r1", publish=["9001:80"])
+    dies(made, point, lambda: made.daemon.http.post("/v1/sandboxes", json=words))
+    assert [box["name"] for box in made.daemon.call("GET", "/sandboxes")["items"] if box["state"] != "failed"] == ["two", "box"]
+    made.gone("victim")
+    assert planned("victim").tap not in made.interfaces()
+    assert made.ask("box", "tcp/1.1.1.1") == [str(HOST.ip)] and reached(made) == f"box {ROUTER.ip}"
+
+
+def test_killed_while_a_slot_is_given_back(made: GuestWorld) -> None:
+    made.create("victim", run_id="r1")
+    dies(made, "slot.dropping", lambda: made.daemon.http.delete("/v1/sandboxes/victim"))
+    made.gone("victim")
+    assert planned("victim").tap not in made.interfaces()
+    assert made.ask("box", "tcp/1.1.1.1") == [str(HOST.ip)] and reached(made) == f"box {ROUTER.ip}"
