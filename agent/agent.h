@@ -142,6 +142,7 @@ struct process {
 	bool running;  /* not yet reaped */
 	bool finished; /* reaped, and both outputs are complete */
 	bool pty, discard, busy, exit_sent, oom, builtin;
+	bool dropped; /* forgotten; freed at the end of the round */
 	bool connecting;  /* not connected yet; `request` waits for it */
 	uint32_t request;
 	int status;

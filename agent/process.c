@@ -113,6 +113,7 @@ void process_drop(struct process *p)
 	input_free(&p->in);
 	output_free(&p->out);
 	output_free(&p->err);
+	p->dropped = true;
 	p->next = dropped; /* an event of this round may still point here */
 	dropped = p;
 }
@@ -312,9 +313,10 @@ bool processes_work(void)
 	for (struct process *p = todo; p; p = next) {
 		next = p->next_busy;
 		p->busy = false;
-		bool again = work(p);
+		/* One that is not known any more would be remembered as ended, and then freed. */
+		bool again = !p->dropped && work(p);
 		more |= again;
-		if (again || waits_for_port(p))
+		if (!p->dropped && (again || waits_for_port(p)))
 			process_busy(p);
 	}
 	return more;

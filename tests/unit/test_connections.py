@@ -23,6 +23,7 @@ from stoker.errors import Conflict, GuestError
 from stoker.guest.agent import Agent
 from stoker.guest.channel import connect
 from stoker.guest.connections import inet, unix
+from stoker.guest.messages import ExecRequest
 from stoker.server.proxy.router import Router
 from stoker.server.proxy.service import Proxy
 
@@ -275,3 +276,15 @@ async def test_the_proxy_by_the_channel(short_dir: Path) -> None:
                 break
             await asyncio.sleep(0.01)
         assert not core.live.hub.lines.all and not core.box.users and not agent.attached
+
+
+async def test_forgotten_in_the_round_that_something_came_for_it(short_dir: Path) -> None:
+    """What was dropped is not worked on once more: it would be remembered as ended, and then freed."""
+    async with serving(echo) as port, agent_on(short_dir / "agent") as agent:
+        for _ in range(1200):  # more than it remembers of what has ended
+            connection = await agent.connect(inet(port))
+            with agent.link.batch():
+                connection.process.stdin.write_now(b"x")
+                connection.abort()
+        assert (await agent.run(ExecRequest(["/bin/echo", "still there"]))).stdout == b"still there\n"
+        assert await agent.processes() == []
