@@ -361,3 +361,20 @@ async def test_pause_fork_and_snapshots(server: Running, stoker: Words) -> None:
     assert (await stoker("snapshot", "rm", "one")).out == "one\n"
     assert (await stoker("snapshot", "rm", "one")).code != 0
     assert (await stoker("snapshot", "rm", "--force", "one")).code == 0
+
+
+async def test_networks(server: Running, stoker: Words) -> None:
+    await server.sandbox(name="web")
+    done = await stoker("network", "explain", "web", "example.org:443")
+    assert (done.code, done.out) == (0, "ok   policy: it says\n     stoker network set x --egress all\n")
+    done = await stoker("network", "explain", "web", "closed:443", "--udp", "--json")
+    found = json.loads(done.out)
+    assert (done.code, found["fault"], found["protocol"], found["steps"][0]["verdict"]) == (1, "policy", "udp", "fail")
+    shown = (await stoker("network", "show", "web")).out
+    assert "address:   100.80.0.1\n" in shown and "denied:    0 packets\n" in shown and "10.0.0.1:22/tcp" in shown
+    assert json.loads((await stoker("network", "show", "web", "--json")).out)["publish"] == ["80:80"]
+    assert (await stoker("network", "denials", "web")).out.split()[1:] == ["3x", "10.0.0.1:22/tcp"]
+    assert (await stoker("network", "learned", "web")).out == "allow: a.net:443/tcp\n"
+    done = await stoker("network", "set", "web", "--egress", "none", "--learn", "--json")
+    assert (done.code, json.loads(done.out)["egress"]) == (0, "none")
+    assert (await stoker("network", "explain", "nobody", "a:1")).code == 125
