@@ -1,4 +1,4 @@
-"""Machines with a run id: addresses that follow from a name and are theirs while they exist, on TAPs in the host's own namespace."""
+"""Machines with a run id: addresses that follow from a name and are theirs while they exist, on TAPs in the host's namespace."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from network_world import PORT, SERVED6, Guest, World, world
+from stoker.errors import HostError
 from stoker.host import conntrack
 from stoker.network.egress import NONE, parse_egress
 from stoker.network.plan import INSIDE, RunPlan, ula
@@ -240,6 +241,15 @@ def test_an_edit_cuts_what_is_open(made: World, kind: str) -> None:
         with pytest.raises(OSError):
             cut.sendall(b"still there?")
             assert not cut.recv(100)
+
+
+def test_a_host_that_does_not_forward_is_refused_with_words(made: World) -> None:
+    made.host.run(lambda: Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("0"))
+    with pytest.raises(HostError, match="does not forward IPv6") as caught:
+        made.machine("run", ipv6=True)
+    assert caught.value.code == "network_unprepared" and "forwarding=1" in caught.value.hint
+    assert made.firewall.interfaces == frozenset() and not made.left()
+    assert made.machine("run").ask("1.1.1.1") == "5.5.5.5"
 
 
 @KINDS

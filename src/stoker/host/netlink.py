@@ -204,6 +204,14 @@ class End:
     index: int = 0
 
 
+def settle_link(index: int, about: str) -> Request:
+    """Has a link that was raised carry packets from now on. A pair's end whose other end is raised after it drops everything until
+    a worker of the kernel gets to it; to be asked about it makes the kernel do that at once (since Linux 6.8)."""
+    message = _codecs().link()
+    message["index"] = index
+    return _request(RTM_GETLINK, 0, message, about)
+
+
 def add_veth(here: End, there: End, namespace: int, *, mtu: int = 0) -> Request:
     """A pair whose one end is in the socket's namespace and the other in that of the descriptor; both are still down.
 

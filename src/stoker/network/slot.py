@@ -108,6 +108,19 @@ class Joined(_Held):
     plan: BridgePlan = field(kw_only=True)
 
 
+def _check_ipv6() -> None:
+    """Whether the calling thread's namespace has IPv6 for machines: ``ipv6_unavailable``, ``network_unprepared`` (HostError)."""
+    if not netlink.has_ipv6():
+        raise HostError("ipv6_unavailable", "this host's kernel has no IPv6", "without --ipv6; or boot without ipv6.disable=1")
+    with open("/proc/sys/net/ipv6/conf/all/forwarding", encoding="ascii") as file:
+        if file.read().strip() == "0":
+            raise HostError(
+                "network_unprepared",
+                "this host does not forward IPv6: machines would reach nothing by it",
+                "sysctl -w net.ipv6.conf.all.forwarding=1, and accept_ra=2 of the uplink where its route is a router's word",
+            )
+
+
 def _open_ipv6(*interfaces: str, forward: bool = False) -> None:
     """Of the calling thread's namespace: interfaces that shall have IPv6 addresses, whatever new ones have here; with ``forward``,
     IPv6 goes through. By /proc/sys, since there is no other way."""
@@ -191,10 +204,10 @@ class Slots:
         addresses; that cannot be changed while it is up.
 
         Undone in order when a step fails. Errors: ``tap_exists``, ``link_exists``, ``port_published``, ``port_in_use``,
-        ``ipv6_unavailable``, and what the parts raise.
+        ``ipv6_unavailable``, ``network_unprepared``, and what the parts raise.
         """
-        if machine.ipv6 and not netlink.has_ipv6():
-            raise HostError("ipv6_unavailable", "this host's kernel has no IPv6", "without --ipv6; or boot without ipv6.disable=1")
+        if machine.ipv6:
+            self._home.run(_check_ipv6)
         if (machine.interface, machine.mac, machine.address) != (plan.interface, plan.source_mac, plan.address):
             raise ValueError("the machine is not the plan's")
         self._check_free(plan)
@@ -282,15 +295,8 @@ class Slots:
         return tap
 
     def _namespace_up(self, plan: NamespacePlan, ipv6: bool, owner: int | None, mtu: int) -> Slot:
-        with ExitStack() as undo:
-            namespace, tap = Namespace.create(lambda _: self._inside_up(plan, ipv6, owner, mtu))
-            # Both take the pair with them when they are closed.
-            undo.callback(namespace.close)
-            undo.callback(os.close, tap)
-            trace("slot.inside")
-            self._home.run(lambda: self._outside_up(plan, ipv6))
-            trace("slot.linked")
-            undo.pop_all()
+        namespace, tap = Namespace.create(lambda _: self._inside_up(plan, ipv6, owner, mtu))
+        trace("slot.linked")
         return Slot(tap, namespace, plan=plan)
 
     def _inside_up(self, plan: NamespacePlan, ipv6: bool, owner: int | None, mtu: int) -> int:
@@ -322,17 +328,20 @@ class Slots:
                 netlink.add_route(EVERYTHING, gateway=plan.host),
                 *more,
             )
+            trace("slot.inside")
+            self._outside_up(plan, ipv6)
+            link.apply(netlink.settle_link(OUT, guest.out))
             undo.pop_all()
         return tap
 
     def _outside_up(self, plan: NamespacePlan, ipv6: bool) -> None:
-        """The host's end of the pair; runs in the host's namespace."""
+        """The host's end of the pair; runs anywhere."""
         index = self._link.index(plan.veth)
         if index is None:
             raise HostError("link_unknown", f"the interface {plan.veth} went away", "does something else remove interfaces?")
         own, more = IPv4Interface((plan.host, 31)), []
         if ipv6:
-            _open_ipv6(plan.veth)
+            self._home.run(lambda: _open_ipv6(plan.veth))
             more = _beside(index, own, plan.address, plan.source_mac, plan.veth)
         self._link.apply(
             netlink.set_link(index, plan.veth, settings=JUDGED),
