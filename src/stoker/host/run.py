@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +100,7 @@ async def run(
     words = tuple(str(word) for word in argv)
     log.debug("run %s", shlex.join(words))
     try:
-        process = await asyncio.create_subprocess_exec(
+        starting = asyncio.create_subprocess_exec(
             *words,
             stdin=stdin if stdin is not None else asyncio.subprocess.PIPE if input is not None else asyncio.subprocess.DEVNULL,
             stdout=stdout if stdout is not None else asyncio.subprocess.PIPE,
@@ -109,6 +110,7 @@ async def run(
             pass_fds=tuple(pass_fds),
             start_new_session=True,
         )
+        process = await _started(asyncio.ensure_future(starting))
     except FileNotFoundError:
         raise HostError("tool_missing", f"{words[0]} is not installed", "stoker doctor", details={"tool": words[0]}) from None
     except PermissionError as e:
@@ -141,6 +143,20 @@ async def run(
             raise CapacityExhausted("no_space", message, "stoker rm what is not needed, stoker gc", details=details)
         raise HostError("tool_failed", message, details=details)
     return Completed(words, code, out, err)
+
+
+async def _started(starting: asyncio.Future[asyncio.subprocess.Process]) -> asyncio.subprocess.Process:
+    """Cancelled meanwhile, it is ended: there may be a process before anybody has it."""
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+
+        async def unwanted() -> None:
+            with suppress(OSError):
+                await _end(await starting)
+
+        await asyncio.shield(asyncio.ensure_future(unwanted()))
+        raise
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
