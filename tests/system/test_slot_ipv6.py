@@ -259,6 +259,7 @@ def test_forged_neighbours_and_sources_change_nothing(made: World, kind: str) ->
     plan, to = guest.slot.plan, gateway_mac(guest)
     assert guest.ask(PUBLIC) == "2600:5::5" and guest.ask(str(ula(plan.host))) == inward(guest)
     evil, link_local = "02:66:66:66:66:66", "fe80::1234"
+    denied = made.firewall.counters()[plan.interface].denied
     before = addresses(guest, made)
     far = made.internet.serve(PUBLIC, 9999)
     udp = struct.pack("!HHHH", 4000, 9999, 9, 0) + b"x"
@@ -277,6 +278,8 @@ def test_forged_neighbours_and_sources_change_nothing(made: World, kind: str) ->
         ]
         guest.run(lambda: inject(*sent))
     assert not [one for one in frames if one[20] == ICMP6], "what the host says by itself is behind another header"
+    if kind == "run":
+        assert made.firewall.counters()[plan.interface].denied == denied + len(sent)
     assert addresses(guest, made) == before and far.heard == []
     # What it may say is answered.
     with heard(guest) as frames:
