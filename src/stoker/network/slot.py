@@ -284,12 +284,16 @@ class Slots:
             index = self._link.index(plan.tap)
             if index is None:
                 raise HostError("tap_unknown", f"the TAP {plan.tap} went away", "does something else remove TAPs?")
-            self._link.apply(netlink.set_link(index, plan.tap, mac=plan.tap_mac, mtu=mtu, queue=QUEUE, settings=JUDGED))
             own, more = IPv4Interface((plan.host, 30)), []
             if ipv6:
                 _open_ipv6(plan.tap)
                 more = _beside(index, own, plan.guest, plan.mac, plan.tap)
-            self._link.apply(netlink.set_link(index, plan.tap, up=True), netlink.add_address(index, own, plan.tap), *more)
+            self._link.apply(
+                netlink.set_link(index, plan.tap, mac=plan.tap_mac, mtu=mtu, queue=QUEUE, settings=JUDGED),
+                netlink.set_link(index, plan.tap, up=True),
+                netlink.add_address(index, own, plan.tap),
+                *more,
+            )
             trace("slot.linked")
             undo.pop_all()
         return tap
@@ -309,8 +313,9 @@ class Slots:
             nft.apply(rules.inside(plan.host, guest, ipv6=ipv6))
             here, there = End(guest.out, plan.source_mac, OUT), End(plan.veth, plan.veth_mac)
             out, more = IPv4Interface((plan.address, 31)), []
-            link.apply(netlink.add_veth(here, there, self._home.fd, mtu=mtu))
+            pair = [netlink.add_veth(here, there, self._home.fd, mtu=mtu)]
             if ipv6:
+                link.apply(pair.pop())  # it is there before it is opened
                 _open_ipv6(guest.tap, guest.out, forward=True)
                 more = [
                     *_beside(TAP, guest.gateway, guest.guest.ip, guest.guest_mac, guest.tap),
@@ -318,6 +323,7 @@ class Slots:
                     netlink.add_route(EVERYTHING6, gateway=ula(plan.host)),
                 ]
             link.apply(
+                *pair,
                 netlink.set_link(LO, "lo", up=True),
                 netlink.set_link(TAP, guest.tap, mac=guest.tap_mac, mtu=mtu, queue=QUEUE, settings=PASSING),
                 netlink.set_link(OUT, guest.out, settings=PASSING),
