@@ -21,10 +21,14 @@ from stoker.network.plan import (
     check_ranges,
     first_guess,
     number_of,
+    parse_any_slot,
     parse_slot,
+    plan_bridge,
     plan_namespace,
     plan_run,
     plan_tap,
+    ula,
+    ula_beside,
 )
 
 NAMES = st.text("abcdefghijklmnopqrstuvwxyz0123456789-", min_size=1, max_size=20)
@@ -171,3 +175,22 @@ def test_ranges_against_the_host() -> None:
     assert check_ranges([RUN_RANGE], [vpn]) == ["the range default (172.16.0.0/16) lies in 172.16.0.0/12, which is routed to wg0"]
     inner = Range("inner", IPv4Network("172.16.8.0/24"))
     assert check_ranges([RUN_RANGE, inner], []) == ["the range inner (172.16.8.0/24) overlaps the range default (172.16.0.0/16)"]
+
+
+def test_ipv6_addresses_follow_from_ipv4() -> None:
+    assert str(ula(IPv4Address("172.16.109.218"))) == "fd73:746f:6b65::ac10:6dda"
+    assert str(ula_beside(IPv4Interface("172.16.109.218/30"))) == "fd73:746f:6b65::ac10:6dda/126"
+    assert str(INSIDE.guest6) == "fd73:746f:6b65::a9fe:15/126" and INSIDE.gateway6.network == INSIDE.guest6.network
+
+
+def test_a_port_of_a_bridge() -> None:
+    plan = plan_bridge("br0", Taken(), "tap7")
+    assert (plan.id, plan.interface) == ("bridge:tap7:br0", "tap7") and parse_any_slot(plan.id) == plan
+    assert plan.mac.startswith("02:") and plan.tap_mac == "fe" + plan.mac[2:] and plan.mac != plan_bridge("br0", Taken()).mac
+    with pytest.raises(CapacityExhausted, match="tap7"):
+        plan_bridge("br0", Taken(["tap7"]), "tap7")
+    for bridge, tap in (("a b", ""), ("br0", 'x"'), ("x" * 16, "")):
+        with pytest.raises(InvalidRequest, match="no name for an interface"):
+            plan_bridge(bridge, Taken(), tap)
+    with pytest.raises(InvalidRequest, match="no slot"):
+        parse_slot(plan.id)
