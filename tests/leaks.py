@@ -1,4 +1,4 @@
-"""Finds what tests left on the host: processes, mounts, loop devices, links, namespaces, tables, control groups, files."""
+"""Finds what tests left on the host: processes, mounts, loop devices, links, routes, namespaces, tables, control groups, files."""
 
 from __future__ import annotations
 
@@ -89,6 +89,12 @@ def _nft_tables() -> frozenset[str]:
     return frozenset(f"{table['family']} {table['name']}" for table in tables)
 
 
+def _routes() -> frozenset[str]:
+    """Of the main table: interface, destination, gateway."""
+    rows = [line.split() for line in Path("/proc/net/route").read_text().splitlines()[1:]]
+    return frozenset(f"{row[0]} {row[1]}/{row[7]} {row[2]}" for row in rows if len(row) > 7)
+
+
 def _loops() -> frozenset[str]:
     return frozenset(str(path.read_text().strip()) for path in Path("/sys/block").glob("loop*/loop/backing_file"))
 
@@ -114,6 +120,7 @@ class HostObjects:
     """Kernel objects of the whole host, by name."""
 
     links: frozenset[str]
+    routes: frozenset[str]
     namespaces: frozenset[str]
     tables: frozenset[str]
     loops: frozenset[str]
@@ -125,6 +132,7 @@ class HostObjects:
     def now(cls) -> HostObjects:
         return cls(
             links=_names("/sys/class/net"),
+            routes=_routes(),
             namespaces=_names("/run/netns"),
             tables=_nft_tables(),
             loops=_loops(),
