@@ -409,7 +409,7 @@ def test_denials_are_recorded_and_what_is_learned_allows_it(explaining: Explaini
 
     def begin() -> Denials:
         found = Denials()
-        assert made.host.run(lambda: found.open(LOG_GROUP)) == LOG_GROUP
+        assert made.host.run(lambda: found.open(LOG_GROUP)) == made.host.run(lambda: found.open(LOG_GROUP)) == LOG_GROUP
         found.begin()
         return found
 

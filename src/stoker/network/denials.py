@@ -74,9 +74,9 @@ class Denials:
 
     def open(self, group: int = LOG_GROUP) -> int:
         """Takes the firewall's log, in the namespace of the calling thread: the number of its group; 0: another has it, or the
-        kernel has none, and nothing is recorded."""
+        kernel has none, and nothing is recorded. Twice is fine."""
         try:
-            self._log = Log(group)
+            self._log = self._log or Log(group)
         except HostError as error:
             log.warning("denials are not recorded: %s", error)
             return 0
