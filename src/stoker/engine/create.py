@@ -61,7 +61,7 @@ def with_network(request: CreateSandbox, settings: Settings) -> CreateSandbox:
         return request
     if request.bridge is not None:
         return replace(request, network=NetworkMode.BRIDGE)
-    limited = request.rate_in or request.rate_out or request.connections or request.ipv6
+    limited = request.rate_in or request.rate_out or request.connections or request.ipv6 or request.learn
     asks = request.egress is not None or request.publish or request.host_access or limited or has_own_addresses(request)
     return replace(request, network=NetworkMode.NAT if asks else default_network(settings))
 

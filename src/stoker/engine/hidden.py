@@ -35,6 +35,7 @@ def common(request: CreateSandbox) -> CreateSandbox:
         egress=None,
         publish=[],
         host_access=False,
+        learn=False,
         rate_in=0,
         rate_out=0,
         connections=0,
