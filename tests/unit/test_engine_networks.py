@@ -97,7 +97,7 @@ def test_the_network_of_who_asks_for_none(settings: Settings, monkeypatch: pytes
         assert with_network(structs.replace(asked, **words), settings).network is NetworkMode.NAT, words
     assert with_network(structs.replace(NAT, network=NetworkMode.NONE), settings).network is NetworkMode.NONE
     with pytest.raises(InvalidRequest, match="no network"):
-        with_network(asked, replace(settings, network="bridge"))
+        with_network(asked, replace(settings, network="wire"))
     auto = replace(settings, network="auto")
     for root, forwards, wanted in ((0, True, NetworkMode.NAT), (0, False, NetworkMode.USER), (1000, True, NetworkMode.USER)):
         monkeypatch.setattr(networks.os, "geteuid", lambda root=root: root)

@@ -69,7 +69,7 @@ def _connection(body: bytes) -> Connection | None:
         int.from_bytes(transport.get(DESTINATION_PORT, b""), "big"),
         ip_address(answer[source]),
         b"".join(whole for kind, _, whole in parts if kind in IDENTIFYING),
-        IPv4Address(answer[DESTINATION]),
+        ip_address(answer[destination]),
         any(kind == STATUS and int.from_bytes(content, "big") & SEEN_REPLY for kind, content, _ in parts),
     )
 
