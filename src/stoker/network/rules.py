@@ -336,6 +336,26 @@ def logging_to(group: int, when: str = "update @logged", rate: str = LOG_RATE, p
     return [f'{when} {{ iifname {rate} }} log group {group} snaplen 128 prefix "{prefix}"'] if group else []
 
 
+def _guards() -> list[str]:
+    """The commands for what every packet of a machine passes first: is it who it says it is?"""
+    dhcp = "ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept"
+    # Each look-up in a set that counts is counted: in those, an interface is looked up once for a packet.
+    pins = [
+        "iifname @sent",
+        "meta nfproto ipv6 goto from_machine6",
+        dhcp,
+        "iifname . ether saddr . ip saddr != @pinned goto spoofed",
+    ]
+    rest = ["ip daddr 127.0.0.0/8 goto spoofed", "udp sport 67 goto spoofed", "iifname @rate_out goto too_fast"]
+    commands = chained("too_fast", ["iifname @over_out", "drop"])
+    asks = f"{SOLICIT} {ASKING} iifname . ether saddr @asking6 accept"
+    pins6 = [asks, "iifname . ether saddr . ip6 saddr != @pinned6 goto spoofed", f"{FORGED} goto spoofed"]
+    rest6 = ["ip6 daddr ::1 goto spoofed", "udp sport 547 goto spoofed", "iifname @rate_out goto too_fast"]
+    commands += chained("from_machine6", [QUIET, *pins6, *rest6])
+    commands += chained("from_machine", [*pins, *rest])
+    return commands + chained("guard", ["iifname @machines jump from_machine"], "filter hook prerouting priority raw")
+
+
 def base(ranges: Iterable[IPv4Network], private: Iterable[Network] = (), log_group: int = 0) -> list[str]:
     """The commands that make both tables, with no machine in them. ``ranges``: where machines' addresses are from; ``private``:
     networks of the operator's that are closed besides :data:`DENIED`; ``log_group``: of NFLOG, 0 for no log."""
@@ -358,22 +378,7 @@ def base(ranges: Iterable[IPv4Network], private: Iterable[Network] = (), log_gro
     commands += chained("refused", ["oifname @refusals", "drop"])
     commands += chained("public", ["ip daddr != @private accept", "ip6 daddr != @private6 accept", "goto denied"])
     commands += chained("learned", ["ip daddr @private goto denied", "ip6 daddr @private6 goto denied", *note, "accept"])
-    dhcp = "ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept"
-    # Each look-up in a set that counts is counted: in those, an interface is looked up once for a packet.
-    pins = [
-        "iifname @sent",
-        "meta nfproto ipv6 goto from_machine6",
-        dhcp,
-        "iifname . ether saddr . ip saddr != @pinned goto spoofed",
-    ]
-    rest = ["ip daddr 127.0.0.0/8 goto spoofed", "udp sport 67 goto spoofed", "iifname @rate_out goto too_fast"]
-    commands += chained("too_fast", ["iifname @over_out", "drop"])
-    asks = f"{SOLICIT} {ASKING} iifname . ether saddr @asking6 accept"
-    pins6 = [asks, "iifname . ether saddr . ip6 saddr != @pinned6 goto spoofed", f"{FORGED} goto spoofed"]
-    rest6 = ["ip6 daddr ::1 goto spoofed", "udp sport 547 goto spoofed", "iifname @rate_out goto too_fast"]
-    commands += chained("from_machine6", [QUIET, *pins6, *rest6])
-    commands += chained("from_machine", [*pins, *rest])
-    commands += chained("guard", ["iifname @machines jump from_machine"], "filter hook prerouting priority raw")
+    commands += _guards()
     commands += chained("between", ["ip saddr . ip daddr @peers accept", "ip6 saddr . ip6 daddr @peers6 accept", "goto denied"])
     commands += chained("too_many", ["iifname @crowded", refused])
     many = "ct state new iifname @connections goto too_many"

@@ -44,8 +44,9 @@ from stoker.network import rules
 from stoker.network.bridged import Port
 from stoker.network.egress import NONE
 from stoker.network.firewall import Firewall
+from stoker.network.ipv6 import beside, check_ipv6, open_ipv6
 from stoker.network.named import Answers
-from stoker.network.plan import INSIDE, BridgePlan, Foreign, NamespacePlan, RunPlan, Taken, ula, ula_beside
+from stoker.network.plan import INSIDE, BridgePlan, Foreign, NamespacePlan, RunPlan, Taken, ula
 from stoker.network.ports import require_free
 from stoker.network.rules import Machine
 
@@ -108,43 +109,8 @@ class Joined(_Held):
     plan: BridgePlan = field(kw_only=True)
 
 
-def _check_ipv6() -> None:
-    """Whether the calling thread's namespace has IPv6 for machines: ``ipv6_unavailable``, ``network_unprepared`` (HostError)."""
-    if not netlink.has_ipv6():
-        raise HostError("ipv6_unavailable", "this host's kernel has no IPv6", "without --ipv6; or boot without ipv6.disable=1")
-    with open("/proc/sys/net/ipv6/conf/all/forwarding", encoding="ascii") as file:
-        if file.read().strip() == "0":
-            raise HostError(
-                "network_unprepared",
-                "this host does not forward IPv6: machines would reach nothing by it",
-                "sysctl -w net.ipv6.conf.all.forwarding=1, and accept_ra=2 of the uplink where its route is a router's word",
-            )
-
-
-def _open_ipv6(*interfaces: str, forward: bool = False) -> None:
-    """Of the calling thread's namespace: interfaces that shall have IPv6 addresses, whatever new ones have here; with ``forward``,
-    IPv6 goes through. By /proc/sys, since there is no other way."""
-    values = {f"{name}/{setting}": value for name in interfaces for setting, value in (("disable_ipv6", "0"), ("accept_ra", "0"))}
-    if forward:
-        values["all/forwarding"] = "1"
-    for name, value in values.items():
-        try:
-            with open(f"/proc/sys/net/ipv6/conf/{name}", "w", encoding="ascii") as file:
-                file.write(value)
-        except OSError as error:
-            raise HostError("ipv6_unavailable", f"net.ipv6.conf.{name}: {error.strerror}", "without --ipv6") from None
-
-
 def _networks(plans: Iterable[Plan | BridgePlan]) -> list[IPv4Network]:
     return [plan.network for plan in plans if not isinstance(plan, BridgePlan)]
-
-
-def _beside(index: int, own: IPv4Interface, other: IPv4Address, mac: str, about: str) -> list[netlink.Request]:
-    """The IPv6 address beside one of IPv4, and whose the one at the other end is."""
-    return [
-        netlink.add_address(index, ula_beside(own), about),
-        netlink.add_neighbour(index, ula(other), mac, about),
-    ]
 
 
 class Slots:
@@ -207,7 +173,7 @@ class Slots:
         ``ipv6_unavailable``, ``network_unprepared``, and what the parts raise.
         """
         if machine.ipv6:
-            self._home.run(_check_ipv6)
+            self._home.run(check_ipv6)
         if (machine.interface, machine.mac, machine.address) != (plan.interface, plan.source_mac, plan.address):
             raise ValueError("the machine is not the plan's")
         self._check_free(plan)
@@ -286,8 +252,8 @@ class Slots:
                 raise HostError("tap_unknown", f"the TAP {plan.tap} went away", "does something else remove TAPs?")
             own, more = IPv4Interface((plan.host, 30)), []
             if ipv6:
-                _open_ipv6(plan.tap)
-                more = _beside(index, own, plan.guest, plan.mac, plan.tap)
+                open_ipv6(plan.tap)
+                more = beside(index, own, plan.guest, plan.mac, plan.tap)
             self._link.apply(
                 netlink.set_link(index, plan.tap, mac=plan.tap_mac, mtu=mtu, queue=QUEUE, settings=JUDGED),
                 netlink.set_link(index, plan.tap, up=True),
@@ -316,10 +282,10 @@ class Slots:
             pair = [netlink.add_veth(here, there, self._home.fd, mtu=mtu)]
             if ipv6:
                 link.apply(pair.pop())  # it is there before it is opened
-                _open_ipv6(guest.tap, guest.out, forward=True)
+                open_ipv6(guest.tap, guest.out, forward=True)
                 more = [
-                    *_beside(TAP, guest.gateway, guest.guest.ip, guest.guest_mac, guest.tap),
-                    *_beside(OUT, out, plan.host, plan.veth_mac, guest.out),
+                    *beside(TAP, guest.gateway, guest.guest.ip, guest.guest_mac, guest.tap),
+                    *beside(OUT, out, plan.host, plan.veth_mac, guest.out),
                     netlink.add_route(EVERYTHING6, gateway=ula(plan.host)),
                 ]
             link.apply(
@@ -347,8 +313,8 @@ class Slots:
             raise HostError("link_unknown", f"the interface {plan.veth} went away", "does something else remove interfaces?")
         own, more = IPv4Interface((plan.host, 31)), []
         if ipv6:
-            self._home.run(lambda: _open_ipv6(plan.veth))
-            more = _beside(index, own, plan.address, plan.source_mac, plan.veth)
+            self._home.run(lambda: open_ipv6(plan.veth))
+            more = beside(index, own, plan.address, plan.source_mac, plan.veth)
         self._link.apply(
             netlink.set_link(index, plan.veth, settings=JUDGED),
             netlink.set_link(index, plan.veth, up=True),
