@@ -30,17 +30,14 @@ from stoker.api.models import (
     PingResult,
     PortAccess,
     ResizeSandbox,
-    SetNetwork,
     SetTimeout,
     Snapshot,
     SshAccess,
     StopSandbox,
-    Timeout,
-    TimeoutMode,
     VolumeMount,
 )
 from stoker.api.models import Sandbox as SandboxInfo
-from stoker.api.units import parse_duration, parse_size
+from stoker.api.units import parse_size
 from stoker.api.volumes import parse_mount
 from stoker.client.api import path
 from stoker.client.client import AsyncClient, default_client
@@ -48,9 +45,10 @@ from stoker.client.commands import AsyncCommands, AsyncPty
 from stoker.client.feed import AsyncFeed, events_feed
 from stoker.client.files import AsyncFiles
 from stoker.client.forward import AsyncForward, listen
+from stoker.client.making import app_of, hold, network_change, timeout_of
 from stoker.client.operations import OnProgress, begin_create, destroy_made, finish_operation, wait_for_state
 from stoker.client.words import bridge_name, init_mode, network_mode, transport
-from stoker.errors import Conflict, InvalidRequest, NotFound, error_from_wire
+from stoker.errors import Conflict, NotFound, error_from_wire
 
 if TYPE_CHECKING:
     from stoker.client.lease import Lease
@@ -176,8 +174,8 @@ class AsyncSandbox:
             tap=tap,
             init=None if init is None else init_mode(init),
             volumes=[parse_mount(one) if isinstance(one, str) else one for one in volumes],
-            app=None if app is None else await _app(client, app),
-            timeout=_timeout(timeout, idle_timeout),
+            app=None if app is None else await app_of(client.api, app),
+            timeout=timeout_of(timeout, idle_timeout),
             lease=lease,
             cold=cold,
             start=start,
@@ -323,7 +321,7 @@ class AsyncSandbox:
             name=name,
             hostname=hostname,
             labels=dict(labels) if labels is not None else None,
-            timeout=_timeout(timeout, idle_timeout),
+            timeout=timeout_of(timeout, idle_timeout),
             cold=cold,
         )
         target = path("snapshots", snapshot, "sandboxes")
@@ -342,7 +340,7 @@ class AsyncSandbox:
 
     async def set_timeout(self, timeout: float | str | None = None, *, idle_timeout: float | str | None = None) -> SandboxInfo:
         """Destroys it so long after now, or pauses it so long after its last use; with neither it stays until it is killed."""
-        body = SetTimeout(timeout=_timeout(timeout, idle_timeout))
+        body = SetTimeout(timeout=timeout_of(timeout, idle_timeout))
         return self._keep(await self._api.call("PUT", self._path("timeout"), SandboxInfo, body=body))
 
     async def set_network(
@@ -359,16 +357,7 @@ class AsyncSandbox:
         """Another egress policy, other published ports, access to the host or none, other limits (bytes a second, and how many at
         once; 0: none); None leaves them. Connections that it may not have any more are cut. ``learn``: what the policy denies of
         the public is let through and recorded (:meth:`learned`)."""
-        ports = None if publish is None else list(publish)
-        body = SetNetwork(
-            egress=egress,
-            publish=ports,
-            host_access=host_access,
-            learn=learn,
-            rate_in=None if rate_in is None else parse_size(rate_in),
-            rate_out=None if rate_out is None else parse_size(rate_out),
-            connections=connections,
-        )
+        body = network_change(egress, publish, host_access, learn, rate_in, rate_out, connections)
         return self._keep(await self._api.call("PUT", self._path("network"), SandboxInfo, body=body))
 
     async def network(self) -> NetworkStatus:
@@ -448,7 +437,7 @@ async def created(
     held: Lease | None = None
     try:
         try:
-            held = await _lease(client, str(operation.sandbox)) if lease else None
+            held = await hold(client.api, str(operation.sandbox)) if lease else None
         except (Conflict, NotFound):
             # It failed before anybody could hold it: its operation says why.
             await finish_operation(client.api, operation, ready_timeout, on_progress, undo=destroy_made)
@@ -463,22 +452,3 @@ async def created(
         raise
     box._held = held
     return box
-
-
-async def _app(client: AsyncClient, source: str | os.PathLike[str]) -> str:
-    from stoker.client.volumes import upload_app
-
-    return await upload_app(client.api, source)
-
-
-async def _lease(client: AsyncClient, sandbox: str) -> Lease:
-    from stoker.client.lease import Lease
-
-    return await Lease.hold(client.api, sandbox)
-
-
-def _timeout(absolute: float | str | None, idle: float | str | None) -> Timeout | None:
-    if absolute is not None and idle is not None:
-        raise InvalidRequest("two_timeouts", "a sandbox has one timeout, absolute or idle", "leave out timeout or idle_timeout")
-    given, mode = (absolute, TimeoutMode.ABSOLUTE) if idle is None else (idle, TimeoutMode.IDLE)
-    return None if given is None else Timeout(seconds=parse_duration(given), mode=mode)

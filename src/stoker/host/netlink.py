@@ -20,6 +20,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6
 from typing import Any, Final
 
 from stoker.errors import HostError
+from stoker.host.netlink_errors import refusal, said
 
 __all__ = ["Address", "Link", "Netlink", "Request", "Route", "Way", "has_ipv6", "refusal"]
 
@@ -33,8 +34,7 @@ IFF_UP: Final = 1
 SOL_NETLINK, NETLINK_EXT_ACK, NETLINK_CAP_ACK = 270, 11, 10
 SIOCGIFINDEX: Final = 0x8933
 MAIN_TABLE: Final = 254
-RTN_UNICAST: Final = 1
-RTN_LOCAL: Final = 2
+RTN_UNICAST, RTN_LOCAL = 1, 2
 IFA_F_NODAD: Final = 0x02
 NUD_PERMANENT: Final = 0x80
 BUFFER: Final = 1 << 18
@@ -94,23 +94,6 @@ class Request:
     flags: int
     body: bytes
     about: str
-
-
-def refusal(number: int, about: str, said: str = "") -> HostError:
-    """The error for a refused request: ``link_exists``, ``link_unknown``, ``netlink_denied`` or ``netlink_failed``."""
-    reason = f"{os.strerror(number)}{f' ({said})' if said else ''}"
-    details = {"errno": errno.errorcode.get(number, str(number))}
-    match number:
-        case errno.EEXIST | errno.EBUSY:
-            return HostError("link_exists", f"{about}: exists already", "ip link; ip address", details=details)
-        case errno.ENODEV | errno.ENXIO | errno.ESRCH:
-            return HostError("link_unknown", f"{about}: {reason}", details=details)
-        case errno.EPERM | errno.EACCES:
-            return HostError("netlink_denied", f"{about}: {reason}", "networks of one's own need root", details=details)
-        case errno.EOPNOTSUPP | errno.EAFNOSUPPORT:
-            return HostError("netlink_unsupported", f"{about}: {reason}", "stoker doctor", details=details)
-        case _:
-            return HostError("netlink_failed", f"{about}: {reason}", details=details)
 
 
 @cache
@@ -284,19 +267,6 @@ def delete_route(destination: Destination, *, index: int = 0, gateway: Gateway |
     return _route(RTM_DELROUTE, 0, destination, index, gateway)
 
 
-def _said(payload: bytes) -> str:
-    """The kernel's own words in an extended acknowledgement (NLMSGERR_ATTR_MSG), if it gave any."""
-    rest = payload[4 + 16 :]
-    while len(rest) >= 4:
-        length, kind = struct.unpack_from("=HH", rest)
-        if length < 4:
-            return ""
-        if kind & 0x3FFF == 1:
-            return rest[4:length].rstrip(b"\0").decode(errors="replace")
-        rest = rest[(length + 3) & ~3 :]
-    return ""
-
-
 def _way(message: bytes) -> Way:
     row = _codecs().route(message)
     row.decode()
@@ -369,7 +339,7 @@ class Netlink:
                     continue
                 number = -struct.unpack_from("=i", message, 16)[0]
                 if number and failed is None:
-                    failed = refusal(number, asked.about, _said(message[16:]))
+                    failed = refusal(number, asked.about, said(message[16:]))
         if failed is not None:
             raise failed
 
