@@ -132,7 +132,7 @@ def test_rules_by_value() -> None:
         f"add set inet stoker held6-{digest}-4 {{ type ipv6_addr . ipv6_addr; flags dynamic,timeout; timeout 1d; size 65535; }}",
         rule + f"ct state established ip6 saddr . ip6 daddr {held6} {use6}",
         rule + f"ip6 daddr @names6-{digest}-4 ip6 daddr != @private6 {use6}",
-        rule + "ip6 daddr 2600:1::/128 ip6 daddr != @private6 meta l4proto ipv6-icmp accept",
+        rule + "ip6 daddr 2600:1::/128 ip6 daddr != @private6 meta l4proto 58 accept",
         rule + "ip6 daddr fd00:1::/64 meta l4proto { tcp, udp } th dport 53 accept",
         rule + "goto denied",
     ]

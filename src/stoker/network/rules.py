@@ -71,7 +71,7 @@ BURST: Final = 128 << 10
 ANSWERS: Final = (
     "ct direction reply ct state established accept",
     "meta l4proto icmp ct state related accept",
-    "meta l4proto ipv6-icmp ct state related accept",
+    "meta l4proto 58 ct state related accept",
 )
 SOLICIT: Final = "icmpv6 type nd-neighbor-solicit ip6 hoplimit 255"
 """The only word of neighbour discovery that a machine has a say in: it asks for its gateway. Who it is we know."""
@@ -263,7 +263,7 @@ def held_set(digest: str, position: int, version: int = 4) -> str:
 
 def _ports(rule: Rule, version: int) -> str:
     if rule.protocol is Protocol.ICMP:
-        return f"meta l4proto {'icmp' if version == 4 else 'ipv6-icmp'} "
+        return f"meta l4proto {'icmp' if version == 4 else 58} "
     if rule.ports:
         first, last = rule.ports
         protocols = str(rule.protocol) if rule.protocol else "{ tcp, udp }"
