@@ -240,6 +240,15 @@ class GuestWorld(Hosted):
     def settled(self) -> None:
         """Nothing that later machines begin with is being made."""
         eventually(lambda: not any("golden" in str(one) for one in self.processes()), "never settled")
+        seen: list[dict[str, list[str]]] = []
+
+        def calm() -> bool:
+            """Descriptors of what is over are closed a moment later."""
+            seen.append(self.state())
+            time.sleep(0.5)
+            return seen[-1:] == seen[-2:-1]
+
+        eventually(calm, "the host is never calm")
 
     def namespaces(self) -> dict[str, str]:
         """Those that the daemon holds, by the numbers of its descriptors."""
