@@ -12,7 +12,8 @@ from msgspec import structs
 from stoker.api.models import CreateSandbox, NetworkMode, SandboxState
 from stoker.engine import network_words as networks
 from stoker.engine.create import with_network
-from stoker.engine.network_words import check_network, has_own_addresses, machine_of, planned, publication_of, ranges
+from stoker.engine.judged import machine_of, publication_of
+from stoker.engine.network_words import check_network, has_own_addresses, planned, ranges
 from stoker.engine.state import Record
 from stoker.errors import CapacityExhausted, InvalidRequest
 from stoker.network.egress import Protocol

@@ -156,8 +156,8 @@ def configuration(request: MachineRequest, rootfs: RootFilesystem, network: User
                 mac=network.mac,
                 address=network.address,
                 gateway=network.gateway,
-                address6=getattr(network, "address6", ""),
-                gateway6=getattr(network, "gateway6", ""),
+                address6=network.address6 if isinstance(network, Wire) else "",
+                gateway6=network.gateway6 if isinstance(network, Wire) else "",
             )
             if network
             else None
@@ -346,9 +346,8 @@ async def _shape(
 ) -> Shape | None:
     """What golden memory for this machine is known by; None: it has to boot."""
     usual = request.init == "agent" and request.initrd is None and not request.attached
+    usual = usual and (request.wire is None or not request.wire.own)
     # Only of an overlay is it known that the guest finds in it what it has read of the base.
-    if request.wire is not None and request.wire.own:
-        return None
     if request.cold or not usual or words.root is None or clone.format != "qcow2" or len(clone.backing) != 1:
         return None
     return await Shape.of(spec, words.root, words.network, clone.size, settings)

@@ -33,7 +33,7 @@ from stoker.engine.booter import Booted
 from stoker.engine.core import Box, Core, Live, Places, released_in
 from stoker.engine.ending import detach, ended, release_all
 from stoker.engine.hub import Hub, Started, decode_started
-from stoker.engine.leases import lease_name
+from stoker.engine.leases import lease_of
 from stoker.engine.ledger import Entry, Kind, Ledger
 from stoker.engine.network_words import ON_THE_HOST, has_own_addresses
 from stoker.engine.operations import Running
@@ -46,7 +46,6 @@ from stoker.engine.watch import watch
 from stoker.errors import Conflict, HostError, InternalError, StokerError
 from stoker.host import cgroups
 from stoker.host.cgroups import Limits
-from stoker.network.plan import parse_slot
 from stoker.storage.app import app_image
 from stoker.vmm.machine import translated_code
 
@@ -190,20 +189,16 @@ async def _make_slot(core: Core, box: Box, directory: Path) -> None:
     slot = await core.networks.promise(box.record)
     pinned = slot if has_own_addresses(box.record.request) else ""
     try:
-        things, lease = [(Kind.SLOT, slot)], ""
-        if box.record.request.init is InitMode.IMAGE and box.record.request.network is NetworkMode.NAT:
-            lease = lease_name(parse_slot(slot), directory, core.units)
-            things.append((Kind.DHCP, lease))
+        lease = lease_of(box.record, slot, directory, core.units)
+        things = [(Kind.SLOT, slot), *([(Kind.DHCP, lease)] if lease else [])]
         await core.save(box, slot=slot, pinned=pinned, durable=True, also=lambda db: Ledger.intend_in(db, box.id, things))
     except BaseException:
         core.networks.forget(slot)
         raise
     trace("slot.after_intent")
     box.wire = await core.networks.up(box.record)
-    await core.ledger.live(box.id, Kind.SLOT, slot)
     if lease:
         await core.networks.lease(box.record, lease, core.units)
-        await core.ledger.live(box.id, Kind.DHCP, lease)
 
 
 def requested(core: Core, box: Box, places: Places, *, copied: bool = False) -> MachineRequest:
@@ -285,6 +280,7 @@ def made_in(db: sqlite3.Connection, places: Places, sandbox: str) -> None:
     for kind, name in places.things(lease=False, sandbox=sandbox):
         if kind is not Kind.PROCESS:
             Ledger.live_in(db, sandbox, kind, name)
+    Ledger.kinds_live_in(db, sandbox, (Kind.DHCP, Kind.SLOT))
 
 
 async def running(core: Core, box: Box, booted: Booted, hub: Hub | None = None, rows: Mapping[int, Started] | None = None) -> None:

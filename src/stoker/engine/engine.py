@@ -340,11 +340,13 @@ class Engine:
         return await verbs.ping(self._core, self._find(who, sandbox))
 
     async def set_timeout(self, who: Principal, sandbox: str, timeout: Timeout | None) -> Sandbox:
-        await self._core.shielded(verbs.set_timeout(self._core, box := self._find(who, sandbox), timeout))
+        box = self._find(who, sandbox)
+        await self._core.shielded(verbs.set_timeout(self._core, box, timeout))
         return box.value
 
     async def set_network(self, who: Principal, sandbox: str, request: SetNetwork) -> Sandbox:
-        await self._core.shielded(verbs.set_network(self._core, box := self._find(who, sandbox), request))
+        box = self._find(who, sandbox)
+        await self._core.shielded(verbs.set_network(self._core, box, request))
         return box.value
 
     async def wait(self, who: Principal, sandbox: str, states: frozenset[SandboxState], timeout: float) -> Sandbox:

@@ -1,4 +1,7 @@
-"""The networks of sandboxes as they are seen: counters and denials, what was learned, and why a port is reached or not."""
+"""The networks of sandboxes as they are seen: counters and denials, what was learned, and why a port is reached or not.
+
+What it takes to look is imported when somebody asks: a daemon starts without.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,12 @@ from stoker.api.models import (
     Transport,
     Verdict,
 )
-from stoker.engine.gathering import AgentInside, gather
-from stoker.engine.network_words import egress_of
 from stoker.engine.state import require
 from stoker.errors import Conflict, InvalidRequest
-from stoker.network.egress import Protocol
-from stoker.network.explain import judge, wider
-from stoker.network.facts import Facts, Outcome, parse_target
-from stoker.network.firewall import Counters
-from stoker.network.looking import Looking
-from stoker.network.plan import INSIDE, NamespacePlan
 
 if TYPE_CHECKING:
     from stoker.engine.core import Box, Core
+    from stoker.network.facts import Facts
 
 __all__ = ["NetworksSeen", "told"]
 
@@ -53,6 +49,8 @@ class NetworksSeen:
         return box
 
     async def show(self, who: Principal, sandbox: str) -> NetworkStatus:
+        from stoker.network.firewall import Counters
+
         box = self._find(who, sandbox)
         core, record, value = self._core, box.record, box.value
         counted = Counters()
@@ -86,6 +84,9 @@ class NetworksSeen:
         )
 
     async def learned(self, who: Principal, sandbox: str) -> LearnedNetwork:
+        from stoker.engine.judged import egress_of
+        from stoker.network.explain import wider
+
         box = self._find(who, sandbox)
         learned = self._core.networks.denials.learned(box.id)
         if learned is None:
@@ -98,7 +99,12 @@ class NetworksSeen:
         return LearnedNetwork(sandbox=box.id, rules=rules, egress=egress, names=seen["names"], lost=learned.lost)
 
     async def explain(self, who: Principal, sandbox: str, request: ExplainNetwork) -> Explanation:
+        from stoker.engine.gathering import AgentInside, gather
         from stoker.host.namespaces import Namespace, own_namespace
+        from stoker.network.egress import Protocol
+        from stoker.network.facts import parse_target
+        from stoker.network.looking import Looking
+        from stoker.network.plan import INSIDE, NamespacePlan
 
         box = self._find(who, sandbox)
         target = parse_target(request.target, Protocol(request.protocol.value))
@@ -118,6 +124,9 @@ class NetworksSeen:
 
 def told(sandbox: str, facts: Facts, seconds: float) -> Explanation:
     """What there is to say of these facts."""
+    from stoker.network.explain import judge
+    from stoker.network.facts import Outcome
+
     steps = judge(facts)
     fault = next((step.name for step in steps if step.verdict is Verdict.FAIL), None)
     reached: bool | None = None if fault is None else False

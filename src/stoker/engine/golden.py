@@ -29,8 +29,6 @@ from stoker.guest.channel import connect
 from stoker.guest.copies import BeforeSnapshot
 from stoker.guest.messages import ExecRequest, NetworkConfiguration, Preparation, RootMount
 from stoker.host.lock import try_flock
-from stoker.host.namespaces import Namespace
-from stoker.host.tun import open_tap
 from stoker.storage.overlay import allocated, create_overlay
 from stoker.vmm.machine import GuestMemory, MachineSpec, TapNetwork
 from stoker.vmm.memory import new_memory, sealed
@@ -93,6 +91,9 @@ class Golden:
 
 def _dead_end(undo: AsyncExitStack) -> int:
     """A TAP like a machine's, in a namespace with nothing else in it."""
+    from stoker.host.namespaces import Namespace
+    from stoker.host.tun import open_tap
+
     namespace, tap = Namespace.create(lambda _: open_tap("tap0", create=True))
     undo.callback(namespace.close)
     undo.callback(os.close, tap)

@@ -15,17 +15,19 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from stoker.api.models import InitMode, NetworkMode
 from stoker.errors import StokerError
 from stoker.host.durable import write_atomically
-from stoker.network.plan import RunPlan
+from stoker.network.plan import RunPlan, parse_slot
 
 if TYPE_CHECKING:
+    from stoker.engine.state import Record
     from stoker.engine.units import Units
     from stoker.host.process import ProcessIdentity
     from stoker.network.dhcp import Dhcp
     from stoker.network.slot import Plan, Slot
 
-__all__ = ["Leases", "lease_name"]
+__all__ = ["Leases", "lease_name", "lease_of"]
 
 log = logging.getLogger(__name__)
 UNIT: Final = ".service"
@@ -36,6 +38,13 @@ def lease_name(plan: Plan, directory: Path, units: Units) -> str:
     from stoker.network import dhcp
 
     return dhcp.instance(plan) if isinstance(plan, RunPlan) and units.usable else str(directory)
+
+
+def lease_of(record: Record, slot: str, directory: Path, units: Units) -> str:
+    """The same of a sandbox whose machine has this slot; empty: it is offered nothing."""
+    if record.request.init is not InitMode.IMAGE or record.request.network is not NetworkMode.NAT:
+        return ""
+    return lease_name(parse_slot(slot), directory, units)
 
 
 @dataclass(slots=True)

@@ -115,6 +115,11 @@ class Ledger:
         )
 
     @staticmethod
+    def kinds_live_in(db: sqlite3.Connection, owner: str, kinds: Iterable[Kind]) -> None:
+        """Whatever an owner has of these kinds: their names are not known beforehand."""
+        db.executemany("UPDATE owned SET state = 'live' WHERE owner = ? AND kind = ?", [(owner, kind.value) for kind in kinds])
+
+    @staticmethod
     def released_in(db: sqlite3.Connection, owner: str, kinds: Iterable[Kind] | None = None) -> None:
         for kind in kinds if kinds is not None else Kind:
             db.execute("DELETE FROM owned WHERE owner = ? AND kind = ?", (owner, kind.value))

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
-from ipaddress import AddressValueError, IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from typing import TYPE_CHECKING, Final
 
 from stoker.api.models import CreateSandbox, NetworkMode
 from stoker.errors import CapacityExhausted, InvalidRequest
-from stoker.network.bridged import Port
-from stoker.network.egress import ALL, Egress, parse_egress
-from stoker.network.egress import Protocol as Transport
 from stoker.network.plan import (
     NAMESPACE_RANGE,
     RUN_RANGE,
     BridgePlan,
-    NamespacePlan,
     Range,
     RunPlan,
     Taken,
@@ -25,7 +20,6 @@ from stoker.network.plan import (
     plan_run,
     plan_tap,
 )
-from stoker.network.rules import SERVICES, Machine, Publication
 
 if TYPE_CHECKING:
     from stoker.engine.state import Record
@@ -36,17 +30,13 @@ __all__ = [
     "DEFAULT",
     "NAMESPACE",
     "ON_THE_HOST",
-    "port_of",
     "check_network",
     "default_network",
-    "egress_of",
     "forwards",
     "has_own_addresses",
-    "machine_of",
     "name_servers",
     "planned",
     "private_networks",
-    "publication_of",
     "range_of",
     "ranges",
 ]
@@ -148,10 +138,10 @@ def check_network(request: CreateSandbox) -> None:
         raise InvalidRequest(
             "run_unnamed", "with a run id the interface and addresses follow from it and a name", "--run-id ID --name NAME"
         )
-    egress_of(request.egress)
-    seen = [(one.protocol, one.host_port, one.host_address) for one in map(publication_of, request.publish)]
-    if len(set(seen)) != len(seen):
-        raise InvalidRequest("port_invalid", "a port of the host is published twice", "name each once")
+    if request.egress or request.publish:
+        from stoker.engine.judged import check_policy
+
+        check_policy(request)
 
 
 def _check_bridge(request: CreateSandbox) -> None:
@@ -169,52 +159,3 @@ def _check_bridge(request: CreateSandbox) -> None:
         raise InvalidRequest("bad_network", str(error), "--address 192.168.1.50/24 --gateway 192.168.1.1") from None
     if by is not None and (own is None or by not in own.network):
         raise InvalidRequest("bad_network", f"the gateway {by} is not in the network of its address", "--address 192.168.1.50/24")
-
-
-def port_of(record: Record, plan: BridgePlan) -> Port:
-    """What the firewall knows of a sandbox on a bridge."""
-    return Port(plan.interface, plan.mac, record.request.rate_in, record.request.rate_out)
-
-
-def machine_of(record: Record, plan: RunPlan | NamespacePlan) -> Machine:
-    """What the firewall knows of a sandbox."""
-    egress = replace(egress_of(record.request.egress), learn=record.request.learn)
-    names = egress.has_domains or egress.learn
-    return Machine(
-        plan.interface,
-        plan.source_mac,
-        plan.address,
-        egress,
-        published=tuple(publication_of(text) for text in record.request.publish),
-        host_services=SERVICES if names else (),
-        host_access=record.request.host_access,
-        rate_in=record.request.rate_in,
-        rate_out=record.request.rate_out,
-        connections=record.request.connections,
-        ipv6=record.request.ipv6,
-        resolver=plan.host if names else None,
-    )
-
-
-def egress_of(text: str | None) -> Egress:
-    """Empty: everything public. Errors: ``egress_invalid`` (InvalidRequest)."""
-    return parse_egress(text) if text else ALL
-
-
-def publication_of(text: str) -> Publication:
-    """``[IP:]HOST:GUEST[/udp]``. Errors: ``port_invalid`` (InvalidRequest)."""
-    ports, _, protocol = text.partition("/")
-    address, host, guest = ["", *ports.rsplit(":", 2)][-3:] if ":" in ports else ("", "", "")
-    try:
-        numbers = [int(port) for port in (host, guest) if port.isascii() and port.isdigit()]
-        if len(numbers) != 2 or not all(0 < number < 65536 for number in numbers):
-            raise ValueError
-        where = IPv4Address(address) if address else None
-        transport = Transport(protocol or "tcp")
-        if transport is Transport.ICMP:
-            raise ValueError
-        return Publication(transport, numbers[0], numbers[1], where)
-    except (ValueError, AddressValueError):
-        raise InvalidRequest(
-            "port_invalid", f"{text[:60]!r} is no port to publish", "8080:80, 127.0.0.1:8080:80, 5353:53/udp"
-        ) from None

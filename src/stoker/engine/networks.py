@@ -13,6 +13,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Interface
 from typing import TYPE_CHECKING, Final, Protocol
@@ -20,19 +21,14 @@ from typing import TYPE_CHECKING, Final, Protocol
 from stoker.engine.leases import Leases
 from stoker.engine.network_words import (
     NAMESPACE,
-    egress_of,
     forwards,
     has_own_addresses,
-    machine_of,
     name_servers,
     planned,
-    port_of,
     private_networks,
     ranges,
 )
 from stoker.errors import HostError, StokerError
-from stoker.network.denials import Denials
-from stoker.network.egress import NONE
 from stoker.network.plan import (
     INSIDE,
     BridgePlan,
@@ -46,14 +42,15 @@ from stoker.network.plan import (
     plan_namespace,
     ula,
 )
-from stoker.network.rules import Machine
 
 if TYPE_CHECKING:
     from stoker.engine.state import Record
     from stoker.engine.units import Units
     from stoker.host.namespaces import Namespace
+    from stoker.network.denials import Denials
     from stoker.network.firewall import Firewall
     from stoker.network.resolver import Resolver
+    from stoker.network.rules import Machine
     from stoker.network.slot import Joined, Plan, Slot, Slots
     from stoker.settings import Settings
 
@@ -94,7 +91,7 @@ class Networks:
         self._slots: Slots | None = None
         self._firewall: Firewall | None = None
         self._resolver: Resolver | None = None
-        self.denials = Denials()
+        self._denials: Denials | None = None
         self._ranges = ranges(settings)
         self._foreign: list[IPv4Network] = []
         self._names: frozenset[str] = frozenset()
@@ -106,6 +103,15 @@ class Networks:
         self._last = -1
         self.leases = Leases()
         self._looks: asyncio.Task[None] | None = None
+
+    @property
+    def denials(self) -> Denials:
+        """Imported with the first machine that has an interface on the host."""
+        if self._denials is None:
+            from stoker.network.denials import Denials
+
+            self._denials = Denials()
+        return self._denials
 
     # -- beginning and end --------------------------------------------------------------------------------------------
 
@@ -167,7 +173,8 @@ class Networks:
         slots, self._slots = self._slots, None
         firewall, self._firewall = self._firewall, None
         resolver, self._resolver = self._resolver, None
-        self.denials.close()
+        if self._denials is not None:
+            self._denials.close()
         if resolver is not None:
             await resolver.aclose()
         if slots is not None:
@@ -217,12 +224,16 @@ class Networks:
     def unpin(self, sandbox: str) -> None:
         """The sandbox is gone: its addresses are anybody's."""
         self._pinned.pop(sandbox, None)
-        self.denials.forget(sandbox)
+        if self._denials is not None:
+            self._denials.forget(sandbox)
 
     # -- machines -----------------------------------------------------------------------------------------------------
 
     async def up(self, record: Record) -> Wire:
         """Makes a sandbox's slot. Nothing of it is there when this fails."""
+        from stoker.engine.judged import egress_of, machine_of, port_of
+        from stoker.network.egress import NONE
+
         slots = await self.open()
         plan = parse_any_slot(record.slot)
         if isinstance(plan, BridgePlan):
@@ -281,6 +292,8 @@ class Networks:
 
     async def adopt(self, record: Record, machine: Found) -> None:
         """Of a machine that outlived its daemon."""
+        from stoker.engine.judged import machine_of, port_of
+
         slots = await self.open()
         plan, firewall = parse_any_slot(record.slot), self._firewall
         assert firewall is not None
@@ -304,8 +317,11 @@ class Networks:
         self.denials.watch(record.id, machine_there)
         await self._answer(machine_there, plan)
 
-    async def change(self, record: Record) -> None:
-        """Its policy, or its ports, are others now. Returns when nothing comes in any more that it may not have."""
+    async def change(self, record: Record, *, wait: bool = True) -> None:
+        """Its policy, or its ports, are others now: what it sends is judged by them when this returns. With ``wait``, nothing comes
+        in any more either that it may not have; else that is seen to behind."""
+        from stoker.engine.judged import machine_of, port_of
+
         slots = await self.open()
         plan = parse_any_slot(record.slot)
         if isinstance(plan, BridgePlan):
@@ -317,8 +333,12 @@ class Networks:
         known = self._resolver.known(machine.interface, machine.egress)
         if machine.resolver is not None and machine.interface not in self._resolver.counts():
             await self._answer(machine, plan)  # it answers before questions are led there
-        await asyncio.wrap_future(slots.change(machine, known))
+        cutting = await asyncio.to_thread(slots.change, machine, known)
         await self._answer(machine, plan)
+        if wait:
+            await asyncio.wrap_future(cutting)
+        else:
+            cutting.add_done_callback(_behind)
 
     async def release(self, slot: str) -> None:
         """Gives a slot back, whatever of it is there; twice is fine. Its machine has ended."""
@@ -336,6 +356,8 @@ class Networks:
 
     async def seen(self, record: Record) -> tuple[Firewall, Machine, Plan, Namespace | None]:
         """What is known of a sandbox that has a slot: to be looked at."""
+        from stoker.engine.judged import machine_of
+
         await self.open()
         assert self._firewall is not None
         plan, slot = parse_slot(record.slot), self._up.get(record.slot)
@@ -346,3 +368,8 @@ class Networks:
         if self._firewall is not None:
             interfaces = [parse_any_slot(slot).interface for slot in keep]
             await asyncio.to_thread(self._firewall.prune, interfaces)
+
+
+def _behind(cutting: Future[None]) -> None:
+    if (error := cutting.exception()) is not None:
+        log.warning("connections that a machine may not have any more were not cut: %s", error)

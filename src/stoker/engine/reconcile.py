@@ -29,11 +29,11 @@ from pathlib import Path
 
 import msgspec
 
-from stoker.api.models import InitMode, NetworkMode, SandboxState
+from stoker.api.models import SandboxState
 from stoker.engine.build import kept_rows, make_hub
 from stoker.engine.core import Box, Core, Live, released_in
 from stoker.engine.ending import detach, ended, release_all
-from stoker.engine.leases import lease_name
+from stoker.engine.leases import lease_of
 from stoker.engine.ledger import Entry, Kind
 from stoker.engine.pause import drop_saved, laid_away, saved_place
 from stoker.engine.release import shims
@@ -41,7 +41,6 @@ from stoker.engine.state import Record, SnapshotRecord, VolumeRecord, to_body
 from stoker.engine.templates import TemplateRecord
 from stoker.engine.watch import verdict_on, watch
 from stoker.errors import GuestError, HostError, StokerError
-from stoker.network.plan import parse_slot
 
 __all__ = ["load_all", "private_directory", "reconcile", "settle"]
 
@@ -187,6 +186,17 @@ def _hold(core: Core, box: Box) -> None:
     core.admission.hold(box.id, owner=box.record.owner, memory=resources.memory, cpus=resources.cpus, disk=core.disk_of(box.record))
 
 
+async def _lease_again(core: Core, box: Box) -> None:
+    """What offers a machine its addresses is there; without, it keeps what it has."""
+    name = lease_of(box.record, box.record.slot, core.places(box.id).directory, core.units)
+    if not name:
+        return
+    try:
+        await core.networks.lease(box.record, name, core.units, found=True)
+    except StokerError as error:
+        log.error("%s is offered its addresses by nobody: %s", box.id, error)
+
+
 async def _adopt(core: Core, box: Box) -> bool:
     """True when the machine lives; it is watched again, and its agent is being reached."""
     places = core.places(box.id)
@@ -212,15 +222,13 @@ async def _adopt(core: Core, box: Box) -> bool:
     if box.record.slot:
         try:
             await core.networks.adopt(box.record, machine)
-            if box.record.request.init is InitMode.IMAGE and box.record.request.network is NetworkMode.NAT:
-                name = lease_name(parse_slot(box.record.slot), core.places(box.id).directory, core.units)
-                await core.networks.lease(box.record, name, core.units, found=True)
         except StokerError as error:
             # It runs, and nobody judges what it sends: better it is not there.
             log.error("%s is ended, its network cannot be had again: %s", box.id, error)
             await machine.kill()
             await machine.close()
             return False
+        await _lease_again(core, box)
     live = box.live = Live(machine, make_hub(core, box))
     rows = await kept_rows(core, box)
     live.watch = core.spawn(watch(core, box, live, rows), f"watch {box.id}")

@@ -73,7 +73,7 @@ async def _taken_over(core: Core, box: Box, live: Live) -> bool:
             if live.agent is None or not (record.template or await core.booter.still(record)):
                 raise GuestError("warm_stale", "it is not what a create would make now")
             if record.slot:
-                await core.networks.change(record)
+                await core.networks.change(record, wait=False)
             await live.machine.thaw()
             trace("warm.after_thaw")
             identity = Identity(

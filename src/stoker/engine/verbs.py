@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from stoker.api.models import Sandbox, SandboxState, SetNetwork, Timeout
 from stoker.engine.core import Box, Core
@@ -68,17 +68,8 @@ async def set_network(core: Core, box: Box, request: SetNetwork) -> None:
     async with box.lock:
         record = box.record
         require(record, "set_network")
-        wanted = record.request
-        if request.egress is not None:
-            wanted = replace(wanted, egress=request.egress)
-        if request.publish is not None:
-            wanted = replace(wanted, publish=request.publish)
-        if request.host_access is not None:
-            wanted = replace(wanted, host_access=request.host_access)
-        if request.learn is not None:
-            wanted = replace(wanted, learn=request.learn)
-        limits = {name: getattr(request, name) for name in ("rate_in", "rate_out", "connections")}
-        wanted = replace(wanted, **{name: limit for name, limit in limits.items() if limit is not None})
+        given = {name: value for name, value in asdict(request).items() if value is not None}
+        wanted = replace(record.request, **given)
         check_network(wanted)
         if record.slot:
             await core.networks.change(replace(record, request=wanted))

@@ -272,8 +272,8 @@ class Firewall:
         with self._lock:
             if isinstance(machine, Port):
                 return self._change(machine.interface, bridged.elements(machine), None)
-            self._check_ports(machine)
             wanted = rules.elements(machine)
+            self._check_ports(machine.interface, wanted)
             self._change(machine.interface, wanted, machine.egress, names or {})
 
     def remove(self, interface: str) -> bool:
@@ -298,10 +298,10 @@ class Firewall:
             mine = {item for item in self._installed.get(machine.interface, ()) if item.name in PUBLISHED}
         return [port for port in machine.published if rules.publication(port, machine) not in mine]
 
-    def _check_ports(self, machine: Machine) -> None:
-        for name, key in [(item.name, item.key) for item in rules.elements(machine) if item.name in PUBLISHED]:
-            other = self._published.get((name, key), machine.interface)
-            if other != machine.interface:
+    def _check_ports(self, interface: str, wanted: frozenset[Element]) -> None:
+        for name, key in [(item.name, item.key) for item in wanted if item.name in PUBLISHED]:
+            other = self._published.get((name, key), interface)
+            if other != interface:
                 port = key.replace(" . ", " ")
                 raise Conflict("port_published", f"{port} of this host leads to another machine ({other})", "choose another port")
 
