@@ -4,6 +4,7 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/if_link.h>
 #include <linux/rtnetlink.h>
 #include <net/if.h>
@@ -229,6 +230,20 @@ static bool set_address(const struct mp *n, unsigned index, const char *name, co
 	return !error || fail(f, "network_failed", error, "default route by %s: %s", text, strerror(error));
 }
 
+/* Off is off: not even a link-local address. A kernel without IPv6 has nothing to switch. */
+static bool set_ipv6(const char *name, bool on, struct failure *f)
+{
+	char path[64 + IFNAMSIZ];
+	text_format(path, sizeof path, "/proc/sys/net/ipv6/conf/%s/disable_ipv6", name);
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+	if (fd < 0)
+		return on || errno == ENOENT || fail(f, "network_failed", errno, "%s: IPv6: %s", name, strerror(errno));
+	bool ok = write(fd, on ? "0" : "1", 1) == 1;
+	int error = errno;
+	close(fd);
+	return ok || fail(f, "network_failed", error, "%s: IPv6: %s", name, strerror(error));
+}
+
 bool network_configure(const struct mp *n, struct failure *f)
 {
 	char name[IFNAMSIZ] = "eth0", text[64];
@@ -248,6 +263,8 @@ bool network_configure(const struct mp *n, struct failure *f)
 		return fail(f, "bad_request", EINVAL, "network: not a MAC address");
 	if ((error = set_link(index, has_mac ? mac : NULL, (uint32_t)mp_u64_or(n, "mtu", 0, 65535), false)))
 		return fail(f, "network_failed", error, "%s: %s", name, strerror(error));
+	if (!set_ipv6(name, mp_bool_or(n, "ipv6", true), f))
+		return false;
 	if ((error = set_link(index, NULL, 0, true)))
 		return fail(f, "network_failed", error, "%s up: %s", name, strerror(error));
 	return set_address(n, index, name, "address", "gateway", f) && set_address(n, index, name, "address6", "gateway6", f);
@@ -269,7 +286,7 @@ bool network_change(const struct mp *n, struct failure *f)
 		return fail(f, "network_failed", error, "%s: old addresses: %s", name, strerror(error));
 	if (!network_configure(n, f))
 		return false;
-	if (mp_copy(&m, text, sizeof text) && parse_mac(text, mac)) {
+	if (mp_bool_or(n, "ipv6", true) && mp_copy(&m, text, sizeof text) && parse_mac(text, mac)) {
 		struct address own = {AF_INET6, 64, {0xfe, 0x80, [8] = mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]}};
 		error = add_address(index, &own);
 		/* A kernel without IPv6 has no such address. */

@@ -138,11 +138,24 @@ static bool prepare_machine(const struct mp *m, bool network, bool own_files, st
 	return true;
 }
 
+static bool configure_further(const struct mp *interfaces, struct failure *f)
+{
+	const uint8_t *at = interfaces->body;
+	for (uint32_t i = 0; interfaces->type == MP_ARRAY && i < interfaces->count; i++) {
+		struct mp one = mp_next(interfaces, &at);
+		if (one.type != MP_MAP)
+			return fail(f, "bad_request", EINVAL, "interfaces: not a map");
+		if (!network_configure(&one, f))
+			return false;
+	}
+	return true;
+}
+
 /* ``wanted``: it stays prepared, until the same comes again with the host keys that its disk is to have. */
 static bool configure_machine(const struct mp *m, struct laps *l, bool *wanted, struct failure *f)
 {
 	struct mp root = mp_get(m, "root"), network = mp_get(m, "network"), entropy = mp_get(m, "entropy"), realtime = mp_get(m, "realtime"),
-		  modules = mp_get(m, "modules"), mounts = mp_get(m, "mounts");
+		  modules = mp_get(m, "modules"), mounts = mp_get(m, "mounts"), further = mp_get(m, "interfaces");
 	struct mp init = mp_get(m, "init"), id = mp_get(m, "boot_id");
 	char boot_id[64];
 	bool copy = agent.prepared, beside = mp_text_is(&init, "image");
@@ -157,7 +170,8 @@ static bool configure_machine(const struct mp *m, struct laps *l, bool *wanted, 
 	if (!load_named(&modules, f))
 		return false;
 	lap(l, "boot_id");
-	if (!copy && !prepare_machine(m, network.type == MP_MAP, !beside, f))
+	bool networked = network.type == MP_MAP || (further.type == MP_ARRAY && further.count);
+	if (!copy && !prepare_machine(m, networked, !beside, f))
 		return false;
 	if (copy && root.type == MP_MAP && !was_told(&told_root, &root))
 		return fail(f, "bad_request", EINVAL, "root: this machine was prepared with another one");
@@ -175,6 +189,7 @@ static bool configure_machine(const struct mp *m, struct laps *l, bool *wanted, 
 	lap(l, "names");
 	bool ok = network.type != MP_MAP || was_told(&told_network, &network) ||
 		  (told_network.length ? network_change(&network, f) : network_configure(&network, f));
+	ok = ok && configure_further(&further, f);
 	lap(l, "network");
 	return ok;
 }

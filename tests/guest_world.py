@@ -15,6 +15,7 @@ import re
 import socket
 import ssl
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -353,6 +354,18 @@ def guest_world(directory: Path, shared: Path, accelerator: str) -> Iterator[Gue
         left = wait_gone(lambda: sorted((made.interfaces() - links) | (made.routes() - routes)) + made.left())
         assert not left, "machines left something on the host"
     assert not wait_gone(lambda: [str(process) for process in processes(directory)])
+
+
+@contextmanager
+def serving(root: Path, shared: Path, accelerator: str, **boxes: dict[str, Any]) -> Iterator[GuestWorld]:
+    """Such a world with machines, by their names, made as they are asked for; each serves its name on port 80."""
+    with guest_world(Path(tempfile.mkdtemp(prefix="net", dir=root)), shared, accelerator) as made:
+        for name, words in boxes.items():
+            made.create(name, **words)
+        for name in boxes:
+            made.serve(name, 80, name)
+        made.settled()
+        yield made
 
 
 @contextmanager

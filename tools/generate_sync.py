@@ -50,6 +50,7 @@ from stoker.api.models import (
     GcReport,
     Health,
     Image,
+    Interface,
     Kernel,
     LearnedNetwork,
     Metrics,

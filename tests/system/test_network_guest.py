@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ from guest_world import (
     datagram,
     ethernet,
     eventually,
-    guest_world,
     same_after,
+    serving,
 )
 from network_world import HOST
 from stoker.network.plan import INSIDE
@@ -40,12 +39,7 @@ HELPER = "/usr/lib/apt/apt-helper -o Acquire::Retries=0 -o Acquire::http::Timeou
 
 @pytest.fixture(scope="module")
 def shared(session_root: Path, data_dir: Path, accelerator: str) -> Iterator[GuestWorld]:
-    directory = Path(tempfile.mkdtemp(prefix="net", dir=session_root))
-    with guest_world(directory, data_dir, accelerator) as made:
-        for name in ("one", "two"):
-            made.create(name)
-            made.serve(name, 80, name)
-        made.settled()
+    with serving(session_root, data_dir, accelerator, one={}, two={}) as made:
         yield made
 
 
@@ -92,7 +86,7 @@ def test_by_default_the_public_and_nothing_else(made: GuestWorld) -> None:
     assert made.host.ask(other, 80).startswith("two ")
     for address in ("10.1.2.3", "169.254.169.254", str(INTRUDER.ip), str(HOST.ip)):
         assert "." in made.host.ask(address), address
-    assert made.sure("one", "cat /proc/net/ipv6_route | grep -v ' lo$' | grep -v '^fe80\\|^ff00' || true") == ""
+    assert made.sure("one", "cat /proc/net/ipv6_route /proc/net/if_inet6 | grep -v ' lo$' || true") == "", "there is some IPv6"
 
 
 def test_nobody_comes_in_unasked(made: GuestWorld) -> None:

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from network_world import World, world
+from network_world import SERVED6, World, world
+from stoker.engine import host_network
+from stoker.errors import HostError
 from stoker.host.nftables import Nftables
+from stoker.network.egress import ALL
 from stoker.network.host import Chain, Finding, Observed, Pass, Setting, judge, mend, observe, sysctl_file, undo
 from stoker.network.plan import NAMESPACE_RANGE, RUN_RANGE, Foreign
+from stoker.network.rules import Machine
+from stoker.settings import Settings
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 RANGES = [RUN_RANGE, NAMESPACE_RANGE]
@@ -73,7 +78,12 @@ def test_what_others_do_against_us_is_found_mended_and_undone(made: World) -> No
 
 
 def test_judging_by_value() -> None:
-    settings = {"ip_forward": "1", "conf/all/rp_filter": "0", "conf/eth0/rp_filter": "1", "conf/eth1/rp_filter": "2"}
+    settings = {
+        "ipv4/ip_forward": "1",
+        "ipv4/conf/all/rp_filter": "0",
+        "ipv4/conf/eth0/rp_filter": "1",
+        "ipv4/conf/eth1/rp_filter": "2",
+    }
     vpn = Foreign(IPv4Network("100.64.0.0/10"), "is routed to vpn0")
     chain = Chain("inet", "ufw", "forward", "forward")
     found = judge(Observed(settings, (), (vpn,), (chain,)), RANGES)
@@ -84,11 +94,67 @@ def test_judging_by_value() -> None:
         ("range", False),
         ("firewall inet ufw forward", False),
     ]
-    assert found[1].mends == (Setting("conf/eth0/rp_filter", "0"),)
+    assert found[1].mends == (Setting("ipv4/conf/eth0/rp_filter", "0"),)
     assert found[3].says == "the range machines (100.80.0.0/16) lies in 100.64.0.0/10, which is routed to vpn0"
     (let_through,) = found[4].mends
     assert isinstance(let_through, Pass)
     assert let_through.commands[0] == 'insert rule inet ufw forward ip saddr 172.16.0.0/16 accept comment "stoker"'
     assert len(let_through.commands) == 4 and "nft 'insert rule" in str(let_through)
-    mends = [Setting("ip_forward", "1"), Setting("conf/all/rp_filter", "0"), Setting("conf/eth0/rp_filter", "0"), let_through]
+    mends = [
+        Setting("ipv4/ip_forward", "1"),
+        Setting("ipv4/conf/all/rp_filter", "0"),
+        Setting("ipv4/conf/eth0/rp_filter", "0"),
+        let_through,
+    ]
     assert sysctl_file(mends).splitlines()[1:] == ["net.ipv4.ip_forward = 1", "net.ipv4.conf.all.rp_filter = 0"]
+
+
+def test_ipv6_is_judged_where_it_is_wanted() -> None:
+    settings = {"ipv4/ip_forward": "1", "ipv6/conf/all/forwarding": "0", "ipv6/conf/eth0/accept_ra": "1"}
+
+    def six(changed: dict[str, str], advertised: tuple[str, ...] = ("eth0",)) -> Finding:
+        found = Observed(settings | changed, ("eth0",), (), (), advertised)
+        assert not [one for one in judge(found, RANGES) if one.name == "IPv6"], "nobody asked"
+        (one,) = [one for one in judge(found, RANGES, ipv6=True) if one.name == "IPv6"]
+        return one
+
+    forward, listen = Setting("ipv6/conf/all/forwarding", "1"), Setting("ipv6/conf/eth0/accept_ra", "2")
+    assert six({}).mends == (listen, forward), "its route would go if it did not listen first"
+    assert six({}, ()).mends == (forward,) and not six({}, ()).ok
+    assert not six({forward.name: "1"}).ok
+    assert six({forward.name: "1", listen.name: "2"}).ok and six({forward.name: "1"}, ()).ok
+    assert str(forward) == "sysctl -w net.ipv6.conf.all.forwarding=1"
+    assert sysctl_file([listen, forward]).splitlines()[1:] == [
+        "net.ipv6.conf.eth0.accept_ra = 2",
+        "net.ipv6.conf.all.forwarding = 1",
+    ]
+
+
+def test_ipv6_is_mended_and_undone() -> None:
+    with world(ipv6=True) as made:
+
+        def write(value: str) -> None:
+            Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text(value)
+
+        made.host.run(lambda: write("0"))
+        with pytest.raises(HostError) as refused:
+            made.machine("ns", ipv6=True)
+        assert refused.value.code == "network_unprepared" and "check --ipv6" in refused.value.hint
+        (bad,) = made.host.run(lambda: [one for one in judge(observe(made.slots.foreign()), RANGES, ipv6=True) if not one.ok])
+        record = made.host.run(lambda: mend(bad.mends))
+        guest = made.machine("ns", ipv6=True)
+        assert guest.ask(SERVED6[0]) != "timeout"
+        made.host.run(lambda: undo(record))
+        assert made.host.run(lambda: Path("/proc/sys/net/ipv6/conf/all/forwarding").read_text()) == "0\n"
+
+
+def test_what_is_up_of_a_run_is_planned_as_it_is(made: World, tmp_path: Path) -> None:
+    settings = Settings(tmp_path, tmp_path, tmp_path / "none.toml")
+    first, other = made.host.run(lambda: host_network.plan(settings, "r1", ["one", "two"]))
+    slot = made.slots.up(first, Machine(first.interface, first.source_mac, first.address, ALL))
+    try:
+        assert made.host.run(lambda: host_network.plan(settings, "r1", ["one", "two"])) == [first, other]
+        (moved,) = made.host.run(lambda: host_network.plan(settings, "r2", ["x"]))
+        assert not moved.network.overlaps(first.network)
+    finally:
+        made.slots.drop(first, slot).result(20)

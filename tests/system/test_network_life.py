@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
-from guest_world import BEYOND, CLOSED, FOUNTAIN, SECOND, GuestWorld, dies, eventually, guest_world, reached, same_after
+from guest_world import BEYOND, CLOSED, FOUNTAIN, SECOND, GuestWorld, dies, eventually, reached, same_after, serving
 from network_world import EVERYTHING, HOST, ROUTER, configure
 from stoker.host import netlink
 from stoker.network.plan import INSIDE
@@ -25,11 +24,7 @@ INNER = "cat /proc/net/route /proc/net/fib_trie /sys/class/net/eth0/address /etc
 
 @pytest.fixture(scope="module")
 def shared(session_root: Path, data_dir: Path, accelerator: str) -> Iterator[GuestWorld]:
-    directory = Path(tempfile.mkdtemp(prefix="net", dir=session_root))
-    with guest_world(directory, data_dir, accelerator) as made:
-        made.create("box", publish=["9000:80"])
-        made.serve("box", 80, "box")
-        made.settled()
+    with serving(session_root, data_dir, accelerator, box={"publish": ["9000:80"]}) as made:
         yield made
 
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
+import socket
+import subprocess
+import threading
 from collections.abc import Iterator
+from ipaddress import IPv4Interface
 from pathlib import Path
 
 import pytest
 
-from guest_world import CLOSED, INTRUDER, GuestWorld, arp, datagram, dies, ethernet, eventually, guest_world, reached, same_after
-from network_world import HOST, ROUTER
+from guest_world import CLOSED, INTRUDER, GuestWorld, arp, datagram, dies, ethernet, eventually, reached, same_after, serving
+from network_world import HOST, ROUTER, up
+from stoker.host import netlink
+from stoker.host.netlink import Netlink
 from stoker.network.plan import RunPlan, Taken, plan_run
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
     pytest.mark.timeout(300),
 ]
+
+
+BESIDE = IPv4Interface("10.99.0.1/24")
 
 
 def planned(name: str) -> RunPlan:
@@ -26,13 +35,7 @@ def planned(name: str) -> RunPlan:
 
 @pytest.fixture(scope="module")
 def shared(session_root: Path, data_dir: Path, accelerator: str) -> Iterator[GuestWorld]:
-    directory = Path(tempfile.mkdtemp(prefix="net", dir=session_root))
-    with guest_world(directory, data_dir, accelerator) as made:
-        made.create("box", run_id="r1", publish=["9000:80"])
-        made.create("two")
-        for name in ("box", "two"):
-            made.serve(name, 80, name)
-        made.settled()
+    with serving(session_root, data_dir, accelerator, box={"run_id": "r1", "publish": ["9000:80"]}, two={}) as made:
         yield made
 
 
@@ -99,6 +102,78 @@ def test_the_address_is_its_own_over_pauses_and_stops(made: GuestWorld) -> None:
         assert made.ask("other", "tcp/1.1.1.1") == [str(HOST.ip)]
     finally:
         made.gone("other")
+
+
+@pytest.fixture
+def bridge(made: GuestWorld) -> Iterator[str]:
+    """A bridge of the operator's, by which the host has an address with somebody who serves on it."""
+
+    def work() -> socket.socket:
+        with Netlink() as link:
+            subprocess.run(["ip", "link", "add", "br7", "type", "bridge"], check=True)
+            link.apply(netlink.add_address(link.index("br7") or 0, BESIDE, "br7"), up("br7"))
+        return socket.create_server((str(BESIDE.ip), 8099))
+
+    server = made.host.run(work)
+    ended = threading.Event()
+
+    def answer() -> None:
+        while not ended.is_set():
+            with contextlib.suppress(TimeoutError, OSError), server.accept()[0] as one:
+                one.sendall(one.getpeername()[0].encode())
+
+    server.settimeout(0.2)
+    thread = threading.Thread(target=answer)
+    thread.start()
+    yield "br7"
+    ended.set()
+    thread.join()
+    server.close()
+    made.host.run(lambda: subprocess.run(["ip", "link", "del", "br7"], check=True))
+
+
+def test_further_interfaces_are_ports_of_bridges(made: GuestWorld, bridge: str) -> None:
+    """Out by the first, and beside to its neighbours by the other; over a pause, a stop, and the daemon's death."""
+    asked = [{"bridge": bridge, "address": "10.99.0.7/24"}, {"bridge": bridge, "tap": "tapside"}]
+
+    def whole(name: str) -> None:
+        assert made.ask(name, "tcp/1.1.1.1", f"tcp/{BESIDE.ip}/8099") == [str(HOST.ip), "10.99.0.7"]
+        links = made.sure(name, "ls /sys/class/net").split()
+        assert {"eth0", "eth1", "eth2"} <= {*links}
+        assert sorted(line.split()[0] for line in made.sure(name, "cat /proc/net/route").splitlines()[1:]) == [
+            "eth0",
+            "eth0",
+            "eth1",
+        ]
+
+    try:
+        for again in (False, True):  # the first leaves golden memory, where there was none; the next is out of that
+            shown = made.create("many", interfaces=asked)
+            first, second = (one["tap"] for one in shown["interfaces"])
+            assert second == "tapside" and {first, second} <= made.interfaces()
+            whole("many")
+            made.settled()
+            if not again:
+                made.remove("many")
+        assert made.daemon.call("GET", "/sandboxes/many")["origin"] == "golden"
+        assert made.post("many", "fork", expect=409, json={"count": 1})["code"] == "address_own"
+        made.post("many", "pause")
+        eventually(lambda: not {first, second} & made.interfaces(), "a paused machine has a TAP")
+        made.post("many", "resume")
+        whole("many")
+        made.daemon.kill()
+        made.start()
+        whole("many")
+        made.post("many", "stop")
+        assert not {first, second} & made.interfaces()
+        made.post("many", "start")
+        whole("many")
+    finally:
+        made.gone("many")
+    for words, status, code in (({"tap": "up0"}, 429, "tap_taken"), ({"address": "1.2.3.4/99"}, 400, "bad_network")):
+        asked = [{"bridge": bridge, **words}]
+        assert made.daemon.call("POST", "/sandboxes", status, json=made.request("many", interfaces=asked))["code"] == code
+        made.gone("many")
 
 
 def test_it_is_not_copied_with_its_address(made: GuestWorld) -> None:

@@ -186,6 +186,16 @@ FAULTS: dict[str, tuple[Facts, str, str, str]] = {
         "sysctl -w net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.up0.rp_filter=0",
     ),
     "strict about others": (with_host(replace(SILENT, filtered=2)), "reverse path", "dropped 2 packets", CHECK),
+    "too many": (
+        replace(
+            GOOD,
+            machine=replace(MACHINE, connections=8),
+            probe=Probe(Outcome.UNREACHABLE, Counters(sent=1, crowded=1), None, "No route to host"),
+        ),
+        "limits",
+        "as it may, 8",
+        "stoker network set web --connections 16",
+    ),
     "no uplink": (
         with_host(way=errno.ENETUNREACH),
         "uplink",

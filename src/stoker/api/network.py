@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from typing import Annotated, Any
 
 from msgspec import Meta, field
 
-from stoker.api.types import Model, NetworkMode, SandboxId, UnixTime
+from stoker.api.types import END, InterfaceAddress, InterfaceName, Model, NetworkMode, SandboxId, UnixTime
+from stoker.errors import InvalidRequest
 
 __all__ = [
     "Denial",
@@ -17,8 +19,10 @@ __all__ = [
     "LearnedNetwork",
     "NetworkCounters",
     "NetworkStatus",
+    "Interface",
     "Transport",
     "Verdict",
+    "parse_interface",
 ]
 
 
@@ -33,6 +37,32 @@ class Verdict(StrEnum):
     PASS = "pass"
     FAIL = "fail"
     UNKNOWN = "unknown"
+
+
+class Interface(Model, frozen=True):
+    """A further interface: a port of a bridge of the host's. In the guest they are ``eth1``, ``eth2``..., after that of ``network``
+    (or ``eth0``... without one)."""
+
+    bridge: InterfaceName
+    address: InterfaceAddress | None = None
+    """Without, it has none of ours: the image may ask for one."""
+    tap: InterfaceName | None = None
+    """Its name on the host."""
+
+
+_WORDS = {"address": re.compile(r"[0-9.]{7,15}/[0-9]{1,2}" + END), "tap": re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}" + END)}
+
+
+def parse_interface(text: str) -> Interface:
+    """``bridge:NAME[,address=IP/PREFIX][,tap=IFNAME]``, as on a command line."""
+    mode, *words = text.split(",")
+    kind, _, bridge = mode.partition(":")
+    given = dict(word.partition("=")[::2] for word in words)
+    known = all(name in _WORDS and _WORDS[name].match(value) for name, value in given.items())
+    if kind != "bridge" or not _WORDS["tap"].match(bridge) or not known or len(given) != len(words):
+        hint = "bridge:br1, or bridge:br1,address=192.168.1.50/24,tap=tap7"
+        raise InvalidRequest("bad_interface", f"{text[:100]!r} is no further interface", hint)
+    return Interface(bridge, given.get("address"), given.get("tap"))
 
 
 class ExplainNetwork(Model, frozen=True):

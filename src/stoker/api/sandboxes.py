@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from msgspec import Meta, field
 
 from stoker.api.errors import ErrorBody
+from stoker.api.network import Interface
 from stoker.api.types import (
     END,
     ConnectionCount,
@@ -146,6 +147,8 @@ class CreateSandbox(Model, frozen=True):
     run id."""
     tap: InterfaceName | None = None
     """The name of its interface on the host; its addresses are its own, as with a run id."""
+    interfaces: Annotated[list[Interface], Meta(max_length=7)] = field(default_factory=list)
+    """Further interfaces, whatever the first one is."""
     init: InitMode | None = None
     """``agent``, where it is not a template's."""
     volumes: Annotated[list[VolumeMount], Meta(max_length=16)] = field(default_factory=list)
@@ -269,6 +272,7 @@ class Sandbox(Model, frozen=True):
     connections: int = 0
     ipv6: bool = False
     bridge: str = ""
+    interfaces: list[Interface] = field(default_factory=list)
     init: InitMode = InitMode.AGENT
     volumes: list[VolumeMount] = field(default_factory=list)
     app: str | None = None

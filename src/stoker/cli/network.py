@@ -199,8 +199,9 @@ def network_plan(*, run_id: str, address_range: str | None, names: tuple[str, ..
 @network.command("check")
 @click.option("--fix", is_flag=True, help="Apply the mends, for good.")
 @click.option("--undo", is_flag=True, help="Take back what --fix ever did.")
+@click.option("--ipv6", is_flag=True, help="Also what machines with --ipv6 need.")
 @json_option
-def network_check(*, fix: bool, undo: bool, as_json: bool) -> int:
+def network_check(*, fix: bool, undo: bool, ipv6: bool, as_json: bool) -> int:
     """Look at what the host's network needs for machines with an interface on it, and at what other tools do against them.
 
     Every mend is shown as the command that makes it. Exits with 1 when something speaks against them (still).
@@ -214,10 +215,10 @@ def network_check(*, fix: bool, undo: bool, as_json: bool) -> int:
     if undo:
         click.echo(f"{host_network.unfix(settings)} steps taken back")
         return 0
-    found = host_network.findings(settings)
+    found = host_network.findings(settings, ipv6=ipv6)
     done = host_network.fix(settings, found) if fix else []
     if done:
-        found = host_network.findings(settings)
+        found = host_network.findings(settings, ipv6=ipv6)
     if as_json:
         rows = [{"name": one.name, "ok": one.ok, "says": one.says, "mends": [str(mend) for mend in one.mends]} for one in found]
         click.echo(json.dumps({"findings": rows, "done": done}))

@@ -15,13 +15,13 @@ from stoker.errors import InvalidRequest
 
 __all__ = [
     "DURATION",
-    "NETWORK",
     "SIZE",
     "absolute_image",
     "absolute_kernel",
     "command_words",
     "environment",
     "existing_file",
+    "network_options",
     "wire_network",
 ]
 
@@ -60,15 +60,64 @@ def _network(text: str) -> str:
     return text
 
 
-def wire_network(text: str | None) -> dict[str, Any]:
-    """``--network`` as the API has it."""
-    mode, _, bridge = (text or "").partition(":")
-    return {"network": mode or None} | ({"bridge": bridge} if bridge else {})
+def _interface(text: str) -> str:
+    _further(text)
+    return text
+
+
+def wire_network(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``--network`` and ``--interface`` as the API has them."""
+    mode, _, bridge = (given["network"] or "").partition(":")
+    further = [_further(text) for text in given["interfaces"]]
+    return {"network": mode or None} | ({"bridge": bridge} if bridge else {}) | ({"interfaces": further} if further else {})
+
+
+def _further(text: str) -> dict[str, str]:
+    from stoker.api.network import parse_interface
+
+    found = parse_interface(text)
+    words = {"bridge": found.bridge, "address": found.address, "tap": found.tap}
+    return {name: value for name, value in words.items() if value is not None}
 
 
 NETWORK = _Parsed("network", _network)
+INTERFACE = _Parsed("interface", _interface)
 SIZE = _Parsed("size", parse_size)
 DURATION = _Parsed("duration", _positive)
+
+_NETWORK = (
+    click.option("--network", type=NETWORK, metavar="MODE", help="none, user, nat or bridge:NAME.  [default: as configured]"),
+    click.option("--egress", metavar="RULES", help="Where it may connect to, with nat: all, none, or 'allow: ...; deny: ...'."),
+    click.option("--learn", is_flag=True, help="Let what the policy denies of the public through, and record it (nat)."),
+    click.option("--publish", "-p", metavar="[IP:]PORT:PORT", multiple=True, help="A port of the host that leads into it (nat)."),
+    click.option("--host-access", is_flag=True, help="It may connect to the host itself, with nat."),
+    click.option("--rate-in", type=SIZE, default=0, help="Bytes a second it may get, such as 10M.  [default: no limit]"),
+    click.option("--rate-out", type=SIZE, default=0, help="Bytes a second it may send.  [default: no limit]"),
+    click.option("--connections", type=click.IntRange(0, 1 << 20), default=0, help="How many it may have open at once (nat)."),
+    click.option("--ipv6", is_flag=True, help="A private address of IPv6 besides, translated too (nat)."),
+    click.option("--address", metavar="IP/PREFIX", help="Its address on the bridge; without, the image asks by DHCP."),
+    click.option("--gateway", metavar="IP", help="The bridge's way out."),
+    click.option(
+        "--interface",
+        "interfaces",
+        type=INTERFACE,
+        metavar="bridge:NAME[,address=A][,tap=T]",
+        multiple=True,
+        help="A further interface.",
+    ),
+    click.option("--run-id", metavar="ID", help="Interface and addresses that follow from ID and the name (nat)."),
+    click.option(
+        "--range", "address_range", metavar="RANGE", help="Addresses of its own, from a range of the configuration (nat)."
+    ),
+    click.option("--tap", metavar="IFNAME", help="The name of its interface on the host, with addresses of its own (nat)."),
+)
+
+
+def network_options(command: Callable[..., T]) -> Callable[..., T]:
+    """What ``run`` and ``create`` say of a machine's network."""
+    for option in reversed(_NETWORK):
+        command = option(command)
+    return command
 
 
 def _pair(text: str, source: str, environ: Mapping[str, str]) -> tuple[str, str] | None:

@@ -12,13 +12,13 @@ from stoker.cli.early import create_early
 from stoker.cli.mounts import MOUNT, wire_mounts
 from stoker.cli.options import (
     DURATION,
-    NETWORK,
     SIZE,
     absolute_image,
     absolute_kernel,
     command_words,
     environment,
     existing_file,
+    network_options,
     wire_network,
 )
 from stoker.settings import load_settings
@@ -40,19 +40,7 @@ EXIT_FAILED = 125
 @click.option("--user", "-u", metavar="U", default="", help="User, or USER:GROUP, by name or number.  [default: the image's own]")
 @click.option("--name", metavar="NAME", help="A name for the machine while it lives.")
 @click.option("--hostname", metavar="NAME", default="", help="The guest's host name.")
-@click.option("--network", type=NETWORK, metavar="MODE", help="none, user, nat or bridge:NAME.  [default: as configured]")
-@click.option("--egress", metavar="RULES", help="Where it may connect to, with nat: all, none, or 'allow: ...; deny: ...'.")
-@click.option("--publish", "-p", metavar="[IP:]PORT:PORT", multiple=True, help="A port of the host that leads into it (nat).")
-@click.option("--host-access", is_flag=True, help="It may connect to the host itself, with nat.")
-@click.option("--rate-in", type=SIZE, default=0, help="Bytes a second it may get, such as 10M.  [default: no limit]")
-@click.option("--rate-out", type=SIZE, default=0, help="Bytes a second it may send.  [default: no limit]")
-@click.option("--connections", type=click.IntRange(0, 1 << 20), default=0, help="How many it may have open at once (nat).")
-@click.option("--ipv6", is_flag=True, help="A private address of IPv6 besides, translated too (nat).")
-@click.option("--address", metavar="IP/PREFIX", help="Its address on the bridge; without, the image asks by DHCP.")
-@click.option("--gateway", metavar="IP", help="The bridge's way out.")
-@click.option("--run-id", metavar="ID", help="Interface and addresses that follow from ID and the name (nat).")
-@click.option("--range", "address_range", metavar="RANGE", help="Addresses of its own, from a range of the configuration (nat).")
-@click.option("--tap", metavar="IFNAME", help="The name of its interface on the host, with addresses of its own (nat).")
+@network_options
 @click.option("--init", type=click.Choice(["agent", "image"]), help="Who is process 1.  [default: agent]")
 @click.option("--volume", "-v", "volumes", metavar="NAME:/PATH[:ro]", multiple=True, type=MOUNT, help="Mount a volume.")
 @click.option("--app", metavar="FILE|DIR", help="A zip, tar, tar.gz or directory whose content goes into /app.")
@@ -77,19 +65,6 @@ def run(
     user: str,
     name: str | None,
     hostname: str,
-    network: str | None,
-    egress: str | None,
-    publish: tuple[str, ...],
-    host_access: bool,
-    rate_in: int,
-    rate_out: int,
-    connections: int,
-    ipv6: bool,
-    address: str | None,
-    gateway: str | None,
-    run_id: str | None,
-    address_range: str | None,
-    tap: str | None,
     init: str | None,
     volumes: tuple[str, ...],
     app: str | None,
@@ -101,6 +76,7 @@ def run(
     timings: Path | None,
     image: str,
     command: tuple[str, ...],
+    **network: Any,
 ) -> int:
     """Run a command in a new microVM.
 
@@ -116,7 +92,6 @@ def run(
         "cpus": cpus,
         "memory": memory,
         "disk": disk or 0,
-        "network": network,
         "init": init,
         "hostname": hostname or None,
         "env": dict(variables),
@@ -125,14 +100,8 @@ def run(
         "cold": cold,
     }
     sandbox |= {"volumes": volumes} if volumes else {}
-    sandbox |= {"egress": egress} if egress is not None else {}
-    sandbox |= {"publish": publish} if publish else {}
     sandbox |= {"name": name} if name is not None else {}
-    sandbox |= {"host_access": True} if host_access else {}
-    limits = {"rate_in": rate_in, "rate_out": rate_out, "connections": connections, "ipv6": ipv6}
-    sandbox |= {name: given for name, given in limits.items() if given}
-    addressed = {"run_id": run_id, "address_range": address_range, "tap": tap, "address": address, "gateway": gateway}
-    sandbox |= {name: given for name, given in addressed.items() if given is not None}
+    sandbox |= {name: given for name, given in network.items() if given}
     parsed = time.monotonic()
     # An app has to be there before it can be named.
     wire = {**sandbox, **wire_network(network), **wire_mounts(volumes), "lease": True}

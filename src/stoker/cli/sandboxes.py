@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stoker.cli.mounts import MOUNT
-from stoker.cli.options import DURATION, NETWORK, SIZE, absolute_image, absolute_kernel, environment, existing_file
+from stoker.cli.options import DURATION, SIZE, absolute_image, absolute_kernel, environment, existing_file, network_options
 from stoker.cli.remote import SANDBOX, Following, each, json_option, labels_of, with_client
 from stoker.cli.table import Column, ago, show, show_json
 
@@ -55,19 +55,7 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @click.option("--workdir", "-w", metavar="D", help="Default directory.  [default: the image's own]")
 @click.option("--user", "-u", metavar="U", help="Default user.  [default: the image's own]")
 @click.option("--hostname", metavar="NAME", help="The guest's host name.")
-@click.option("--network", type=NETWORK, metavar="MODE", help="none, user, nat or bridge:NAME.  [default: as configured]")
-@click.option("--egress", metavar="RULES", help="Where it may connect to, with nat: all, none, or 'allow: ...; deny: ...'.")
-@click.option("--publish", "-p", metavar="[IP:]PORT:PORT", multiple=True, help="A port of the host that leads into it (nat).")
-@click.option("--host-access", is_flag=True, help="It may connect to the host itself, with nat.")
-@click.option("--rate-in", type=SIZE, default=0, help="Bytes a second it may get, such as 10M.  [default: no limit]")
-@click.option("--rate-out", type=SIZE, default=0, help="Bytes a second it may send.  [default: no limit]")
-@click.option("--connections", type=click.IntRange(0, 1 << 20), default=0, help="How many it may have open at once (nat).")
-@click.option("--ipv6", is_flag=True, help="A private address of IPv6 besides, translated too (nat).")
-@click.option("--address", metavar="IP/PREFIX", help="Its address on the bridge; without, the image asks by DHCP.")
-@click.option("--gateway", metavar="IP", help="The bridge's way out.")
-@click.option("--run-id", metavar="ID", help="Interface and addresses that follow from ID and the name (nat).")
-@click.option("--range", "address_range", metavar="RANGE", help="Addresses of its own, from a range of the configuration (nat).")
-@click.option("--tap", metavar="IFNAME", help="The name of its interface on the host, with addresses of its own (nat).")
+@network_options
 @click.option("--init", type=click.Choice(["agent", "image"]), help="Who is process 1.  [default: agent]")
 @click.option("--volume", "-v", "volumes", metavar="NAME:/PATH[:ro]", multiple=True, type=MOUNT, help="Mount a volume.")
 @click.option("--app", metavar="FILE|DIR", help="A zip, tar, tar.gz or directory whose content goes into /app.")

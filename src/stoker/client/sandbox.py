@@ -22,6 +22,7 @@ from stoker.api.models import (
     Explanation,
     ForkResult,
     ForkSandbox,
+    Interface,
     LearnedNetwork,
     Metrics,
     NetworkStatus,
@@ -37,6 +38,7 @@ from stoker.api.models import (
     VolumeMount,
 )
 from stoker.api.models import Sandbox as SandboxInfo
+from stoker.api.network import parse_interface
 from stoker.api.units import parse_size
 from stoker.api.volumes import parse_mount
 from stoker.client.api import path
@@ -110,6 +112,7 @@ class AsyncSandbox:
         workdir: str | None = None,
         network: str | None = None,
         egress: str | None = None,
+        learn: bool = False,
         publish: Sequence[str] = (),
         host_access: bool = False,
         rate_in: str | int = 0,
@@ -121,6 +124,7 @@ class AsyncSandbox:
         run_id: str | None = None,
         address_range: str | None = None,
         tap: str | None = None,
+        interfaces: Sequence[str | Interface] = (),
         init: str | None = None,
         volumes: Sequence[str | VolumeMount] = (),
         app: str | os.PathLike[str] | None = None,
@@ -140,7 +144,7 @@ class AsyncSandbox:
         With ``network="nat"`` it has an interface on the host (root's daemon), ``egress`` says where it may connect to (``all``:
         public addresses, ``none``, or rules such as ``allow: 10.1.0.0/16, *.example.org:443``), and ``publish`` which ports of the
         host lead into it (``8080:80``); ``run_id`` (with a name), ``address_range`` or ``tap`` give it an address of its own on the
-        host. ``volumes`` are such as ``data:/srv/data`` or ``data:/srv/data:ro``;
+        host. ``interfaces`` are further ones, such as ``bridge:br1,address=192.168.1.50/24``; ``volumes`` ``data:/srv/data:ro``;
         ``app`` is a zip, tar, tar.gz or directory of this host whose content goes into ``/app``.
         Cancelled, or not ready within ``ready_timeout`` seconds, nothing of it is left.
         """
@@ -160,6 +164,7 @@ class AsyncSandbox:
             workdir=workdir,
             network=None if network is None else network_mode(network),
             egress=egress,
+            learn=learn,
             publish=list(publish),
             host_access=host_access,
             rate_in=parse_size(rate_in),
@@ -172,6 +177,7 @@ class AsyncSandbox:
             run_id=run_id,
             address_range=address_range,
             tap=tap,
+            interfaces=[parse_interface(one) if isinstance(one, str) else one for one in interfaces],
             init=None if init is None else init_mode(init),
             volumes=[parse_mount(one) if isinstance(one, str) else one for one in volumes],
             app=None if app is None else await app_of(client.api, app),

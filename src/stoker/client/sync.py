@@ -19,6 +19,7 @@ from stoker.api.models import (
     GcReport,
     Health,
     Image,
+    Interface,
     Kernel,
     LearnedNetwork,
     Metrics,
@@ -749,6 +750,7 @@ class Sandbox:
         workdir: str | None = None,
         network: str | None = None,
         egress: str | None = None,
+        learn: bool = False,
         publish: Sequence[str] = (),
         host_access: bool = False,
         rate_in: str | int = 0,
@@ -760,6 +762,7 @@ class Sandbox:
         run_id: str | None = None,
         address_range: str | None = None,
         tap: str | None = None,
+        interfaces: Sequence[str | Interface] = (),
         init: str | None = None,
         volumes: Sequence[str | VolumeMount] = (),
         app: str | os.PathLike[str] | None = None,
@@ -779,7 +782,7 @@ class Sandbox:
         With ``network="nat"`` it has an interface on the host (root's daemon), ``egress`` says where it may connect to (``all``:
         public addresses, ``none``, or rules such as ``allow: 10.1.0.0/16, *.example.org:443``), and ``publish`` which ports of the
         host lead into it (``8080:80``); ``run_id`` (with a name), ``address_range`` or ``tap`` give it an address of its own on the
-        host. ``volumes`` are such as ``data:/srv/data`` or ``data:/srv/data:ro``;
+        host. ``interfaces`` are further ones, such as ``bridge:br1,address=192.168.1.50/24``; ``volumes`` ``data:/srv/data:ro``;
         ``app`` is a zip, tar, tar.gz or directory of this host whose content goes into ``/app``.
         Cancelled, or not ready within ``ready_timeout`` seconds, nothing of it is left.
         """
@@ -803,6 +806,7 @@ class Sandbox:
                 workdir=workdir,
                 network=network,
                 egress=egress,
+                learn=learn,
                 publish=publish,
                 host_access=host_access,
                 rate_in=rate_in,
@@ -814,6 +818,7 @@ class Sandbox:
                 run_id=run_id,
                 address_range=address_range,
                 tap=tap,
+                interfaces=interfaces,
                 init=init,
                 volumes=volumes,
                 app=app,

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from stoker.engine.golden import Shape
-from stoker.engine.networks import Wire
+from stoker.engine.networks import USUAL, Wire
 from stoker.engine.start import Started, Watch, explained, start
 from stoker.engine.state import Attached
 from stoker.engine.trace import trace
@@ -70,6 +72,8 @@ class MachineRequest:
     network: str = "user"
     wire: Wire | None = None
     """Its end of the slot it has, with the network ``nat``."""
+    joined: tuple[Wire, ...] = ()
+    """Those of its further interfaces."""
     hostname: str = ""
     env: tuple[tuple[str, str], ...] = ()
     user: str = ""
@@ -150,18 +154,8 @@ def configuration(request: MachineRequest, rootfs: RootFilesystem, network: User
         hostname=hostname,
         hosts=[("127.0.0.1", "localhost"), ("::1", "localhost"), ("127.0.1.1", hostname)],
         resolv=Resolver(nameservers=[network.nameserver]) if network else None,
-        network=(
-            NetworkConfiguration(
-                interface="eth0",
-                mac=network.mac,
-                address=network.address,
-                gateway=network.gateway,
-                address6=network.address6 if isinstance(network, Wire) else "",
-                gateway6=network.gateway6 if isinstance(network, Wire) else "",
-            )
-            if network
-            else None
-        ),
+        network=told(network, 0) if network else None,
+        interfaces=[told(wire, index) for index, wire in enumerate(request.joined, 1 if network else 0)],
         env=env,
         entropy=os.urandom(64),
         boot_id=str(uuid.uuid4()),
@@ -172,6 +166,14 @@ def configuration(request: MachineRequest, rootfs: RootFilesystem, network: User
         init="" if request.init == "agent" else request.init,
         mounts=[mount_of(disk) for disk in request.attached],
     )
+
+
+def told(network: UserNetwork | Wire, index: int) -> NetworkConfiguration:
+    """What a guest is told of one of its interfaces."""
+    words = NetworkConfiguration(f"eth{index}", network.address, network.gateway, network.mac, ipv6=False)
+    if not isinstance(network, Wire):
+        return words
+    return replace(words, address6=network.address6, gateway6=network.gateway6, ipv6=network.ipv6)
 
 
 def mount_of(disk: Attached) -> Mount:
@@ -259,7 +261,9 @@ async def plan(
     """Finds kernel and image, makes (or opens) the disks. The laps of ``watch`` are ``images``, ``accel`` and ``clone``."""
     kernel = await held_kernel(request.kernel or settings.default_kernel, settings, report, held)
     rootfs = await held_image(request.image, settings, report, held)
-    initrd = await build_initramfs(kernel, agent_path(), settings, network=request.network != "none", base=request.initrd)
+    initrd = await build_initramfs(
+        kernel, agent_path(), settings, network=request.network != "none" or bool(request.joined), base=request.initrd
+    )
     watch.lap("images")
     accel = await verdict(settings, kernel.vmlinux, initrd)
     watch.lap("accel")
@@ -283,6 +287,7 @@ async def plan(
             *(disk_of(attached) for attached in request.attached),
         ),
         network=TapNetwork(network.mac, network.tap) if isinstance(network, Wire) else network,
+        taps=tuple(TapNetwork(wire.mac, wire.tap) for wire in request.joined),
         accelerator=accel.accelerator,
         cpu=accel.cpu,
         console_bytes=settings.console_bytes,
@@ -346,11 +351,12 @@ async def _shape(
 ) -> Shape | None:
     """What golden memory for this machine is known by; None: it has to boot."""
     usual = request.init == "agent" and request.initrd is None and not request.attached
-    usual = usual and (request.wire is None or not request.wire.own)
     # Only of an overlay is it known that the guest finds in it what it has read of the base.
     if request.cold or not usual or words.root is None or clone.format != "qcow2" or len(clone.backing) != 1:
         return None
-    return await Shape.of(spec, words.root, words.network, clone.size, settings)
+    # Nobody's own addresses are in it.
+    network = told(USUAL, 0) if request.wire is not None and request.wire.own else words.network
+    return await Shape.of(spec, words.root, network, clone.size, settings)
 
 
 async def _bring_up(

@@ -180,23 +180,28 @@ async def make_places(core: Core, box: Box, places: Places) -> None:
     trace("create.after_cgroup")
     for volume in box.record.volumes:
         await volume_ready(core, volume)
-    if box.record.request.network in ON_THE_HOST:
-        await _make_slot(core, box, places.directory)
+    if box.record.request.network in ON_THE_HOST or box.record.request.interfaces:
+        await _make_slots(core, box, places.directory)
     trace("create.after_slot")
 
 
-async def _make_slot(core: Core, box: Box, directory: Path) -> None:
-    slot = await core.networks.promise(box.record)
-    pinned = slot if has_own_addresses(box.record.request) else ""
+async def _make_slots(core: Core, box: Box, directory: Path) -> None:
+    request = box.record.request
+    slot = await core.networks.promise(box.record) if request.network in ON_THE_HOST else ""
     try:
+        pinned = slot if has_own_addresses(request) else ""
+        joined = await core.networks.promise_joined(box.record) if request.interfaces else []
         lease = lease_of(box.record, slot, directory, core.units)
-        things = [(Kind.SLOT, slot), *([(Kind.DHCP, lease)] if lease else [])]
-        await core.save(box, slot=slot, pinned=pinned, durable=True, also=lambda db: Ledger.intend_in(db, box.id, things))
+        things = [*((Kind.SLOT, one) for one in (slot, *joined) if one), *([(Kind.DHCP, lease)] if lease else [])]
+        await core.save(
+            box, slot=slot, pinned=pinned, joined=joined, durable=True, also=lambda db: Ledger.intend_in(db, box.id, things)
+        )
     except BaseException:
         core.networks.forget(slot)
         raise
     trace("slot.after_intent")
-    box.wire = await core.networks.up(box.record)
+    box.wire = await core.networks.up(box.record) if slot else None
+    box.joined = await core.networks.join(box.record) if joined else ()
     if lease:
         await core.networks.lease(box.record, lease, core.units)
 
@@ -205,7 +210,7 @@ def requested(core: Core, box: Box, places: Places, *, copied: bool = False) -> 
     """What to boot, in the unit and with the slot that were made for it."""
     request = machine_request(core, box.record, places, copied=copied)
     gate = partial(enter_machine, core, box) if places.unit is not None else None
-    return dataclasses.replace(request, gate=gate, wire=box.wire)
+    return dataclasses.replace(request, gate=gate, wire=box.wire, joined=box.joined)
 
 
 async def enter_unit(core: Core, box: Box, pids: list[int]) -> None:

@@ -47,7 +47,7 @@ def check_copyable(record: Record) -> None:
             f"{record.label} writes to its volume {writable[0]}, and a copy of it would too",
             "a sandbox with volumes that it only reads can be copied",
         )
-    if record.pinned:
+    if record.pinned or record.joined:
         raise Conflict(
             "address_own",
             f"{record.label} has addresses of its own, and a copy of its memory would have them too",

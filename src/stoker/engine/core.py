@@ -82,6 +82,7 @@ class Box:
         self.work: asyncio.Task[None] | None = None
         """The create or start that is going on."""
         self.wire: Wire | None = None
+        self.joined: tuple[Wire, ...] = ()
         """Its end of the slot that its machine has, if it has one."""
         self.golden_only = False
         """It is made out of golden memory, or not at all."""

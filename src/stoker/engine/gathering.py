@@ -14,7 +14,7 @@ import os
 import secrets
 from collections.abc import Awaitable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from ipaddress import AddressValueError, IPv4Address
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
@@ -176,7 +176,7 @@ class _Gathering:
 
 def _between(before: Moment, after: Moment) -> Counters:
     a, b = before.counters, after.counters
-    return Counters(b.sent - a.sent, b.sent_bytes - a.sent_bytes, b.denied - a.denied, b.refused - a.refused)
+    return Counters(*(new - old for old, new in zip(astuple(a), astuple(b), strict=True)))
 
 
 def _new(before: Moment, after: Moment) -> Connection | None:

@@ -34,7 +34,7 @@ from stoker.vmm.machine import GuestMemory, MachineSpec, TapNetwork
 from stoker.vmm.memory import new_memory, sealed
 from stoker.vmm.qemu.driver import launch
 from stoker.vmm.qemu.facts import qemu_facts
-from stoker.vmm.saved import Saved, fingerprint, load, save
+from stoker.vmm.saved import ANY_MAC, Saved, fingerprint, load, save
 
 if TYPE_CHECKING:
     from stoker.settings import Settings
@@ -89,15 +89,15 @@ class Golden:
     saved: Saved
 
 
-def _dead_end(undo: AsyncExitStack) -> int:
+async def _dead_end(undo: AsyncExitStack) -> TapNetwork:
     """A TAP like a machine's, in a namespace with nothing else in it."""
     from stoker.host.namespaces import Namespace
     from stoker.host.tun import open_tap
 
-    namespace, tap = Namespace.create(lambda _: open_tap("tap0", create=True))
+    namespace, tap = await asyncio.to_thread(Namespace.create, lambda _: open_tap("tap0", create=True))
     undo.callback(namespace.close)
     undo.callback(os.close, tap)
-    return tap
+    return TapNetwork(ANY_MAC, tap)
 
 
 class Goldens:
@@ -218,14 +218,17 @@ class Goldens:
                 journal="",
             )
             if isinstance(spec.network, TapNetwork):
-                spec = replace(spec, network=TapNetwork(spec.network.mac, await asyncio.to_thread(_dead_end, undo)))
+                spec = replace(spec, network=await _dead_end(undo))
+            spec = replace(spec, taps=tuple([await _dead_end(undo) for _ in spec.taps]))
             machine = await launch(spec, settings)
             undo.push_async_callback(machine.close)
             undo.push_async_callback(machine.kill)
             # Somebody waits for what else the host does now; nobody for this.
             os.setpriority(os.PRIO_PROCESS, machine.vmm.pid, NICE)
             async with await connect(machine.channel(), fresh=True, timeout=PATIENCE * settings.boot_timeout) as agent:
-                await agent.prepare(Preparation(root=shape.root, network=shape.network or spec.network is not None))
+                await agent.prepare(
+                    Preparation(root=shape.root, network=shape.network or spec.network is not None or bool(spec.taps))
+                )
                 await agent.before_snapshot(BeforeSnapshot(hooks=False))
                 with suppress(StokerError):
                     await agent.run(ExecRequest(list(WARM)), timeout=30.0)

@@ -16,7 +16,7 @@ from stoker.errors import Forbidden, HostError
 from stoker.host.durable import write_atomically
 from stoker.network import host
 from stoker.network.host import Finding
-from stoker.network.plan import Foreign, RunPlan, Taken, plan_run
+from stoker.network.plan import RunPlan, Taken, first_guess, plan_run
 
 if TYPE_CHECKING:
     from stoker.settings import Settings
@@ -35,30 +35,23 @@ def plan(settings: Settings, run_id: str, names: Sequence[str], address_range: s
     from stoker.host.netlink import Netlink
 
     within = range_of(ranges(settings), address_range)
+    # What of the run is up already has what is asked for.
+    own = {first_guess(run_id, name)[0] for name in names}
     with Netlink() as link:
-        taps = {one.name for one in link.links()}
-        there = [one.interface.network for one in link.addresses()] + [one.destination for one in link.routes()]
-    return list(plan_run(run_id, names, Taken(taps, there), within).values())
+        taken = Taken({one.name for one in link.links()} - own, [one.network for one in host.foreign_networks(link, own)])
+    return list(plan_run(run_id, names, taken, within).values())
 
 
-def findings(settings: Settings) -> list[Finding]:
-    """Everything that was looked at, good and bad."""
+def findings(settings: Settings, *, ipv6: bool = False) -> list[Finding]:
+    """Everything that was looked at, good and bad; ``ipv6``: also what machines with IPv6 need."""
     if os.geteuid() != 0:
         raise Forbidden("root_needed", "the host's firewall is root's to look at", "sudo stoker network check")
-    from stoker.host.namespaces import Namespace, own_namespace
     from stoker.host.netlink import Netlink
 
-    with Namespace(own_namespace()), Netlink() as link:
-        names = {one.index: one.name for one in link.links()}
-        addresses = [(names.get(one.index, ""), one.interface) for one in link.addresses()]
-        routes = [(names.get(one.index, ""), one.destination) for one in link.routes() if one.destination.prefixlen]
-    foreign = [Foreign(at.network, f"{name} has the address {at} of") for name, at in addresses if not _ours(name)]
-    foreign += [Foreign(to, f"is routed to {name}") for name, to in routes if not _ours(name)]
-    return host.judge(host.observe(foreign), list(ranges(settings).values()))
-
-
-def _ours(name: str) -> bool:
-    return name.startswith(("stk", "tap"))
+    with Netlink() as link:
+        ours = [one.name for one in link.links() if one.name.startswith(("stk", "tap"))]
+        foreign = host.foreign_networks(link, ours)
+    return host.judge(host.observe(foreign), list(ranges(settings).values()), ipv6=ipv6)
 
 
 def fix(settings: Settings, found: Sequence[Finding]) -> list[str]:

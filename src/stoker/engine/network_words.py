@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from typing import TYPE_CHECKING, Final
 
@@ -34,8 +34,10 @@ __all__ = [
     "default_network",
     "forwards",
     "has_own_addresses",
+    "has_own_interfaces",
     "name_servers",
     "planned",
+    "planned_interfaces",
     "private_networks",
     "range_of",
     "ranges",
@@ -98,6 +100,11 @@ def has_own_addresses(request: CreateSandbox) -> bool:
     return any(one is not None for one in (request.run_id, request.address_range, request.tap, request.bridge))
 
 
+def has_own_interfaces(request: CreateSandbox) -> bool:
+    """Whether no machine that is there already can have what it asks for."""
+    return has_own_addresses(request) or bool(request.interfaces)
+
+
 def range_of(known: Mapping[str, Range], name: str | None) -> Range:
     """Raises ``range_unknown`` (InvalidRequest)."""
     within = known.get(name or DEFAULT)
@@ -111,15 +118,27 @@ def planned(record: Record, known: Mapping[str, Range], taken: Taken) -> RunPlan
     """The slot of a sandbox with addresses of its own."""
     request = record.request
     if request.bridge is not None:
-        tap = request.tap or first_guess("", record.id)[0]
-        if tap in taken.names:
-            raise CapacityExhausted("tap_taken", f"there is an interface {tap} already", f"ip -d link show {tap}")
-        return BridgePlan(tap, request.bridge)
+        return _bridge_plan(request.tap or first_guess("", record.id)[0], request.bridge, taken.names)
     within = range_of(known, request.address_range)
     if request.run_id is not None:
         return plan_run(request.run_id, [record.name or ""], taken, within)[record.name or ""]
     tap = request.tap or first_guess("", record.id)[0]
     return plan_tap(record.label, tap, taken, within)
+
+
+def planned_interfaces(record: Record, taken: Taken) -> list[BridgePlan]:
+    """The slots of its further interfaces. Raises ``tap_taken`` (CapacityExhausted)."""
+    names, plans = set(taken.names), []
+    for index, asked in enumerate(record.request.interfaces, 1):
+        plans.append(_bridge_plan(asked.tap or first_guess(str(index), record.id)[0], asked.bridge, names))
+        names.add(plans[-1].tap)
+    return plans
+
+
+def _bridge_plan(tap: str, bridge: str, names: Collection[str]) -> BridgePlan:
+    if tap in names:
+        raise CapacityExhausted("tap_taken", f"there is an interface {tap} already", f"ip -d link show {tap}")
+    return BridgePlan(tap, bridge)
 
 
 def check_network(request: CreateSandbox) -> None:
@@ -129,7 +148,7 @@ def check_network(request: CreateSandbox) -> None:
             raise InvalidRequest("bad_network", "a policy and ports are for the network nat", "--network nat")
         if request.connections or request.ipv6:
             raise InvalidRequest("bad_network", "a limit of connections and IPv6 are for the network nat", "--network nat")
-        if (request.rate_in or request.rate_out) and request.network is not NetworkMode.BRIDGE:
+        if (request.rate_in or request.rate_out) and request.network is not NetworkMode.BRIDGE and not request.interfaces:
             raise InvalidRequest("bad_network", "rates are for the networks nat and bridge", "--network nat")
     _check_bridge(request)
     if request.network not in ON_THE_HOST and has_own_addresses(request):
@@ -152,8 +171,13 @@ def _check_bridge(request: CreateSandbox) -> None:
         raise InvalidRequest("bad_network", "an address and a gateway are for the network bridge", "--network bridge:br0")
     if bridged and (request.run_id is not None or request.address_range is not None):
         raise InvalidRequest("bad_network", "addresses on a bridge are the operator's", "--network nat")
+    taps = [one.tap for one in request.interfaces if one.tap is not None]
+    if len({*taps, request.tap}) != len(taps) + 1:
+        raise InvalidRequest("bad_network", "two interfaces cannot have one name", "name them with tap=")
     try:
         own = IPv4Interface(request.address) if request.address is not None else None
+        for one in filter(None, (one.address for one in request.interfaces)):
+            IPv4Interface(one)
         by = IPv4Address(request.gateway) if request.gateway is not None else None
     except ValueError as error:
         raise InvalidRequest("bad_network", str(error), "--address 192.168.1.50/24 --gateway 192.168.1.1") from None

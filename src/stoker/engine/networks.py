@@ -25,6 +25,7 @@ from stoker.engine.network_words import (
     has_own_addresses,
     name_servers,
     planned,
+    planned_interfaces,
     private_networks,
     ranges,
 )
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from stoker.network.slot import Joined, Plan, Slot, Slots
     from stoker.settings import Settings
 
-__all__ = ["Networks", "Wire"]
+__all__ = ["USUAL", "Networks", "Wire"]
 
 log = logging.getLogger(__name__)
 LOOK: Final = 20.0
@@ -74,6 +75,12 @@ class Wire:
     """Its addresses are those of no other machine: memory with them in it is for nobody else."""
     address6: str = ""
     gateway6: str = ""
+    ipv6: bool = False
+    """Whether its kernel may have addresses of IPv6; those on a bridge are that network's affair."""
+
+
+USUAL: Final = Wire(INSIDE.guest_mac, str(INSIDE.guest), str(INSIDE.gateway.ip), "", -1, False)
+"""That of any machine without addresses of its own."""
 
 
 class Found(Protocol):
@@ -99,6 +106,8 @@ class Networks:
         """Of every row that has one, and of those that are about to."""
         self._pinned: dict[str, Plan | BridgePlan] = {}
         """By their sandboxes: slots that nobody else gets, with a machine in them or without."""
+        self._joined: dict[str, list[BridgePlan]] = {}
+        """By their sandboxes likewise: further interfaces."""
         self._up: dict[str, Slot | Joined] = {}
         self._last = -1
         self.leases = Leases()
@@ -151,7 +160,7 @@ class Networks:
 
     def _look(self, slots: Slots) -> None:
         """What is on the host that is not ours. Raises ``range_taken`` (HostError)."""
-        mine = {plan.interface for plan in (*self._promised.values(), *self._pinned.values())}
+        mine = {plan.interface for plan in self._ours()}
         found = slots.foreign(besides=mine)
         if problems := check_ranges(list(self._ranges.values()), found):
             raise HostError("range_taken", problems[0], "another network_range, run_range or ranges in the configuration")
@@ -204,8 +213,19 @@ class Networks:
         self._promised[plan.id] = plan
         return plan.id
 
+    async def promise_joined(self, record: Record) -> list[str]:
+        """The slots of its further interfaces, which are its own from now on. Raises ``tap_taken`` (CapacityExhausted)."""
+        if record.id not in self._joined:
+            await asyncio.to_thread(self._look, await self.open())
+            self._joined[record.id] = planned_interfaces(record, self._taken())
+        return [plan.id for plan in self._joined[record.id]]
+
+    def _ours(self) -> list[Plan | BridgePlan]:
+        joined = [plan for plans in self._joined.values() for plan in plans]
+        return [*self._promised.values(), *self._pinned.values(), *joined]
+
     def _taken(self) -> Taken:
-        ours = [*self._promised.values(), *self._pinned.values()]
+        ours = self._ours()
         return Taken(
             self._names | {plan.interface for plan in ours},
             [*self._foreign, *{plan.network for plan in ours if not isinstance(plan, BridgePlan)}],
@@ -217,6 +237,8 @@ class Networks:
             self._promised[record.slot] = parse_any_slot(record.slot)
         if record.pinned:
             self._pinned[record.id] = parse_any_slot(record.pinned)
+        if record.joined:
+            self._joined[record.id] = _bridged(record)
 
     def forget(self, slot: str) -> None:
         self._promised.pop(slot, None)
@@ -224,6 +246,7 @@ class Networks:
     def unpin(self, sandbox: str) -> None:
         """The sandbox is gone: its addresses are anybody's."""
         self._pinned.pop(sandbox, None)
+        self._joined.pop(sandbox, None)
         if self._denials is not None:
             self._denials.forget(sandbox)
 
@@ -240,7 +263,9 @@ class Networks:
             joined = await asyncio.to_thread(slots.join, plan, port_of(record, plan))
             self._up[record.slot] = joined
             request = record.request
-            return Wire(plan.mac, request.address or "", request.gateway or "", self._settings.nameserver, joined.tap, True)
+            return Wire(
+                plan.mac, request.address or "", request.gateway or "", self._settings.nameserver, joined.tap, True, ipv6=True
+            )
         if egress_of(record.request.egress) != NONE and not forwards():
             raise HostError(
                 "network_unprepared",
@@ -258,7 +283,18 @@ class Networks:
         if not machine.ipv6:
             return wire
         guest, host = (INSIDE.guest6, INSIDE.gateway6.ip) if inside else (IPv6Interface((ula(plan.guest), 126)), ula(plan.host))
-        return replace(wire, address6=str(guest), gateway6=str(host))
+        return replace(wire, address6=str(guest), gateway6=str(host), ipv6=True)
+
+    async def join(self, record: Record) -> tuple[Wire, ...]:
+        """Makes the slots of its further interfaces."""
+        from stoker.engine.judged import port_of
+
+        slots, wires = await self.open(), []
+        for plan, asked in zip(_bridged(record), record.request.interfaces, strict=True):
+            joined = await asyncio.to_thread(slots.join, plan, port_of(record, plan))
+            self._up[plan.id] = joined
+            wires.append(Wire(plan.mac, asked.address or "", "", "", joined.tap, True, ipv6=True))
+        return tuple(wires)
 
     async def lease(self, record: Record, name: str, units: Units, *, found: bool = False) -> None:
         """Offers its addresses by DHCP to a machine with an init of its own; ``found``: it may be offered them already."""
@@ -287,16 +323,22 @@ class Networks:
 
     def begun(self, record: Record) -> None:
         """The VMM has its own copy of the TAP."""
-        if (slot := self._up.get(record.slot)) is not None:
-            slot.let_go()
+        for name in (record.slot, *record.joined):
+            if (slot := self._up.get(name)) is not None:
+                slot.let_go()
 
     async def adopt(self, record: Record, machine: Found) -> None:
         """Of a machine that outlived its daemon."""
         from stoker.engine.judged import machine_of, port_of
 
-        slots = await self.open()
-        plan, firewall = parse_any_slot(record.slot), self._firewall
+        slots, firewall = await self.open(), self._firewall
         assert firewall is not None
+        for joined in _bridged(record):
+            await asyncio.to_thread(firewall.put, port_of(record, joined))
+            self._up[joined.id] = slots.rejoin(joined)
+        if not record.slot:
+            return
+        plan = parse_any_slot(record.slot)
         if isinstance(plan, BridgePlan):
             await asyncio.to_thread(firewall.put, port_of(record, plan))
             self._up[record.slot] = slots.rejoin(plan)
@@ -323,6 +365,11 @@ class Networks:
         from stoker.engine.judged import machine_of, port_of
 
         slots = await self.open()
+        for joined in _bridged(record):
+            if joined.id in self._up:
+                await asyncio.to_thread(slots.firewall.put, port_of(record, joined))
+        if not record.slot:
+            return
         plan = parse_any_slot(record.slot)
         if isinstance(plan, BridgePlan):
             await asyncio.to_thread(slots.firewall.put, port_of(record, plan))
@@ -368,6 +415,10 @@ class Networks:
         if self._firewall is not None:
             interfaces = [parse_any_slot(slot).interface for slot in keep]
             await asyncio.to_thread(self._firewall.prune, interfaces)
+
+
+def _bridged(record: Record) -> list[BridgePlan]:
+    return [plan for plan in map(parse_any_slot, record.joined) if isinstance(plan, BridgePlan)]
 
 
 def _behind(cutting: Future[None]) -> None:

@@ -96,7 +96,7 @@ async def reconcile(core: Core) -> None:
     orphans = [entry for entry in entries if not core.owns(entry.owner)]
     await asyncio.gather(*(_one(core, box, found) for box in list(core.boxes.values())), _orphans(core, orphans, found))
     if slots:
-        await core.networks.prune([box.record.slot for box in core.boxes.values() if box.record.slot])
+        await core.networks.prune([slot for box in core.boxes.values() for slot in (box.record.slot, *box.record.joined) if slot])
 
 
 async def _orphans(core: Core, entries: list[Entry], found: dict[str, list[int]]) -> None:
@@ -219,7 +219,7 @@ async def _adopt(core: Core, box: Box) -> bool:
         await drop_saved(core, box)
     if actual is not state:
         await core.save(box, event="sandbox.state", state=actual)
-    if box.record.slot:
+    if box.record.slot or box.record.joined:
         try:
             await core.networks.adopt(box.record, machine)
         except StokerError as error:

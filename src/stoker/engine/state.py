@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Final
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from stoker.api.models import (
     Certificate,
     CreateSandbox,
     ErrorBody,
     InitMode,
+    Interface,
     NetworkMode,
     Origin,
     Resources,
@@ -189,6 +191,8 @@ class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The slot that its machine has on the host."""
     pinned: str = ""
     """The slot that is its own while it exists, with a machine or without."""
+    joined: list[str] = field(default_factory=list)
+    """The slots of its further interfaces, which are its own likewise."""
     pool: str = ""
     """The pool its disk is in; "" is the one that needs no file system of its own."""
     boots: int = 0
@@ -272,6 +276,14 @@ def _address(record: Record) -> str:
     return (record.request.address or "").partition("/")[0] if isinstance(plan, BridgePlan) else str(plan.address)
 
 
+def _interfaces(record: Record) -> list[Interface]:
+    """With the names that they have on the host."""
+    if not record.joined:
+        return record.request.interfaces
+    plans = map(parse_any_slot, record.joined)
+    return [replace(asked, tap=plan.interface) for asked, plan in zip(record.request.interfaces, plans, strict=True)]
+
+
 def to_sandbox(record: Record, expires_at: float | None) -> Sandbox:
     """What the world sees of a row."""
     request = record.request
@@ -301,6 +313,7 @@ def to_sandbox(record: Record, expires_at: float | None) -> Sandbox:
         connections=request.connections,
         ipv6=request.ipv6,
         bridge=request.bridge or "",
+        interfaces=_interfaces(record),
         interface=parse_any_slot(record.slot).interface if record.slot else "",
         init=request.init or InitMode.AGENT,
         volumes=[VolumeMount(name=m.name, path=m.path, read_only=m.read_only) for m in record.volumes],

@@ -81,6 +81,7 @@ def _shape(request: CreateSandbox, row: Record) -> list[tuple[str, object, objec
         ("init", request.init, row.request.init),
         ("kernel", request.kernel if request.kernel not in (row.request.kernel, row.kernel, row.kernel_path) else "", row.kernel),
         ("initrd", request.initrd, row.request.initrd or "none"),
+        ("interfaces", request.interfaces, "none"),
         ("volumes", request.volumes, "none"),
         ("app", request.app, "none"),
     ]

@@ -71,7 +71,7 @@ async def set_network(core: Core, box: Box, request: SetNetwork) -> None:
         given = {name: value for name, value in asdict(request).items() if value is not None}
         wanted = replace(record.request, **given)
         check_network(wanted)
-        if record.slot:
+        if record.slot or record.joined:
             await core.networks.change(replace(record, request=wanted))
         await core.save(box, event="sandbox.network", request=wanted)
 

@@ -24,7 +24,7 @@ from stoker.api.models import CreateSandbox, ErrorBody, InitMode, Principal, Quo
 from stoker.engine.core import Box, Core
 from stoker.engine.create import Source, begin_from, first_row
 from stoker.engine.hidden import PARKED, common, discard, first_of, hide, kind_of
-from stoker.engine.network_words import has_own_addresses
+from stoker.engine.network_words import has_own_interfaces
 from stoker.engine.operations import hidden
 from stoker.engine.start import NO_GOLDEN
 from stoker.engine.state import new_id, to_body
@@ -166,7 +166,7 @@ class Waiting:
         return None
 
     def _may_be_parked(self, asked: CreateSandbox, source: Source | None) -> bool:
-        usual = asked.app is None and not asked.initrd and not has_own_addresses(asked) and asked.init in (None, InitMode.AGENT)
+        usual = asked.app is None and not asked.initrd and not has_own_interfaces(asked) and asked.init in (None, InitMode.AGENT)
         return bool(self._parked) and usual and (source is None or source.restores)
 
     def put_back(self, box: Box) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from stoker.api.models import Certificate, Hazard, Origin
-from stoker.engine.boot import LiveMachine, plan
+from stoker.engine.boot import LiveMachine, plan, told
 from stoker.engine.start import Watch, explained, first_word, launched
 from stoker.engine.trace import trace
 from stoker.errors import GuestError, StokerError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stoker.engine.pools import MakeDisk
     from stoker.guest.agent import Agent, MakeKeys
     from stoker.guest.copies import Report
+    from stoker.guest.messages import NetworkConfiguration
     from stoker.images.progress import Progress
     from stoker.settings import Settings
     from stoker.vmm.driver import Machine
@@ -136,7 +137,8 @@ async def wake(
                 undo.push_async_callback(agent.aclose)
                 watch.lap("guest")
                 trace("resume.after_hello")
-                report = await introduce(agent, identity, request.keys)
+                wire = request.wire if identity.copy else None
+                report = await introduce(agent, identity, request.keys, told(wire, 0) if wire is not None and wire.own else None)
                 if identity.copy and report is not None and report.unhandled:
                     names = ", ".join(f"{one.name} ({one.detail})" for one in report.unhandled)
                     raise GuestError("copy_unsafe", f"the copy would be a twin: {names}", "see its console: stoker logs")
@@ -178,8 +180,11 @@ def _linked(file: Path | None, name: Path) -> bool:
     return True
 
 
-async def introduce(agent: Agent, identity: Identity, keys: MakeKeys | None) -> Report | None:
-    """Before anything else is asked of it: who it is now, and what time. An older agent is told what it understands."""
+async def introduce(
+    agent: Agent, identity: Identity, keys: MakeKeys | None, network: NetworkConfiguration | None = None
+) -> Report | None:
+    """Before anything else is asked of it: who it is now, and what time. An older agent is told what it understands. Without
+    ``network`` it keeps its addresses."""
     words = AfterRestore(
         entropy=os.urandom(64),
         generation=identity.generation,
@@ -187,6 +192,7 @@ async def introduce(agent: Agent, identity: Identity, keys: MakeKeys | None) -> 
         hostname=identity.hostname,
         machine_id=os.urandom(16).hex() if identity.copy else None,
         boot_id=str(uuid.uuid4()) if identity.copy else None,
+        network=network,
         drop_connections=identity.copy,
         env=identity.env,
         user=identity.user,

@@ -13,7 +13,7 @@ from stoker.api.models import CreateSandbox, Principal, SetWarm, WarmSet
 from stoker.engine.core import Core
 from stoker.engine.create import check_host_paths
 from stoker.engine.hidden import common
-from stoker.engine.network_words import has_own_addresses
+from stoker.engine.network_words import has_own_interfaces
 from stoker.engine.state import new_id
 from stoker.engine.waiting import Kind, Waiting
 from stoker.errors import CapacityExhausted, InvalidRequest, NotFound
@@ -50,7 +50,7 @@ class WarmSets:
     async def set(self, who: Principal, request: SetWarm) -> WarmSet:
         """Changes how many machines wait; the set of a new kind is made, one of size 0 removed."""
         wanted = request.sandbox
-        if wanted.volumes or wanted.app is not None or wanted.cold or wanted.initrd or has_own_addresses(wanted):
+        if wanted.volumes or wanted.app is not None or wanted.cold or wanted.initrd or has_own_interfaces(wanted):
             raise InvalidRequest(
                 "warm_unfit",
                 "a machine that waits has no volumes, no app, no initrd and no addresses of its own, and is not cold",

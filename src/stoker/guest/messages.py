@@ -91,7 +91,7 @@ class Resolver(Struct, frozen=True, omit_defaults=True):
 
 
 class NetworkConfiguration(Struct, frozen=True, omit_defaults=True):
-    """The guest's one interface. ``address`` (and ``address6``, of IPv6) is in prefix notation."""
+    """One interface of the guest's. ``address`` (and ``address6``, of IPv6) is in prefix notation."""
 
     interface: str
     address: str = ""
@@ -100,6 +100,8 @@ class NetworkConfiguration(Struct, frozen=True, omit_defaults=True):
     mtu: int = 0
     address6: str = ""
     gateway6: str = ""
+    ipv6: bool = True
+    """False: it has no address of IPv6 at all."""
 
 
 class Configuration(Struct, frozen=True, omit_defaults=True, tag_field="m", tag="configure"):
@@ -110,6 +112,8 @@ class Configuration(Struct, frozen=True, omit_defaults=True, tag_field="m", tag=
     hosts: Sequence[tuple[str, str]] = ()
     resolv: Resolver | None = None
     network: NetworkConfiguration | None = None
+    interfaces: Sequence[NetworkConfiguration] = ()
+    """Further ones, after that of ``network``."""
     env: Mapping[str, Text] = {}
     entropy: bytes = b""
     realtime: int = 0

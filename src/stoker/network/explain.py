@@ -200,6 +200,8 @@ def _on_the_host(facts: Facts, host: Host) -> Iterator[Step]:
         why = "nothing is sent to a UDP port to try it" if facts.target.protocol is Protocol.UDP else "the guest could not try it"
         yield _step("connection", why, ok=None)
         return
+    if facts.machine.connections or facts.machine.rate_in or facts.machine.rate_out:
+        yield _limits(facts, probe)
     yield _others(facts, host, probe, arrived)
     yield _translation(facts, host, probe)
     yield _way_back(facts, host, probe)
@@ -266,6 +268,18 @@ def _host_ways(facts: Facts, host: Host) -> Iterator[Step]:
         yield _step("uplink", f"the host has no route to {facts.address}", ok=False, mend=mend)
     else:
         yield _step("uplink", f"the kernel does not say how it would send it ({os.strerror(way)})", ok=None)
+
+
+def _limits(facts: Facts, probe: Probe) -> Step:
+    name, most, counted = "limits", facts.machine.connections, probe.counted
+    if counted.crowded and not probe.works:
+        says = f"it has as many connections open as it may, {most}"
+        return _step(name, says, ok=False, mend=f"stoker network set {facts.label} --connections {2 * most}")
+    over = [f"{dropped} that it {verb}" for dropped, verb in ((counted.over_out, "sent"), (counted.over_in, "was sent")) if dropped]
+    if over:
+        mend = f"stoker network set {facts.label} --rate-out 0 --rate-in 0"
+        return _step(name, f"packets were dropped for being over its rate: {', '.join(over)}", ok=probe.works or None, mend=mend)
+    return _step(name, "nothing of it is over a limit")
 
 
 def _others(facts: Facts, host: Host, probe: Probe, arrived: bool) -> Step:

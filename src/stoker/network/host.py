@@ -10,8 +10,9 @@ The files that keep the settings over a restart of the host are rendered by :fun
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,10 +21,13 @@ from stoker.host.netlink import Netlink, uplinks
 from stoker.host.nftables import Nftables
 from stoker.network.plan import Foreign, Range, check_ranges
 
-__all__ = ["Chain", "Finding", "Observed", "Pass", "Setting", "judge", "mend", "observe", "sysctl_file", "undo"]
+__all__ = ["Chain", "Finding", "Observed", "Pass", "Setting", "foreign_networks", "judge", "mend", "observe", "sysctl_file", "undo"]
 
-ROOT: Final = "/proc/sys/net/ipv4"
-FORWARD: Final = "ip_forward"
+ROOT: Final = "/proc/sys/net"
+FORWARD: Final = "ipv4/ip_forward"
+FORWARD6: Final = "ipv6/conf/all/forwarding"
+ADVERTISED: Final = 0x40000
+"""RTF_ADDRCONF: a route that a router told of."""
 COMMENT: Final = "stoker"
 TAPS: Final = 'iifname "tap*" udp dport 67'
 
@@ -44,12 +48,14 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """``settings``: names below ``net.ipv4`` (with slashes) and values. ``uplinks``: names, best first."""
+    """``settings``: names below ``net`` (with slashes) and values. ``uplinks``: names, best first; ``advertised``: those with a
+    route of IPv6 by a router's advertisement."""
 
     settings: Mapping[str, str]
     uplinks: tuple[str, ...]
     foreign: tuple[Foreign, ...]
     chains: tuple[Chain, ...]
+    advertised: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,7 @@ class Setting:
     value: str
 
     def __str__(self) -> str:
-        return f"sysctl -w net.ipv4.{self.name.replace('/', '.')}={self.value}"
+        return f"sysctl -w net.{self.name.replace('/', '.')}={self.value}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,10 @@ class Finding:
 
 
 def _settings() -> dict[str, str]:
-    names = [FORWARD, *(f"conf/{interface}/rp_filter" for interface in sorted(os.listdir(f"{ROOT}/conf")))]
+    names = [FORWARD, FORWARD6]
+    for version, word in (("ipv4", "rp_filter"), ("ipv6", "accept_ra")):
+        with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+            names += [f"{version}/conf/{interface}/{word}" for interface in sorted(os.listdir(f"{ROOT}/{version}/conf"))]
     found = {}
     for name in names:
         try:
@@ -117,19 +126,55 @@ def _chains(nft: Nftables) -> tuple[Chain, ...]:
     return tuple(found)
 
 
+def foreign_networks(link: Netlink, besides: Collection[str] = ()) -> list[Foreign]:
+    """The networks of the host: of its interfaces' addresses and its routes, but for those of interfaces ``besides``."""
+    names = {one.index: one.name for one in link.links()}
+    mine = {index for index, name in names.items() if name in besides}
+    found = [
+        Foreign(address.interface.network, f"{names.get(address.index, 'an interface')} has the address {address.interface} of")
+        for address in link.addresses()
+        if address.index not in mine
+    ]
+    routes = (route for route in link.routes() if route.destination.prefixlen and route.index not in mine)
+    return found + [Foreign(route.destination, f"is routed to {names.get(route.index, 'nowhere')}") for route in routes]
+
+
+def _advertised() -> tuple[str, ...]:
+    """Interfaces with a default route of IPv6 that goes when the host begins to forward, unless they go on to listen."""
+    try:
+        with open("/proc/thread-self/net/ipv6_route", encoding="ascii") as file:
+            rows = [line.split() for line in file]
+    except FileNotFoundError:
+        return ()
+    return tuple({row[9]: None for row in rows if row[:2] == ["0" * 32, "00"] and int(row[8], 16) & ADVERTISED})
+
+
 def observe(foreign: Iterable[Foreign]) -> Observed:
-    """The calling thread's namespace as it is. ``foreign``: networks of the host that are not slots' (:meth:`.Slots.foreign`)."""
+    """The calling thread's namespace as it is. ``foreign``: networks of the host that are not slots' (:func:`foreign_networks`)."""
     with Netlink() as link, Nftables() as nft:
         names = {found.index: found.name for found in link.links()}
         out = tuple(dict.fromkeys(names[route.index] for route in uplinks(link.routes()) if route.index in names))
-        return Observed(_settings(), out, tuple(foreign), _chains(nft))
+        return Observed(_settings(), out, tuple(foreign), _chains(nft), _advertised())
 
 
 def _filters(settings: Mapping[str, str]) -> Finding:
     strict = sorted(name for name, value in settings.items() if name.endswith("/rp_filter") and value == "1")
-    names = ", ".join(name.split("/")[1] for name in strict)
+    names = ", ".join(name.split("/")[2] for name in strict)
     says = f"packets are dropped by the way their answer would take (rp_filter) on: {names}" if strict else "no rp_filter is strict"
     return Finding("reverse path", not strict, says, tuple(Setting(name, "0") for name in strict))
+
+
+def _ipv6(found: Observed) -> Finding:
+    """What machines with IPv6 need besides. An uplink listens to its router first: forwarding hosts do so only when told."""
+    if FORWARD6 not in found.settings:
+        return Finding("IPv6", False, "this host's kernel has no IPv6")
+    deaf = [f"ipv6/conf/{name}/accept_ra" for name in found.advertised if found.settings.get(f"ipv6/conf/{name}/accept_ra") != "2"]
+    if found.settings[FORWARD6] == "1" and not deaf:
+        return Finding("IPv6", True, "the host forwards IPv6")
+    says = "the host does not forward IPv6 (net.ipv6.conf.all.forwarding is 0)"
+    if found.settings[FORWARD6] == "1":
+        says = f"the route of {', '.join(found.advertised)} is a router's word, which is not listened to while the host forwards"
+    return Finding("IPv6", False, says, (*(Setting(name, "2") for name in deaf), Setting(FORWARD6, "1")))
 
 
 def _others(chains: Sequence[Chain], ranges: Sequence[Range]) -> list[Finding]:
@@ -145,8 +190,8 @@ def _others(chains: Sequence[Chain], ranges: Sequence[Range]) -> list[Finding]:
     return findings
 
 
-def judge(found: Observed, ranges: Sequence[Range]) -> list[Finding]:
-    """Every finding, good and bad, in the order in which to read them."""
+def judge(found: Observed, ranges: Sequence[Range], *, ipv6: bool = False) -> list[Finding]:
+    """Every finding, good and bad, in the order in which to read them. ``ipv6``: also of what machines with IPv6 need."""
     forward = found.settings.get(FORWARD) == "1"
     says = "the host forwards packets" if forward else "the host does not forward packets (net.ipv4.ip_forward is 0)"
     findings = [Finding("forwarding", forward, says, () if forward else (Setting(FORWARD, "1"),)), _filters(found.settings)]
@@ -156,6 +201,8 @@ def judge(found: Observed, ranges: Sequence[Range]) -> list[Finding]:
     findings += [Finding("range", False, problem) for problem in problems]
     if not problems:
         findings.append(Finding("range", True, "no range of ours is somebody else's"))
+    if ipv6:
+        findings.append(_ipv6(found))
     return findings + _others(found.chains, ranges)
 
 
@@ -169,7 +216,9 @@ def _set(name: str, value: str) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as e:
-        raise HostError("setting_refused", f"net.ipv4.{name}: {e.strerror}", "stoker network check --fix needs root") from None
+        raise HostError(
+            "setting_refused", f"net.{name.replace('/', '.')}: {e.strerror}", "stoker network check --fix needs root"
+        ) from None
     return before
 
 
@@ -211,7 +260,9 @@ def undo(record: Iterable[Mapping[str, Any]]) -> None:
 def sysctl_file(mends: Iterable[Setting | Pass]) -> str:
     """For ``/etc/sysctl.d/``: the settings that last, as far as they are not of one interface, which may be gone by then."""
     lasting = [one for one in mends if isinstance(one, Setting)]
-    kept = [one for one in lasting if one.name == FORWARD or one.name.split("/")[1] in ("all", "default")]
+    kept = [
+        one for one in lasting if one.name == FORWARD or one.name.split("/")[2] in ("all", "default") or "/accept_ra" in one.name
+    ]
     return "# Written by `stoker network check --fix`; `--undo` removes it.\n" + "".join(
-        f"net.ipv4.{one.name.replace('/', '.')} = {one.value}\n" for one in kept
+        f"net.{one.name.replace('/', '.')} = {one.value}\n" for one in kept
     )

@@ -20,7 +20,7 @@ def check_ipv6() -> None:
             raise HostError(
                 "network_unprepared",
                 "this host does not forward IPv6: machines would reach nothing by it",
-                "sysctl -w net.ipv6.conf.all.forwarding=1, and accept_ra=2 of the uplink where its route is a router's word",
+                "stoker network check --ipv6 --fix",
             )
 
 

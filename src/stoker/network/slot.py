@@ -44,6 +44,7 @@ from stoker.network import rules
 from stoker.network.bridged import Port
 from stoker.network.egress import NONE
 from stoker.network.firewall import Firewall
+from stoker.network.host import foreign_networks
 from stoker.network.ipv6 import beside, check_ipv6, open_ipv6
 from stoker.network.named import Answers
 from stoker.network.plan import INSIDE, BridgePlan, Foreign, NamespacePlan, RunPlan, Taken, ula
@@ -147,16 +148,8 @@ class Slots:
         self.close()
 
     def foreign(self, besides: Collection[str] = ()) -> list[Foreign]:
-        """The networks of the host: of its interfaces' addresses and its routes, but for those of interfaces ``besides``."""
-        names = {link.index: link.name for link in self._link.links()}
-        mine = {index for index, name in names.items() if name in besides}
-        found = [
-            Foreign(address.interface.network, f"{names.get(address.index, 'an interface')} has the address {address.interface} of")
-            for address in self._link.addresses()
-            if address.index not in mine
-        ]
-        routes = (route for route in self._link.routes() if route.destination.prefixlen and route.index not in mine)
-        return found + [Foreign(route.destination, f"is routed to {names.get(route.index, 'nowhere')}") for route in routes]
+        """See :func:`.host.foreign_networks`."""
+        return foreign_networks(self._link, besides)
 
     def taken(self, plans: Iterable[Plan | BridgePlan] = ()) -> Taken:
         """What new slots must keep clear of: what is on the host, ``plans`` that are promised, and what is being removed."""

@@ -111,6 +111,8 @@ class MachineSpec:
     disks: tuple[Disk, ...]
     network: UserNetwork | TapNetwork | None
     accelerator: Accelerator
+    taps: tuple[TapNetwork, ...] = ()
+    """Its further interfaces: those after ``network``, in their order."""
     console_bytes: int = 4 << 20
     detached: bool = False
     """True: the machine outlives the process that started it. False: it ends when that process does, however it ends."""

@@ -20,17 +20,19 @@ from typing import Any, Final
 from stoker.errors import HostError, StokerError
 from stoker.host.durable import whole_directory, write_synced
 from stoker.host.reflink import data_ranges
-from stoker.vmm.machine import Accelerator, MachineSpec
+from stoker.vmm.machine import Accelerator, MachineSpec, TapNetwork
 from stoker.vmm.memory import new_memory, sealed
 from stoker.vmm.memory_file import copy_memory
 from stoker.vmm.qemu.command import DiskHandles, Handles, command
 from stoker.vmm.qemu.facts import QemuFacts
 
-__all__ = ["Saved", "digest_of_memory", "fingerprint", "load", "orphaned", "portable", "program", "save"]
+__all__ = ["ANY_MAC", "Saved", "digest_of_memory", "fingerprint", "load", "orphaned", "portable", "program", "save"]
 
 FORMAT: Final = 2
 AGAIN: Final = "it is made anew by itself"
 _PIECE: Final = 1 << 20
+ANY_MAC: Final = "02:fc:00:00:00:05"
+"""Stands for whichever a machine on a TAP has: its guest is told."""
 _MOST_STATE: Final = 64 << 20
 _MOST_DISK: Final = 64 << 20
 
@@ -69,8 +71,11 @@ def fingerprint(spec: MachineSpec, qemu: QemuFacts) -> dict[str, Any]:
         net_out=0,
         net_in=0,
         tap=0,
+        taps=(0,) * len(spec.taps),
         memory=0,
     )
+    network = replace(spec.network, mac=ANY_MAC) if isinstance(spec.network, TapNetwork) else spec.network
+    spec = replace(spec, network=network, taps=tuple(replace(port, mac=ANY_MAC) for port in spec.taps))
     disks = [[disk.name, disk.format, [_identity(path) for path in disk.backing]] for disk in spec.disks]
     return {
         "vmm": ".".join(map(str, qemu.version)),

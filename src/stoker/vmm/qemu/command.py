@@ -22,8 +22,8 @@ MAX_CMDLINE = 2047  # the kernel's COMMAND_LINE_SIZE on x86, less its NUL
 
 LAST_TRANSPORT = 23
 MAX_DISKS = LAST_TRANSPORT - 3
-"""Channel, entropy and network have a transport each, and number 0 stays empty: it is pin 0 of the second IOAPIC, which QEMU takes
-for the ISA timer's and raises pin 2 instead, so its interrupts never arrive."""
+"""Less those for further interfaces. Channel, entropy and network have a transport each, and number 0 stays empty: it is pin 0 of
+the second IOAPIC, which QEMU takes for the ISA timer's and raises pin 2 instead, so its interrupts never arrive."""
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
@@ -57,6 +57,7 @@ class Handles:
     net_out: int | None = None
     net_in: int | None = None
     tap: int | None = None
+    taps: tuple[int, ...] = ()
     memory: int | None = None
     state: int | None = None
     """Where the device state of a restored machine comes from."""
@@ -65,7 +66,7 @@ class Handles:
         """All of them, each once, to be passed on."""
         single = (self.monitor, self.console, self.agent, self.vsock, self.net_out, self.net_in, self.tap, self.memory, self.state)
         both = [fd for disk in self.disks for fd in (disk.image, *disk.backing)]
-        return tuple(fd for fd in (*single, *both) if fd is not None)
+        return tuple(fd for fd in (*single, *both, *self.taps) if fd is not None)
 
 
 def kernel_cmdline(spec: MachineSpec, qemu: QemuFacts) -> str:
@@ -122,6 +123,10 @@ def command(spec: MachineSpec, qemu: QemuFacts, handles: Handles) -> list[str]:
         network, device = _network(spec, handles)
         argv += network
         devices.append(device)
+    for index, (port, tap) in enumerate(zip(spec.taps, handles.taps, strict=True), 1):
+        network, device = _tap(index, port.mac, tap)
+        argv += network
+        devices.append(device)
     for index, text in enumerate(devices):
         argv += ["-device", f"{text},bus=virtio-mmio-bus.{LAST_TRANSPORT - index}"]
     if spec.channel is Channel.VIRTIO_SERIAL:
@@ -145,8 +150,9 @@ def _check(spec: MachineSpec) -> None:
             raise InvalidRequest("bad_disk", f"disk {disk.name}: the format is raw or qcow2")
         if disk.backing and disk.format == "raw":
             raise InvalidRequest("bad_disk", f"disk {disk.name}: nothing lies below a raw disk")
-    if len(spec.disks) > MAX_DISKS:
-        raise InvalidRequest("too_many_disks", f"{len(spec.disks)} disks: this machine type has room for {MAX_DISKS}")
+    room = MAX_DISKS - len(spec.taps)
+    if len(spec.disks) > room:
+        raise InvalidRequest("too_many_disks", f"{len(spec.disks)} disks: this machine type has room for {room}")
 
 
 class _FdSets:
@@ -234,12 +240,16 @@ def _channel(spec: MachineSpec, handles: Handles) -> tuple[list[str], str]:
     return ["-chardev", f"socket,id=agent,fd={handles.agent},server=on,wait=off"], "virtio-serial-device"
 
 
+def _tap(index: int, mac: str, tap: int | None) -> tuple[list[str], str]:
+    # What it sends and takes may be larger than its wire: the vnet header says how, and the kernel sees to it.
+    return ["-netdev", f"tap,id=net{index},fd={tap}"], f"virtio-net-device,netdev=net{index},mac={mac},guest_announce=off"
+
+
 def _network(spec: MachineSpec, handles: Handles) -> tuple[list[str], str]:
     plan = spec.network
     assert plan is not None
     if isinstance(plan, TapNetwork):
-        # What it sends and takes may be larger than its wire: the vnet header says how, and the kernel sees to it.
-        return ["-netdev", f"tap,id=net0,fd={handles.tap}"], f"virtio-net-device,netdev=net0,mac={plan.mac},guest_announce=off"
+        return _tap(0, plan.mac, handles.tap)
     prefix = plan.address.rpartition("/")[2]
     # The redirector takes every frame off the guest's queue to the shim's filter; only what comes back on netin goes on to slirp.
     # A machine that is restored has nobody to announce itself to: its wire is its own, and its address may be about to change.

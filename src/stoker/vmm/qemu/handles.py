@@ -68,6 +68,7 @@ def open_handles(spec: MachineSpec, close: ExitStack, keep: ExitStack) -> Opened
         net_out=vmm_net_out,
         net_in=vmm_net_in,
         tap=tap,
+        taps=tuple(port.tap for port in spec.taps),
         memory=spec.guest_memory.fd if spec.guest_memory else None,
         state=state,
     )
