@@ -20,6 +20,7 @@ from stoker.errors import GuestError, HostError
 from stoker.host import pagemap
 from stoker.vmm import memory
 from stoker.vmm.memory import PAGE, Delta, Scratch, capture, changed_bytes, empty_memory, inject, is_sealed, new_memory, sealed
+from stoker.vmm.memory_base import digest_of_memory, write_base
 from stoker.vmm.memory_file import flatten, read_delta, write_delta
 
 SIZE = 8 << 20
@@ -281,6 +282,9 @@ def test_base_and_delta_are_a_new_base(base: int, of: str, tmp_path: Path) -> No
         one.do(f"libc.madvise(ctypes.c_void_p(address + 200 * {PAGE}), {PAGE}, 4)")
         delta = capture(one.pid, under, Scratch(), SIZE)
         flatten(under, delta, new.fileno())
+        with open(tmp_path / "other", "w+b") as other:
+            assert write_base(under, delta, other.fileno()) == digest_of_memory(other.fileno()) == digest_of_memory(new.fileno())
+            assert content(other.fileno()) == content(new.fileno())
         wanted = bytearray(SIZE)
         if of == "base":
             wanted[: 16 * PAGE] = content(base)[: 16 * PAGE]
@@ -293,6 +297,63 @@ def test_base_and_delta_are_a_new_base(base: int, of: str, tmp_path: Path) -> No
         assert not delta.zero_offsets
     if of == "empty":
         os.close(under)
+
+
+RUNS = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(1, 256), st.sampled_from(["data", "clear", "zeros", "skip"])), max_size=40
+)
+
+
+@given(runs=RUNS, under=RUNS, length=st.integers(1, 3 * 256), empty=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_a_new_base_is_what_lies_over_the_old_one(
+    runs: list[tuple[int, int, str]], under: list[tuple[int, int, str]], length: int, empty: bool
+) -> None:
+    """Runs of any kind, over windows' borders and behind each other; the digest does not see what is a hole and what is zeros."""
+    size = length * PAGE
+    old, delta, data = bytearray(size), Delta(size), bytearray()
+
+    def placed(these: list[tuple[int, int, str]]) -> Iterator[tuple[int, int, str]]:
+        at = 0
+        for gap, pages, kind in these:
+            start, at = (at + gap) * PAGE, at + gap + pages
+            if at <= length and kind != "skip":
+                yield start, pages * PAGE, kind
+
+    for start, count, kind in placed(under):
+        if kind == "data" and not empty:
+            old[start : start + count] = os.urandom(count)
+    wanted = bytearray(old)
+    for start, count, kind in placed(runs):
+        offsets, lengths = (delta.zero_offsets, delta.zero_lengths) if kind == "clear" else (delta.offsets, delta.lengths)
+        offsets.append(start)
+        lengths.append(count)
+        wanted[start : start + count] = os.urandom(count) if kind == "data" else bytes(count)
+        if kind != "clear":
+            data += wanted[start : start + count]
+    if data:
+        delta.data = mmap.mmap(-1, PAGE + len(data))
+        delta.data[PAGE : PAGE + len(data)] = bytes(data)
+        delta.start = PAGE
+    base = empty_memory() if empty else os.memfd_create("base")
+    new, full = os.memfd_create("new"), os.memfd_create("full")
+    try:
+        if not empty:
+            os.ftruncate(base, size)
+            for at in range(0, size, PAGE):
+                if any(old[at : at + PAGE]):
+                    os.pwrite(base, old[at : at + PAGE], at)
+        digest = write_base(base, delta, new)
+        assert os.pread(new, size + 1, 0) == bytes(wanted)
+        os.pwrite(full, bytes(wanted), 0)
+        assert digest == digest_of_memory(new) == digest_of_memory(full)
+        if any(wanted):
+            at = next(n for n, byte in enumerate(wanted) if byte)
+            os.pwrite(full, bytes([wanted[at] ^ 1]), at)
+            assert digest != digest_of_memory(full)
+    finally:
+        for fd in (base, new, full):
+            os.close(fd)
 
 
 def test_over_the_empty_base_memory_goes_from_one_to_another() -> None:

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,12 @@ from stoker.host.durable import whole_directory, write_synced
 from stoker.host.process import boot_id
 from stoker.vmm.driver import Captured
 from stoker.vmm.memory import Delta, new_memory, sealed
-from stoker.vmm.memory_file import copy_memory, flatten, read_delta, write_delta
-from stoker.vmm.saved import digest_of_memory
+from stoker.vmm.memory_base import digest_of_memory, write_base
+from stoker.vmm.memory_file import copy_memory, read_delta, write_delta
 
 __all__ = ["Base", "Kept", "again", "describe", "differs", "keep", "load", "missing", "opened", "sealed_copy", "staging"]
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MOST_DELTA: Final = 16 << 20
 """Bytes of a delta from which on a new base is written."""
 _MOST_STATE: Final = 64 << 20
@@ -118,14 +117,13 @@ def _linked(file: Path, target: Path) -> bool:
 
 
 def _new_base(path: Path, base: int, delta: Delta) -> dict[str, Any]:
-    with open(path, "w+b") as file, ThreadPoolExecutor(1) as other:
+    with open(path, "w+b") as file:
         fd = file.fileno()
         # The VMM, which has a user of its own, opens it anew for writing, though it maps it privately. The directory is ours alone.
         os.fchmod(fd, 0o666)
-        flatten(base, delta, fd)
-        digest = other.submit(digest_of_memory, fd)
+        digest = write_base(base, delta, fd)
         os.fsync(fd)
-        return {"size": delta.size, "sha256": digest.result()}
+        return {"size": delta.size, "sha256": digest}
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:

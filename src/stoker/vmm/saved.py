@@ -22,15 +22,15 @@ from stoker.host.durable import whole_directory, write_synced
 from stoker.host.reflink import data_ranges
 from stoker.vmm.machine import Accelerator, MachineSpec, TapNetwork
 from stoker.vmm.memory import new_memory, sealed
+from stoker.vmm.memory_base import digest_of_memory
 from stoker.vmm.memory_file import copy_memory
 from stoker.vmm.qemu.command import DiskHandles, Handles, command
 from stoker.vmm.qemu.facts import QemuFacts
 
-__all__ = ["ANY_MAC", "Saved", "digest_of_memory", "fingerprint", "load", "orphaned", "portable", "program", "save"]
+__all__ = ["ANY_MAC", "Saved", "fingerprint", "load", "orphaned", "portable", "program", "save"]
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 AGAIN: Final = "it is made anew by itself"
-_PIECE: Final = 1 << 20
 ANY_MAC: Final = "02:fc:00:00:00:05"
 """Stands for whichever a machine on a TAP has: its guest is told."""
 _MOST_STATE: Final = 64 << 20
@@ -138,19 +138,6 @@ def orphaned(directory: Path) -> str:
     except (StokerError, ValueError, TypeError, KeyError, FileNotFoundError):
         return "it is damaged"
     return ""
-
-
-def digest_of_memory(fd: int) -> str:
-    """SHA-256 over the parts of a file that are not holes, each with its place."""
-    found = hashlib.sha256()
-    for offset, length in data_ranges(fd):
-        for at in range(offset, offset + length, _PIECE):
-            piece = os.pread(fd, min(_PIECE, offset + length - at), at)
-            # A page of zeros and a hole are the same memory, whatever a file system made of them.
-            if piece.count(0) != len(piece):
-                found.update(at.to_bytes(8, "little"))
-                found.update(piece)
-    return found.hexdigest()
 
 
 def save(directory: Path, memory: int, state: bytes, made_by: Mapping[str, Any], disk: Path | None = None) -> None:
