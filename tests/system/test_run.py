@@ -262,3 +262,18 @@ def test_without_qemu_it_says_what_to_install(stoker: CommandLine) -> None:
     done = stoker("run", BASE, "--", "true", env={"STOKER_QEMU": "/nonexistent/qemu"})
     assert done.code == 125
     assert "qemu" in done.error and "hint: " in done.error and "Traceback" not in done.error
+
+
+def test_detached_it_goes_on(stoker: CommandLine) -> None:
+    done = stoker("run", "-d", "--name", "left", BASE, "--", "sh", "-c", "echo begun; sleep 600")
+    assert (done.code, done.text) == (0, "left\n"), done.error
+    try:
+        assert until(lambda: "begun" in stoker("logs", "-p", "main", "left").text)
+        assert stoker("exec", "left", "--", "cat", "/proc/uptime").code == 0
+    finally:
+        assert stoker("rm", "left").code == 0
+    for words, code in ((["--", "no-such-command"], "[no_such_command]"), (["-it", BASE], "without -i and -t")):
+        image = [BASE] if words[0] == "--" else []
+        done = stoker("run", "-d", *image, *words)
+        assert done.code != 0 and code in done.error, done.error
+    assert sandboxes(stoker) == []

@@ -44,6 +44,7 @@ EXIT_FAILED = 125
 @click.option("--init", type=click.Choice(["agent", "image"]), help="Who is process 1.  [default: agent]")
 @click.option("--volume", "-v", "volumes", metavar="NAME:/PATH[:ro]", multiple=True, type=MOUNT, help="Mount a volume.")
 @click.option("--app", metavar="FILE|DIR", help="A zip, tar, tar.gz or directory whose content goes into /app.")
+@click.option("--detach", "-d", is_flag=True, help="Leave it running, and print its name or id; the command is the process 'main'.")
 @click.option("--interactive", "-i", is_flag=True, help="Read standard input, from a terminal too.")
 @click.option("--tty", "-t", is_flag=True, help="Give the command a terminal.")
 @click.option("--timeout", type=DURATION, metavar="S", help="End the command after so long, with exit code 124.")
@@ -68,6 +69,7 @@ def run(
     init: str | None,
     volumes: tuple[str, ...],
     app: str | None,
+    detach: bool,
     interactive: bool,
     tty: bool,
     timeout: float | None,
@@ -102,6 +104,13 @@ def run(
     sandbox |= {"volumes": volumes} if volumes else {}
     sandbox |= {"name": name} if name is not None else {}
     sandbox |= {name: given for name, given in network.items() if given}
+    if detach:
+        from stoker.cli.detached import run_detached
+
+        if interactive or tty:
+            raise click.UsageError("-d leaves the command in the background, where nobody types: without -i and -t")
+        sandbox |= {"app": app} if app is not None else {}
+        return run_detached(sandbox, command_words(command), timeout, quiet=quiet)
     parsed = time.monotonic()
     # An app has to be there before it can be named.
     wire = {**sandbox, **wire_network(network), **wire_mounts(volumes), "lease": True}
