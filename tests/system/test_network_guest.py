@@ -162,7 +162,8 @@ def test_published_ports(made: GuestWorld) -> None:
     assert all(said in CLOSED for said in made.ask("two", f"tcp/{HOST.ip}/9000", f"udp/{HOST.ip}/9000"))
     assert made.daemon.call("GET", "/sandboxes/one")["publish"] == ["9000:80", "9000:80/udp", "127.0.0.1:9001:80"]
     refused = made.daemon.call("PUT", "/sandboxes/two/network", 409, json={"publish": ["9000:80"]})
-    assert refused["code"] == "port_published" and "9000" in refused["message"] and refused["hint"]
+    assert refused["code"] == "port_published" and "9000" in refused["message"] and "one" in refused["message"]
+    assert "network set one" in refused["hint"]
     assert made.daemon.call("GET", "/sandboxes/two")["publish"] == []
     refused = made.daemon.call("PUT", "/sandboxes/two/network", 409, json={"publish": ["8080:80"]})
     assert refused["code"] == "port_in_use" and "tcp 8080" in refused["message"], "a program of the host's has it"

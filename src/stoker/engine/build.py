@@ -12,7 +12,8 @@ import errno
 import logging
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -46,6 +47,7 @@ from stoker.engine.watch import watch
 from stoker.errors import Conflict, HostError, InternalError, StokerError
 from stoker.host import cgroups
 from stoker.host.cgroups import Limits
+from stoker.network.plan import parse_any_slot
 from stoker.storage.app import app_image
 from stoker.vmm.machine import translated_code
 
@@ -70,6 +72,7 @@ __all__ = [
     "running",
     "serve",
     "undo",
+    "whose_port",
     "why",
 ]
 
@@ -185,6 +188,21 @@ async def make_places(core: Core, box: Box, places: Places) -> None:
     trace("create.after_slot")
 
 
+@contextmanager
+def whose_port(core: Core, box: Box) -> Iterator[None]:
+    """Whoever is refused a port of the host's is told which sandbox has it, if it is theirs."""
+    try:
+        yield
+    except Conflict as error:
+        interface = error.details.get("interface")
+        for other in core.boxes.values() if interface else ():
+            record = other.record
+            if record.owner == box.record.owner and record.slot and parse_any_slot(record.slot).interface == interface:
+                error.message = error.message.replace(f"another machine ({interface})", record.label)
+                error.hint = f"another port; or take it from that one: stoker network set {record.label} --no-ports"
+        raise
+
+
 async def _make_slots(core: Core, box: Box, directory: Path) -> None:
     request = box.record.request
     slot = await core.networks.promise(box.record) if request.network in ON_THE_HOST else ""
@@ -200,7 +218,8 @@ async def _make_slots(core: Core, box: Box, directory: Path) -> None:
         core.networks.forget(slot)
         raise
     trace("slot.after_intent")
-    box.wire = await core.networks.up(box.record) if slot else None
+    with whose_port(core, box):
+        box.wire = await core.networks.up(box.record) if slot else None
     box.joined = await core.networks.join(box.record) if joined else ()
     if lease:
         await core.networks.lease(box.record, lease, core.units)

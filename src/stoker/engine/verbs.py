@@ -8,6 +8,7 @@ import logging
 from msgspec.structs import asdict, replace
 
 from stoker.api.models import Sandbox, SandboxState, SetNetwork, Timeout
+from stoker.engine.build import whose_port
 from stoker.engine.core import Box, Core
 from stoker.engine.create import expiry, settled
 from stoker.engine.network_words import check_network
@@ -72,7 +73,8 @@ async def set_network(core: Core, box: Box, request: SetNetwork) -> None:
         wanted = replace(record.request, **given)
         check_network(wanted)
         if record.slot or record.joined:
-            await core.networks.change(replace(record, request=wanted))
+            with whose_port(core, box):
+                await core.networks.change(replace(record, request=wanted))
         await core.save(box, event="sandbox.network", request=wanted)
 
 

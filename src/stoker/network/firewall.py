@@ -303,7 +303,8 @@ class Firewall:
             other = self._published.get((name, key), interface)
             if other != interface:
                 port = key.replace(" . ", " ")
-                raise Conflict("port_published", f"{port} of this host leads to another machine ({other})", "choose another port")
+                why = f"{port} of this host leads to another machine ({other})"
+                raise Conflict("port_published", why, "choose another port", details={"interface": other})
 
     def _change(
         self, interface: str, wanted: frozenset[Element], egress: Egress | None, names: Answers = MappingProxyType({})
