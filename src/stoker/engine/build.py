@@ -12,8 +12,7 @@ import errno
 import logging
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -34,11 +33,11 @@ from stoker.engine.booter import Booted
 from stoker.engine.core import Box, Core, Live, Places, released_in
 from stoker.engine.ending import detach, ended, release_all
 from stoker.engine.hub import Hub, Started, decode_started
-from stoker.engine.leases import lease_of
 from stoker.engine.ledger import Entry, Kind, Ledger
-from stoker.engine.network_words import ON_THE_HOST, has_own_addresses
+from stoker.engine.network_words import ON_THE_HOST
 from stoker.engine.operations import Running
 from stoker.engine.release import release
+from stoker.engine.slots import make_slots
 from stoker.engine.state import Attached, Record, to_body
 from stoker.engine.trace import trace
 from stoker.engine.volume_files import volume_path, volume_ready
@@ -47,7 +46,6 @@ from stoker.engine.watch import watch
 from stoker.errors import Conflict, HostError, InternalError, StokerError
 from stoker.host import cgroups
 from stoker.host.cgroups import Limits
-from stoker.network.plan import parse_any_slot
 from stoker.storage.app import app_image
 from stoker.vmm.machine import translated_code
 
@@ -72,7 +70,6 @@ __all__ = [
     "running",
     "serve",
     "undo",
-    "whose_port",
     "why",
 ]
 
@@ -184,45 +181,8 @@ async def make_places(core: Core, box: Box, places: Places) -> None:
     for volume in box.record.volumes:
         await volume_ready(core, volume)
     if box.record.request.network in ON_THE_HOST or box.record.request.interfaces:
-        await _make_slots(core, box, places.directory)
+        await make_slots(core, box, places.directory)
     trace("create.after_slot")
-
-
-@contextmanager
-def whose_port(core: Core, box: Box) -> Iterator[None]:
-    """Whoever is refused a port of the host's is told which sandbox has it, if it is theirs."""
-    try:
-        yield
-    except Conflict as error:
-        interface = error.details.get("interface")
-        for other in core.boxes.values() if interface else ():
-            record = other.record
-            if record.owner == box.record.owner and record.slot and parse_any_slot(record.slot).interface == interface:
-                error.message = error.message.replace(f"another machine ({interface})", record.label)
-                error.hint = f"another port; or take it from that one: stoker network set {record.label} --no-ports"
-        raise
-
-
-async def _make_slots(core: Core, box: Box, directory: Path) -> None:
-    request = box.record.request
-    slot = await core.networks.promise(box.record) if request.network in ON_THE_HOST else ""
-    try:
-        pinned = slot if has_own_addresses(request) else ""
-        joined = await core.networks.promise_joined(box.record) if request.interfaces else []
-        lease = lease_of(box.record, slot, directory, core.units)
-        things = [*((Kind.SLOT, one) for one in (slot, *joined) if one), *([(Kind.DHCP, lease)] if lease else [])]
-        await core.save(
-            box, slot=slot, pinned=pinned, joined=joined, durable=True, also=lambda db: Ledger.intend_in(db, box.id, things)
-        )
-    except BaseException:
-        core.networks.forget(slot)
-        raise
-    trace("slot.after_intent")
-    with whose_port(core, box):
-        box.wire = await core.networks.up(box.record) if slot else None
-    box.joined = await core.networks.join(box.record) if joined else ()
-    if lease:
-        await core.networks.lease(box.record, lease, core.units)
 
 
 def requested(core: Core, box: Box, places: Places, *, copied: bool = False) -> MachineRequest:

@@ -8,10 +8,10 @@ import logging
 from msgspec.structs import asdict, replace
 
 from stoker.api.models import Sandbox, SandboxState, SetNetwork, Timeout
-from stoker.engine.build import whose_port
 from stoker.engine.core import Box, Core
 from stoker.engine.create import expiry, settled
 from stoker.engine.network_words import check_network
+from stoker.engine.slots import whose_port
 from stoker.engine.state import require
 from stoker.errors import DeadlineExceeded, HostError, NotFound, StokerError
 
