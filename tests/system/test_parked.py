@@ -94,6 +94,39 @@ async def test_the_next_create_takes_it(own: Settings) -> None:
     assert machines(own.run_dir) == set()
 
 
+async def test_one_right_after_the_other(own: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a calm moment the next one is made all the same, and readied later; who comes while that goes on waits for it."""
+    monkeypatch.setattr("stoker.engine.waiting.CALM", 600.0)
+    async with opened(own) as engine:
+        waiting = engine._waiting
+        waiting._spare = True
+        await make(engine, name="first")
+        waits = await parked(engine)
+        (kind,) = waiting.kinds.values()
+        assert kind.light == {waits}
+        second = await make(engine, name="second")
+        assert (second.id, second.origin) == (waits, Origin.WARM)
+        async with asyncio.timeout(60):
+            while kind.coming is None:
+                await asyncio.sleep(0.001)
+        await asyncio.wait({kind.coming})
+        waits = await parked(engine)
+        monkeypatch.setattr("stoker.engine.waiting.CALM", 0.0)
+        waiting._wanted.set()
+        async with asyncio.timeout(60):
+            while kind.light or not kind.ready:
+                await asyncio.sleep(0.01)
+        assert await parked(engine) == waits
+        waiting._spare = False
+        monkeypatch.setattr("stoker.engine.waiting.CALM", 600.0)
+        third = await make(engine, name="third")
+        assert (third.id, third.origin) == (waits, Origin.WARM)
+        for words in UNIQUE:
+            assert len({await said(engine, name, words) for name in ("first", "second", "third")}) == 3
+        assert waiting.parked == [], "without a processor to spare nothing is made beside what goes on"
+    assert machines(own.run_dir) == set()
+
+
 async def test_one_that_is_lost_is_made_anew_and_makes_room(own: Settings) -> None:
     async with opened(replace(own, max_sandboxes=2)) as engine:
         await make(engine, name="first")

@@ -143,7 +143,7 @@ async def create(
     box = Box(record)
     if key is not None and (former := await _former(core, who, key)) is not None:
         return _again(core, who, *former, digest)
-    if core.waiting is not None and (waits := core.waiting.take(request, record, source)) is not None:
+    if core.waiting is not None and (waits := await core.waiting.take(request, record, source)) is not None:
         return await _take_over(core, who, waits, record, key, digest, quota, source)
     await core.admit(box, quota)
     operation = core.operations.begin("create", who.owner, box.id)
