@@ -14,7 +14,7 @@ from stoker.engine.state import Mounted, Record
 if TYPE_CHECKING:
     from stoker.engine.boot import MachineRequest
     from stoker.engine.pools import MakeDisk
-    from stoker.engine.wake import Ahead, Identity, TakeMemory
+    from stoker.engine.wake import Identity, TakeMemory
     from stoker.guest.agent import Agent
     from stoker.guest.copies import Report
     from stoker.images.progress import Progress
@@ -74,7 +74,7 @@ class Booter(Protocol):
         disk: MakeDisk,
         cgroup: Path | None,
         progress: Progress,
-        memory: Path | TakeMemory | Ahead,
+        memory: Path | TakeMemory,
         identity: Identity,
         ready: Callable[[Machine], Awaitable[None]],
     ) -> Booted:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from stoker.api.models import Event
     from stoker.engine.hub import Started
     from stoker.engine.operations import Running
-    from stoker.engine.wake import Ahead, TakeMemory
+    from stoker.engine.wake import TakeMemory
     from stoker.vmm.driver import Machine
 
 __all__ = ["begin_copy", "check_copyable", "intend", "planned"]
@@ -139,7 +139,7 @@ def begin_copy(
     core: Core,
     box: Box,
     source: str,
-    memory: Path | TakeMemory | Ahead,
+    memory: Path | TakeMemory,
     rows: dict[int, Started],
     operation: Running,
     identity: Identity | None = None,
@@ -167,7 +167,7 @@ async def bring_up(
     core: Core,
     box: Box,
     source: str,
-    memory: Path | TakeMemory | Ahead,
+    memory: Path | TakeMemory,
     rows: dict[int, Started],
     operation: Running,
     identity: Identity,
@@ -198,7 +198,7 @@ async def _make(
     core: Core,
     box: Box,
     source: str,
-    memory: Path | TakeMemory | Ahead,
+    memory: Path | TakeMemory,
     rows: dict[int, Started],
     operation: Running,
     identity: Identity,

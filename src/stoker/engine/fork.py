@@ -12,7 +12,6 @@ import asyncio
 import logging
 import os
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from stoker.api.models import CopySandbox, Forked, ForkSandbox, Operation
@@ -22,7 +21,7 @@ from stoker.engine.core import Box, Core, Live
 from stoker.engine.layers import flatten_in_time, flatten_now
 from stoker.engine.state import require, to_body
 from stoker.engine.trace import trace
-from stoker.engine.wake import Ahead, Memory
+from stoker.engine.wake import Memory
 from stoker.errors import Conflict, HostError, StokerError
 from stoker.host.laps import Laps
 from stoker.vmm.driver import NextDisk
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stoker.api.models import Quota
-    from stoker.engine.hub import Started
     from stoker.engine.operations import Running
     from stoker.vmm.driver import Captured
 
@@ -43,8 +41,6 @@ __all__ = ["fork"]
 log = logging.getLogger(__name__)
 ROOT: Final = 0
 """The place of the root disk among a machine's."""
-AHEAD: Final = 1
-"""So many copies' VMMs are started before their memory is there."""
 
 
 async def fork(core: Core, box: Box, request: ForkSandbox, quota: Quota | None) -> tuple[Operation, list[Forked]]:
@@ -86,10 +82,13 @@ async def _fork(core: Core, box: Box, live: Live, request: ForkSandbox, quota: Q
                     await flatten_now(core, box)
                     disk = await core.pools.freeze(box.record.pool, box.id)
                 trace("fork.after_layer")
-                base = live.machine.memory()
-                rows: dict[int, Started] = {}
-                close.callback(os.close, base)
-                memory: asyncio.Future[Memory] = asyncio.get_running_loop().create_future()
+                taken = await live.machine.capture(core.scratch, disks=[NextDisk(ROOT, disk.path)], go_on=True)
+                laps.seconds |= taken.steps
+                trace("fork.after_taken")
+                with laps.lap("base"):
+                    memory = await asyncio.to_thread(_memory, core, box, live, taken, close)
+                box.touch()
+                rows = await kept_rows(core, box)
                 made_by = live.machine.made_by()
 
                 async def take(now: dict[str, Any]) -> Memory:
@@ -97,23 +96,10 @@ async def _fork(core: Core, box: Box, live: Live, request: ForkSandbox, quota: Q
                         raise Conflict(
                             "fork_unfit", f"{box.record.label} was started by another {different}", "stop it, and start it again"
                         )
-                    found = await asyncio.shield(memory)
-                    return replace(found, base=os.dup(found.base))
+                    return Memory(os.dup(memory.base), memory.delta, memory.state, memory.digest, memory.file)
 
-                # One VMM comes up while the original goes on: more would take the processors from its stop. What it reads of the
-                # layer before that is written to no more, an overlay's driver reads again when the devices' state is loaded.
-                ahead = AHEAD if is_sealed(base) and disk.format == "qcow2" else 0
-                copies = [begin_copy(core, child, box.id, Ahead(base, take), rows, operation) for child in children[:ahead]]
-                taken = await live.machine.capture(core.scratch, disks=[NextDisk(ROOT, disk.path)], go_on=True)
-                laps.seconds |= taken.steps
-                trace("fork.after_taken")
-                with laps.lap("base"):
-                    found = await asyncio.to_thread(_memory, core, box, base, taken, close)
-                box.touch()
-                rows.update(await kept_rows(core, box))
-                memory.set_result(found)
                 with laps.lap("copies"):
-                    copies += [begin_copy(core, child, box.id, take, rows, operation) for child in children[ahead:]]
+                    copies = [begin_copy(core, child, box.id, take, rows, operation) for child in children]
                     errors = [await copy for copy in copies]
                 core.scratch.trim()
         except BaseException as problem:
@@ -144,10 +130,13 @@ async def _give_up(core: Core, children: list[Box], error: StokerError) -> None:
                 await undo(core, child, error)
 
 
-def _memory(core: Core, box: Box, base: int, taken: Captured, close: ExitStack) -> Memory:
+def _memory(core: Core, box: Box, live: Live, taken: Captured, close: ExitStack) -> Memory:
     """What the copies begin with: the parent's base and a delta; or, where that is large, or others could write to the base, a new
     one. Its file is linked to only where nobody can."""
-    if is_sealed(base) and taken.delta.bytes <= MOST_DELTA:
+    base = live.machine.memory()
+    close.callback(os.close, base)
+    safe = is_sealed(base)
+    if safe and taken.delta.bytes <= MOST_DELTA:
         file: Path | None = core.places(box.id).memory if box.record.base else None
         return Memory(base, taken.delta, taken.state, box.record.base, file)
     fresh = new_memory("base", taken.delta.size)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stoker.engine.boot import LiveMachine, MachineRequest
     from stoker.engine.golden import Goldens
     from stoker.engine.pools import MakeDisk
-    from stoker.engine.wake import Ahead, Identity, TakeMemory
+    from stoker.engine.wake import Identity, TakeMemory
     from stoker.guest.agent import Agent
     from stoker.images.progress import Progress
     from stoker.settings import Settings
@@ -74,7 +74,7 @@ class RealBooter:
         disk: MakeDisk,
         cgroup: Path | None,
         progress: Progress,
-        memory: Path | TakeMemory | Ahead,
+        memory: Path | TakeMemory,
         identity: Identity,
         ready: Callable[[Machine], Awaitable[None]],
     ) -> Booted:

@@ -20,7 +20,7 @@ from stoker.errors import GuestError, StokerError
 from stoker.guest.copies import AfterRestore
 from stoker.images.progress import NullProgress
 from stoker.vmm.kept import differs, load
-from stoker.vmm.machine import GuestMemory, MachineSpec
+from stoker.vmm.machine import GuestMemory
 from stoker.vmm.qemu.facts import qemu_facts
 from stoker.vmm.saved import portable
 
@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from stoker.settings import Settings
     from stoker.vmm.driver import Machine
     from stoker.vmm.memory import Delta
-    from stoker.vmm.qemu.driver import QemuMachine
 
-__all__ = ["Ahead", "Identity", "Memory", "TakeMemory", "certificate", "introduce", "kept_memory", "unfit", "wake"]
+__all__ = ["Identity", "Memory", "TakeMemory", "certificate", "introduce", "kept_memory", "unfit", "wake"]
 
 TIMEOUT: Final = 60.0
 """Seconds that a machine has to answer after it was taken up."""
@@ -59,15 +58,6 @@ class Memory:
 
 TakeMemory = Callable[[dict[str, Any]], Awaitable[Memory]]
 """Gives the memory to a machine that is made like this (:func:`stoker.vmm.saved.portable`), or says why it does not fit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ahead:
-    """Memory of a machine that still runs. With the base that it has now (a descriptor; its owner closes it) another can be started
-    before the rest is taken; its disk's layers may still be written to until then."""
-
-    base: int
-    take: TakeMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +99,7 @@ async def wake(
     settings: Settings,
     directory: Path,
     disk: MakeDisk,
-    take: TakeMemory | Ahead,
+    take: TakeMemory,
     identity: Identity,
     *,
     ready: Callable[[Machine], Awaitable[None]],
@@ -125,18 +115,11 @@ async def wake(
     with ExitStack() as held:
         made = await plan(request, settings, directory, disk, watch, held, progress, detached=True, cgroup=cgroup)
         spec = replace(made.spec, guest_memory=GuestMemory(0), restore=True)
+        memory = await take(portable(spec, await qemu_facts(settings)))
+        watch.lap("check")
         async with AsyncExitStack() as undo:
-            machine: QemuMachine | None = None
-            if isinstance(take, Ahead):
-                machine, base, take = await _launched(spec, take.base, settings, watch, undo), take.base, take.take
-            memory = await take(portable(spec, await qemu_facts(settings)))
-            watch.lap("check")
             try:
-                if machine is not None and not os.path.sameopenfile(base, memory.base):
-                    await machine.kill()  # so much has changed that there is another base
-                    await machine.close()
-                    machine = None
-                machine = machine or await _launched(spec, memory.base, settings, watch, undo)
+                machine = await launched(replace(spec, guest_memory=GuestMemory(memory.base)), settings, watch, undo)
                 trace("resume.after_launch")
                 async with explained(machine, settings), asyncio.timeout(TIMEOUT):
                     await machine.restore(memory.base, memory.delta, memory.state)
@@ -175,10 +158,6 @@ async def wake(
         )
         live.held = held.pop_all()
         return live
-
-
-async def _launched(spec: MachineSpec, base: int, settings: Settings, watch: Watch, undo: AsyncExitStack) -> QemuMachine:
-    return await launched(replace(spec, guest_memory=GuestMemory(base)), settings, watch, undo)
 
 
 async def unfit(request: MachineRequest, settings: Settings, directory: Path, disk: MakeDisk, made_by: Mapping[str, Any]) -> str:
