@@ -51,7 +51,8 @@ async def filling(stock: HostKeys) -> AsyncIterator[None]:
 
 
 async def until_filled(stock: HostKeys, place: Path) -> None:
-    while len(list(place.glob("*.json"))) + len(stock._ready) < host_keys.STOCK:
+    """And at rest: some are taken into memory last."""
+    while len(stock._ready) < host_keys.READY or len(list(place.glob("*.json"))) + len(stock._ready) < host_keys.STOCK:
         await asyncio.sleep(0.02)
 
 

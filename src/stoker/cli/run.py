@@ -103,7 +103,7 @@ def run(
     }
     sandbox |= {"volumes": volumes} if volumes else {}
     sandbox |= {"name": name} if name is not None else {}
-    sandbox |= {name: given for name, given in network.items() if given}
+    sandbox |= {name: given for name, given in network.items() if given or given == ""}
     if detach:
         from stoker.cli.detached import run_detached
 
