@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
 from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
 
+from leaks import wait_gone
 from network_world import SERVED6, World, world
 from stoker.engine import host_network
 from stoker.errors import HostError
 from stoker.host.nftables import Nftables
+from stoker.network import host
 from stoker.network.egress import ALL
 from stoker.network.host import Chain, Finding, Observed, Pass, Setting, judge, mend, observe, sysctl_file, undo
 from stoker.network.plan import NAMESPACE_RANGE, RUN_RANGE, Foreign
@@ -100,13 +105,13 @@ def test_judging_by_value() -> None:
     assert isinstance(let_through, Pass)
     assert let_through.commands[0] == 'insert rule inet ufw forward ip saddr 172.16.0.0/16 accept comment "stoker"'
     assert len(let_through.commands) == 4 and "nft 'insert rule" in str(let_through)
-    mends = [
-        Setting("ipv4/ip_forward", "1"),
-        Setting("ipv4/conf/all/rp_filter", "0"),
-        Setting("ipv4/conf/eth0/rp_filter", "0"),
-        let_through,
+    record = [
+        {"setting": "ip_forward", "before": "0", "after": "1"},  # as an older one wrote it
+        {"setting": "ipv4/conf/all/rp_filter", "before": "1", "after": "0"},
+        {"setting": "ipv4/conf/eth0/rp_filter", "before": "1", "after": "0"},
+        {"chain": ["inet", "ufw", "forward"]},
     ]
-    assert sysctl_file(mends).splitlines()[1:] == ["net.ipv4.ip_forward = 1", "net.ipv4.conf.all.rp_filter = 0"]
+    assert sysctl_file(record).splitlines()[1:] == ["net.ipv4.ip_forward = 1", "net.ipv4.conf.all.rp_filter = 0"]
 
 
 def test_ipv6_is_judged_where_it_is_wanted() -> None:
@@ -124,10 +129,37 @@ def test_ipv6_is_judged_where_it_is_wanted() -> None:
     assert not six({forward.name: "1"}).ok
     assert six({forward.name: "1", listen.name: "2"}).ok and six({forward.name: "1"}, ()).ok
     assert str(forward) == "sysctl -w net.ipv6.conf.all.forwarding=1"
-    assert sysctl_file([listen, forward]).splitlines()[1:] == [
-        "net.ipv6.conf.eth0.accept_ra = 2",
-        "net.ipv6.conf.all.forwarding = 1",
-    ]
+    record = [{"setting": one.name, "before": "0", "after": one.value} for one in (listen, forward)]
+    assert sysctl_file(record).splitlines()[1:] == ["net.ipv6.conf.eth0.accept_ra = 2", "net.ipv6.conf.all.forwarding = 1"]
+
+
+def test_network_manager_is_told_to_keep_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of its name, which a SIGHUP ends: so it is seen to be told."""
+    program = tmp_path / "NetworkManager"
+    shutil.copy("/bin/sleep", program)
+    monkeypatch.setattr(host, "MANAGED", (str(tmp_path / "etc"),))
+
+    def found() -> list[Finding]:
+        return [one for one in judge(observe([]), RANGES) if one.name == "NetworkManager"]
+
+    assert found() == []
+    for undone in (False, True):
+        with subprocess.Popen([program, "60"]) as process:
+            try:
+                wait_gone(lambda: ["it has another name"] if not host._processes("NetworkManager") else [])
+                if not undone:
+                    (finding,) = found()
+                    record = mend(finding.mends)
+                    assert json.loads(json.dumps(record)) == record
+                    assert "unmanaged" not in str(finding.mends[0]) and "managed=0" in str(finding.mends[0])
+                else:
+                    assert found() == [], "it has been told"
+                    undo(record)
+                assert process.wait(10) == -signal.SIGHUP
+            finally:
+                process.kill()
+        assert (tmp_path / "etc" / "conf.d" / "90-stoker.conf").exists() != undone
+    undo(record)
 
 
 def test_ipv6_is_mended_and_undone() -> None:

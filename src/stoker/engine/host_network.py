@@ -62,10 +62,10 @@ def fix(settings: Settings, found: Sequence[Finding]) -> list[str]:
     record = _record(settings)
     before: list[dict[str, Any]] = json.loads(record.read_bytes()) if record.exists() else []
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    done = host.mend(mends)
-    write_atomically(record, json.dumps([*before, *done]).encode(), 0o600)
+    done = [*before, *host.mend(mends)]
+    write_atomically(record, json.dumps(done).encode(), 0o600)
     try:
-        write_atomically(SYSCTL, host.sysctl_file(mends).encode(), 0o644)
+        write_atomically(SYSCTL, host.sysctl_file(done).encode(), 0o644)
     except OSError as error:
         raise HostError(
             "setting_refused", f"{SYSCTL}: {error.strerror}", "what was set holds until the host is restarted"

@@ -12,16 +12,32 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from stoker.errors import HostError
+from stoker.host.durable import write_atomically
 from stoker.host.netlink import Netlink, uplinks
 from stoker.host.nftables import Nftables
 from stoker.network.plan import Foreign, Range, check_ranges
 
-__all__ = ["Chain", "Finding", "Observed", "Pass", "Setting", "foreign_networks", "judge", "mend", "observe", "sysctl_file", "undo"]
+__all__ = [
+    "Chain",
+    "File",
+    "Finding",
+    "Observed",
+    "Pass",
+    "Setting",
+    "foreign_networks",
+    "judge",
+    "mend",
+    "observe",
+    "sysctl_file",
+    "undo",
+]
 
 ROOT: Final = "/proc/sys/net"
 FORWARD: Final = "ipv4/ip_forward"
@@ -30,6 +46,13 @@ ADVERTISED: Final = 0x40000
 """RTF_ADDRCONF: a route that a router told of."""
 COMMENT: Final = "stoker"
 TAPS: Final = 'iifname "tap*" udp dport 67'
+MANAGER: Final = "NetworkManager"
+MANAGED: Final = ("/etc/NetworkManager", "/run/NetworkManager/conf.d", "/usr/lib/NetworkManager/conf.d")
+HANDS_OFF: Final = """# Written by `stoker network check --fix`; `--undo` removes it.
+[device-stoker]
+match-device=interface-name:stk*;interface-name:tap*
+managed=0
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +79,8 @@ class Observed:
     foreign: tuple[Foreign, ...]
     chains: tuple[Chain, ...]
     advertised: tuple[str, ...] = ()
+    managed: bool = False
+    """Whether NetworkManager runs, and has not been told to leave machines' interfaces alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +110,28 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
+class File:
+    """A mend: a file of another program's configuration, which that reads again (SIGHUP)."""
+
+    path: str
+    content: str
+    program: str
+
+    def __str__(self) -> str:
+        return f"write {self.path}, and systemctl reload {self.program}: " + " ".join(self.content.splitlines()[1:])
+
+
+Mend = Setting | Pass | File
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One thing looked at. ``mends`` is empty where it is well, or where only the operator can decide."""
 
     name: str
     ok: bool
     says: str
-    mends: tuple[Setting | Pass, ...] = ()
+    mends: tuple[Mend, ...] = ()
 
 
 def _settings() -> dict[str, str]:
@@ -149,12 +189,29 @@ def _advertised() -> tuple[str, ...]:
     return tuple({row[9]: None for row in rows if row[:2] == ["0" * 32, "00"] and int(row[8], 16) & ADVERTISED})
 
 
+def _processes(name: str) -> list[int]:
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{entry.name}/comm", encoding="utf-8", errors="replace") as file:
+                if file.read().rstrip("\n") == name:
+                    found.append(int(entry.name))
+    return found
+
+
+def _managed() -> bool:
+    if not _processes(MANAGER):
+        return False
+    files = [path for place in MANAGED for path in Path(place).glob("**/*.conf")]
+    return not any("interface-name:stk*" in path.read_text(errors="replace") for path in files)
+
+
 def observe(foreign: Iterable[Foreign]) -> Observed:
     """The calling thread's namespace as it is. ``foreign``: networks of the host that are not slots' (:func:`foreign_networks`)."""
     with Netlink() as link, Nftables() as nft:
         names = {found.index: found.name for found in link.links()}
         out = tuple(dict.fromkeys(names[route.index] for route in uplinks(link.routes()) if route.index in names))
-        return Observed(_settings(), out, tuple(foreign), _chains(nft), _advertised())
+        return Observed(_settings(), out, tuple(foreign), _chains(nft), _advertised(), _managed())
 
 
 def _filters(settings: Mapping[str, str]) -> Finding:
@@ -203,6 +260,10 @@ def judge(found: Observed, ranges: Sequence[Range], *, ipv6: bool = False) -> li
         findings.append(Finding("range", True, "no range of ours is somebody else's"))
     if ipv6:
         findings.append(_ipv6(found))
+    if found.managed:
+        says = "NetworkManager takes the interfaces of machines for its own to configure"
+        mend = File(f"{MANAGED[0]}/conf.d/90-stoker.conf", HANDS_OFF, MANAGER)
+        findings.append(Finding(MANAGER, False, says, (mend,)))
     return findings + _others(found.chains, ranges)
 
 
@@ -222,7 +283,13 @@ def _set(name: str, value: str) -> str | None:
     return before
 
 
-def mend(mends: Iterable[Setting | Pass]) -> list[dict[str, Any]]:
+def _reload(program: str) -> None:
+    for pid in _processes(program):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGHUP)
+
+
+def mend(mends: Iterable[Mend]) -> list[dict[str, Any]]:
     """Does it, in the calling thread's namespace. What it gives back is JSON, for :func:`undo`; write it down first if it matters
     that a crash in between is undone too: undoing what was not done is harmless."""
     record: list[dict[str, Any]] = []
@@ -231,6 +298,12 @@ def mend(mends: Iterable[Setting | Pass]) -> list[dict[str, Any]]:
             before = _set(one.name, one.value)
             if before is not None and before != one.value:
                 record.append({"setting": one.name, "before": before, "after": one.value})
+        elif isinstance(one, File):
+            path = Path(one.path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, one.content.encode(), 0o644)
+            _reload(one.program)
+            record.append({"file": one.path, "content": one.content, "program": one.program})
         else:
             with Nftables() as nft:
                 nft.apply(one.commands)
@@ -239,11 +312,19 @@ def mend(mends: Iterable[Setting | Pass]) -> list[dict[str, Any]]:
 
 
 def undo(record: Iterable[Mapping[str, Any]]) -> None:
-    """Takes back what :func:`mend` recorded: a setting that is still as it was left, rules with our comment. Twice is fine."""
+    """Takes back what :func:`mend` recorded: a setting or file that is still as it was left, rules with our comment. Twice is
+    fine."""
     for step in reversed(list(record)):
         if "setting" in step:
-            if _settings().get(step["setting"]) == step["after"]:
-                _set(step["setting"], step["before"])
+            name = _setting(step)
+            if _settings().get(name) == step["after"]:
+                _set(name, step["before"])
+            continue
+        if "file" in step:
+            path = Path(step["file"])
+            if path.is_file() and path.read_text(errors="replace") == step["content"]:
+                path.unlink()
+                _reload(step["program"])
             continue
         family, table, name = step["chain"]
         with Nftables() as nft:
@@ -257,12 +338,16 @@ def undo(record: Iterable[Mapping[str, Any]]) -> None:
             nft.apply([f"delete rule {family} {table} {name} handle {handle}" for handle in handles])
 
 
-def sysctl_file(mends: Iterable[Setting | Pass]) -> str:
-    """For ``/etc/sysctl.d/``: the settings that last, as far as they are not of one interface, which may be gone by then."""
-    lasting = [one for one in mends if isinstance(one, Setting)]
-    kept = [
-        one for one in lasting if one.name == FORWARD or one.name.split("/")[2] in ("all", "default") or "/accept_ra" in one.name
-    ]
+def _setting(step: Mapping[str, Any]) -> str:
+    name = str(step["setting"])
+    return name if name.startswith(("ipv4/", "ipv6/")) else f"ipv4/{name}"  # as an older Stoker recorded it
+
+
+def sysctl_file(record: Iterable[Mapping[str, Any]]) -> str:
+    """For ``/etc/sysctl.d/``: all settings ever mended that last, as far as they are not of one interface, which may be gone by
+    then."""
+    lasting = {_setting(step): step["after"] for step in record if "setting" in step}
+    kept = [name for name in lasting if name == FORWARD or name.split("/")[2] in ("all", "default") or "/accept_ra" in name]
     return "# Written by `stoker network check --fix`; `--undo` removes it.\n" + "".join(
-        f"net.{one.name.replace('/', '.')} = {one.value}\n" for one in kept
+        f"net.{name.replace('/', '.')} = {lasting[name]}\n" for name in kept
     )
