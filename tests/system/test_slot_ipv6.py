@@ -247,7 +247,7 @@ def test_a_host_that_does_not_forward_is_refused_with_words(made: World) -> None
     made.host.run(lambda: Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("0"))
     with pytest.raises(HostError, match="does not forward IPv6") as caught:
         made.machine("run", ipv6=True)
-    assert caught.value.code == "network_unprepared" and "forwarding=1" in caught.value.hint
+    assert caught.value.code == "network_unprepared" and "check --ipv6" in caught.value.hint
     assert made.firewall.interfaces == frozenset() and not made.left()
     assert made.machine("run").ask("1.1.1.1") == "5.5.5.5"
 
