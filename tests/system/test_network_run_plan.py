@@ -176,6 +176,22 @@ def test_further_interfaces_are_ports_of_bridges(made: GuestWorld, bridge: str) 
         made.gone("many")
 
 
+def test_a_template_is_started_with_addresses_of_its_own(made: GuestWorld) -> None:
+    """Its memory was another's, with another address in it."""
+    words = {"name": "tpl", "image": "debian:12", "network": "nat", "memory": 256 << 20, "setup": ["echo built > /built"]}
+    made.daemon.call("POST", "/templates?wait=true", 201, json=words, timeout=280)
+    try:
+        made.create("of", run_id="r1", image="template:tpl", network=None, memory=None)
+        assert made.daemon.call("GET", "/sandboxes/of")["origin"] in ("template", "warm")
+        plan = planned("of")
+        assert made.address("of") == str(plan.guest) and plan.tap in made.interfaces()
+        assert made.sure("of", "cat /built /sys/class/net/eth0/address") == f"built\n{plan.mac}\n"
+        assert made.ask("of", "tcp/1.1.1.1") == [str(HOST.ip)]
+    finally:
+        made.gone("of")
+        made.daemon.call("DELETE", "/templates/tpl", 204)
+
+
 def test_it_is_not_copied_with_its_address(made: GuestWorld) -> None:
     refused = made.post("box", "fork", expect=409, json={"count": 1})
     assert refused["code"] == "address_own" and refused["hint"]
