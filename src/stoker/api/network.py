@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from typing import Annotated, Any
 
-from msgspec import Meta, field
+from msgspec import Meta, ValidationError, convert, field
 
-from stoker.api.types import END, InterfaceAddress, InterfaceName, Model, NetworkMode, SandboxId, UnixTime
+from stoker.api.types import InterfaceAddress, InterfaceName, Model, NetworkMode, SandboxId, UnixTime
 from stoker.errors import InvalidRequest
 
 __all__ = [
@@ -50,19 +49,18 @@ class Interface(Model, frozen=True):
     """Its name on the host."""
 
 
-_WORDS = {"address": re.compile(r"[0-9.]{7,15}/[0-9]{1,2}" + END), "tap": re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}" + END)}
-
-
 def parse_interface(text: str) -> Interface:
     """``bridge:NAME[,address=IP/PREFIX][,tap=IFNAME]``, as on a command line."""
     mode, *words = text.split(",")
     kind, _, bridge = mode.partition(":")
     given = dict(word.partition("=")[::2] for word in words)
-    known = all(name in _WORDS and _WORDS[name].match(value) for name, value in given.items())
-    if kind != "bridge" or not _WORDS["tap"].match(bridge) or not known or len(given) != len(words):
-        hint = "bridge:br1, or bridge:br1,address=192.168.1.50/24,tap=tap7"
-        raise InvalidRequest("bad_interface", f"{text[:100]!r} is no further interface", hint)
-    return Interface(bridge, given.get("address"), given.get("tap"))
+    try:
+        if kind == "bridge" and len({"bridge", *given}) == 1 + len(words):
+            return convert({"bridge": bridge, **given}, Interface)
+    except ValidationError:
+        pass
+    hint = "bridge:br1, or bridge:br1,address=192.168.1.50/24,tap=tap7"
+    raise InvalidRequest("bad_interface", f"{text[:100]!r} is no further interface", hint)
 
 
 class ExplainNetwork(Model, frozen=True):

@@ -61,23 +61,23 @@ def _network(text: str) -> str:
 
 
 def _interface(text: str) -> str:
-    _further(text)
+    from stoker.api.network import parse_interface
+
+    parse_interface(text)
     return text
 
 
 def wire_network(given: Mapping[str, Any]) -> dict[str, Any]:
     """``--network`` and ``--interface`` as the API has them."""
     mode, _, bridge = (given["network"] or "").partition(":")
-    further = [_further(text) for text in given["interfaces"]]
-    return {"network": mode or None} | ({"bridge": bridge} if bridge else {}) | ({"interfaces": further} if further else {})
+    wire: dict[str, Any] = {"network": mode or None} | ({"bridge": bridge} if bridge else {})
+    if given["interfaces"]:
+        from msgspec.structs import asdict
 
+        from stoker.api.network import parse_interface
 
-def _further(text: str) -> dict[str, str]:
-    from stoker.api.network import parse_interface
-
-    found = parse_interface(text)
-    words = {"bridge": found.bridge, "address": found.address, "tap": found.tap}
-    return {name: value for name, value in words.items() if value is not None}
+        wire["interfaces"] = [asdict(parse_interface(text)) for text in given["interfaces"]]
+    return wire
 
 
 NETWORK = _Parsed("network", _network)

@@ -77,7 +77,7 @@ class Kind:
     ready: deque[Box] = field(default_factory=deque)
     making: bool = False
     coming: asyncio.Future[None] | None = None
-    """Done when the machine that is being made, or readied, is there, or never will be; taken away by whoever waits for it."""
+    """Of a machine that is nearly there: done when it is, or never will be. Taken away by whoever waits for it."""
     light: set[str] = field(default_factory=set)
     """Those of the machines that have run no command."""
     taken: int = 0
@@ -233,9 +233,12 @@ class Waiting:
 
     async def _ready(self, kind: Kind, *, light: bool) -> None:
         """One more machine, or one that is readier than it was."""
-        coming = kind.coming = asyncio.get_running_loop().create_future()
+        coming: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        missing = len(kind.ready) < kind.size
+        # For what takes longer nobody waits: a machine of one's own is as quick.
+        kind.coming = coming if light or not missing else None
         try:
-            if len(kind.ready) < kind.size:
+            if missing:
                 await self._fill(kind, light=light)
             else:
                 await self._exercise(kind, next(box for box in kind.ready if box.id in kind.light))

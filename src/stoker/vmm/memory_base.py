@@ -53,10 +53,10 @@ class _Window:
         self.data.release()
 
     def read(self, fd: int, start: int, end: int) -> None:
-        """Begins with what a file has there; behind its end are zeros."""
+        """Begins with what a file has there."""
         self.start = start
-        done = os.preadv(fd, [self.data[: end - start]], start)
-        self.data[done : end - start] = memoryview(_blank)[: end - start - done]
+        if os.preadv(fd, [self.data[: end - start]], start) != end - start:
+            raise HostError("memory_damaged", "a memory file is cut off")
 
     def clear(self, start: int, end: int) -> None:
         self.start = start
