@@ -51,7 +51,7 @@ def check_copyable(record: Record) -> None:
         raise Conflict(
             "address_own",
             f"{record.label} has addresses of its own, and a copy of its memory would have them too",
-            "machines of the network nat without a run id, a range or a TAP of their own can be copied",
+            "machines of the network nat without a run id, a range, a TAP of their own or further interfaces can be copied",
         )
     if record.request.app is not None:
         raise Conflict("app_disk", f"{record.label} has an app: its disk is not one that can be shared yet")
